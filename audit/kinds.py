@@ -1,0 +1,81 @@
+"""What measurements say of estimates: floors under mutual information, and the flags raised where one is broken.
+
+Accuracies are *measured*; MI values, RV and the bounds computed from them are *estimates*. A measurement beats an
+estimate: an estimate under its floor is flagged `contradicted`, shown, and never ranked.
+"""
+
+from math import log
+from typing import NamedTuple
+
+from torch import Tensor
+
+from audit.theory import information_floor
+
+
+class Spread(NamedTuple):
+    """An estimate over seeds: mean and standard error, in nats."""
+
+    nats: float
+    stderr: float
+
+
+class Floors(NamedTuple):
+    """What I(X; g(X)) is at least, in nats, on clean images and on the worst-case images found.
+
+    Data processing: I(X; g(X)) >= H(argmax) and >= I(Y; g(X)) >= d(accuracy || largest class share), for any layer
+    that the whole network's answer passes through.
+    """
+
+    normal: float
+    worst: float
+
+
+def label_entropy(predictions: Tensor) -> float:
+    """Return the entropy of a sample of predicted classes (N,), in nats.
+
+    Source: the plug-in estimate, which errs low: a floor computed from it stays a floor.
+    """
+    shares = predictions.bincount().double() / len(predictions)
+    return -sum(float(share) * log(float(share)) for share in shares if share > 0)
+
+
+def largest_share(labels: Tensor) -> float:
+    """Return the share of the most frequent class among labels (N,)."""
+    return float(labels.bincount().max()) / len(labels)
+
+
+def floor(predictions: Tensor, accuracy_low: float, class_share: float) -> float:
+    """Return the larger of the two data-processing floors, in nats; the accuracy enters by its interval's low end."""
+    return max(label_entropy(predictions), information_floor(accuracy_low, class_share))
+
+
+def estimate_flags(normal: Spread, worst: Spread, floors: Floors | None, ceiling: float) -> list[str]:
+    """Return every flag that the numbers of one record earn, most serious first."""
+    flags: list[str] = []
+    if floors is not None:
+        flags += _contradiction("normal_nats", normal, floors.normal)
+        flags += _contradiction("worst_nats", worst, floors.worst)
+    if worst.nats > normal.nats + 2 * (worst.stderr + normal.stderr):
+        flags.append(f"contradicted: worst_nats {worst.nats:.2f} is above normal_nats {normal.nats:.2f}")
+    if normal.nats > ceiling - 0.2:
+        flags.append(f"saturated: normal_nats {normal.nats:.2f} is at its ceiling ln(images) = {ceiling:.2f}")
+    flags += [
+        f"negative: {name} {spread.nats:.2f} is under zero beyond its error"
+        for name, spread in (("normal_nats", normal), ("worst_nats", worst))
+        if spread.nats < -2 * spread.stderr
+    ]
+    return flags
+
+
+def bound_flags(bound: float, adversarial_low: float) -> list[str]:
+    """Return the flag of an estimated bound on accuracy that lies under an accuracy measured."""
+    if bound >= adversarial_low:
+        return []
+    return [f"contradicted: the bound {bound:.3f} is under the measured adversarial accuracy's {adversarial_low:.3f}"]
+
+
+def _contradiction(name: str, spread: Spread, least: float) -> list[str]:
+    missing = least - spread.nats
+    if missing <= 2 * spread.stderr:
+        return []
+    return [f"contradicted: {name} {spread.nats:.2f} is under its measured floor {least:.2f} by {missing:.2f} nats"]

@@ -1,0 +1,204 @@
+"""One audit: accuracies, normal- and worst-case information, RV, the limit they imply, and what speaks against it."""
+
+import time
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from math import sqrt
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from audit.accuracy import Accuracy, LabelAttack, logits_of, measure_accuracy
+from audit.errors import MismatchError, UsageError
+from audit.information import CriticTraining, split_images
+from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, label_entropy, largest_share
+from audit.records import AuditRecord, digest
+from audit.representation import PSEUDO_LAYERS, Reduction, Representation
+from audit.theory import max_adversarial_accuracy
+from audit.threat import ThreatModel
+from audit.types import Images, Labels
+from audit.vulnerability import Adversary, Vulnerability, WorstCaseSearch, estimate_vulnerability
+
+VERSION = 1  # raised by hand when a change of the method changes numbers
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """Everything that decides an audit's numbers beside the model, the images and the threat model."""
+
+    estimator: CriticTraining = field(default_factory=CriticTraining)
+    search: WorstCaseSearch = field(default_factory=WorstCaseSearch)
+    attack: LabelAttack = field(default_factory=LabelAttack)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    reduce: Reduction = "flatten"
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"seeds {list(self.seeds)} must be at least one, each named once")
+
+    @property
+    def name(self) -> str:
+        """Return the estimator as tables show it, such as `mine-infonce`."""
+        return f"mine-{self.estimator.bound}"
+
+
+class Layer(NamedTuple):
+    """What the seeds said of one layer, the floors measured beside them, and its dimension."""
+
+    per_seed: tuple[Vulnerability, ...]
+    floors: Floors | None
+    dimension: int
+
+
+def audit_model(
+    network: nn.Module,
+    images: Images,
+    labels: Labels,
+    layer: str,
+    threat: ThreatModel,
+    settings: AuditSettings | None = None,
+) -> AuditRecord:
+    """Audit a bare network at one named layer under one threat model.
+
+    Images are (N, C, H, W) in [0, 1], labels (N,); network and images must be on one device. The network is put in
+    eval mode and its parameters are left without gradients. Raises UsageError or MismatchError for unfit input,
+    InvalidModelError where the network's outputs cannot be given a number.
+    """
+    settings = settings or AuditSettings()
+    network.eval()
+    check_input(network, images, labels)
+    started = time.monotonic()
+    accuracy = measure_accuracy(network, images, labels, threat, settings.attack, settings.seeds[0])
+    measured = measure_layer(network, images, labels, layer, threat, settings)
+    record = assemble(accuracy, measured, layer, threat, settings)
+    weights = _fingerprint(network)
+    identity = {"weights_sha256": weights, "data_sha256": _hash(images, labels), "layer": layer, "norm": threat.norm}
+    return _named(record, network, {**identity, "eps": threat.eps, "settings": repr(settings)}, started)
+
+
+def check_input(network: nn.Module, images: Images, labels: Labels) -> None:
+    """Raise where images, labels and network do not belong together, or pixels are not in [0, 1]."""
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise UsageError(f"images range from {low:.3g} to {high:.3g}, not within [0, 1]: normalisation belongs inside")
+    if len(images) != len(labels):
+        raise MismatchError(f"{len(images)} images, but {len(labels)} labels")
+    with torch.no_grad():
+        outputs = network(images[:2])
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        raise MismatchError("the network's output is not one row of logits an image (N, K)")
+    if int(labels.max()) >= outputs.shape[1]:
+        raise MismatchError(f"labels reach {int(labels.max())}, but the network has {outputs.shape[1]} outputs")
+
+
+def measure_layer(
+    network: nn.Module, images: Images, labels: Labels, layer: str, threat: ThreatModel, settings: AuditSettings
+) -> Layer:
+    """Return the vulnerability of one layer for every seed, with the floors that predictions put under it."""
+    encoder = Representation(network, layer, settings.reduce)
+    adversary = Adversary(threat, settings.search)
+    per_seed = tuple(
+        estimate_vulnerability(encoder.encode, split_images(images, seed), settings.estimator, adversary, seed)
+        for seed in settings.seeds
+    )
+    batch_size = settings.estimator.batch_size
+    with torch.no_grad():
+        dimension = encoder(images[:1]).shape[1]
+    if layer not in PSEUDO_LAYERS:
+        return Layer(per_seed, None, dimension)  # the network's answer may bypass an inner layer
+    return Layer(per_seed, _floors(network, images, labels, per_seed, batch_size), dimension)
+
+
+def assemble(
+    accuracy: Accuracy, measured: Layer, layer: str, threat: ThreatModel, settings: AuditSettings
+) -> AuditRecord:
+    """Return the record of one audit; names, hashes and times are the caller's to fill in."""
+    runs, floors = measured.per_seed, measured.floors
+    normal = _spread([run.normal.nats for run in runs], [run.normal.stderr for run in runs])
+    worst = _spread([run.worst.nats for run in runs], [run.worst.stderr for run in runs])
+    rv = _spread([run.nats for run in runs], [run.stderr for run in runs])
+    ceiling, classes = runs[0].normal.ceiling, accuracy.num_classes
+    bound = max_adversarial_accuracy(worst.nats, classes)
+    flags = estimate_flags(normal, worst, floors, ceiling) + bound_flags(bound, accuracy.adversarial.low)
+    flags += sorted({flag for run in runs for flag in (*run.normal.flags, *run.worst.flags)})
+    return AuditRecord(
+        cell_id="", model="", source="", family="", training="unknown", trained_eps=0.0, dataset="", weights_sha256="",
+        layer=layer, dimension=measured.dimension, norm=threat.norm, eps=threat.eps, num_classes=classes,
+        estimator=settings.name, attack=settings.attack.name, seeds=len(settings.seeds),
+        images=accuracy.natural.images, critic_images=runs[0].normal.images,
+        normal_nats=normal.nats, normal_nats_se=normal.stderr, worst_nats=worst.nats, worst_nats_se=worst.stderr,
+        rv=rv.nats, rv_se=rv.stderr, ceiling_nats=ceiling, floor_nats=floors.normal if floors else None,
+        adversarial_accuracy_bound=bound, adversarial_risk_bound=1 - bound,
+        natural_accuracy=accuracy.natural.value, natural_accuracy_low=accuracy.natural.low,
+        natural_accuracy_high=accuracy.natural.high, adversarial_accuracy=accuracy.adversarial.value,
+        adversarial_accuracy_low=accuracy.adversarial.low, adversarial_accuracy_high=accuracy.adversarial.high,
+        adversarial_gap=accuracy.natural.value - accuracy.adversarial.value, flags=tuple(flags),
+        passes=round(accuracy.passes + sum(run.passes for run in runs)),
+        details={"per_seed": [_seed_row(seed, run) for seed, run in zip(settings.seeds, runs, strict=True)],
+                 "curves": [_curves(seed, run) for seed, run in zip(settings.seeds, runs, strict=True)],
+                 "worst_floor_nats": floors.worst if floors else None},
+    )  # fmt: skip
+
+
+def _floors(
+    network: nn.Module, images: Images, labels: Labels, runs: tuple[Vulnerability, ...], batch_size: int
+) -> Floors:
+    clean = logits_of(network, images, batch_size).argmax(1)
+    right = float((clean == labels).double().mean())
+    half = 1.96 * sqrt(right * (1 - right) / len(labels))
+    moved = [label_entropy(logits_of(network, run.moved, batch_size).argmax(1)) for run in runs]
+    return Floors(floor(clean, right - half, largest_share(labels)), fmean(moved))
+
+
+def _spread(values: list[float], sampling: list[float]) -> Spread:
+    """Standard error over seeds, but never under what sampling alone gives: few seeds can agree by luck."""
+    by_sampling = fmean(sampling) / sqrt(len(values))
+    by_seeds = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
+    return Spread(fmean(values), max(by_sampling, by_seeds))
+
+
+def _seed_row(seed: int, run: Vulnerability) -> dict[str, Any]:
+    return {
+        "seed": seed, "normal_nats": run.normal.nats, "normal_nats_se": run.normal.stderr,
+        "worst_nats": run.worst.nats, "worst_nats_se": run.worst.stderr, "rv": run.nats,
+        "normal_donsker_varadhan": run.normal.donsker_varadhan, "worst_donsker_varadhan": run.worst.donsker_varadhan,
+        "held_out_images": run.normal.images,
+    }  # fmt: skip
+
+
+def _curves(seed: int, run: Vulnerability) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "normal": {"validation": run.normal.history, "training": run.normal.training_history},
+        "worst": {"validation": run.worst.history, "training": run.worst.training_history},
+    }
+
+
+def _named(record: AuditRecord, network: nn.Module, identity: dict[str, Any], started: float) -> AuditRecord:
+    return replace(
+        record,
+        cell_id=digest({"version": VERSION, **identity}),
+        model=type(network).__name__,
+        source="python",
+        family=type(network).__name__,
+        dataset="python",
+        weights_sha256=identity["weights_sha256"],
+        seconds=time.monotonic() - started,
+        details={**record.details, "identity": identity},
+    )
+
+
+def _fingerprint(network: nn.Module) -> str:
+    state = network.state_dict()
+    return _hash(*(state[name] for name in sorted(state)))
+
+
+def _hash(*tensors: Tensor) -> str:
+    seen = sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        seen.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        seen.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return seen.hexdigest()

@@ -1,0 +1,187 @@
+"""One immutable record per finished cell, and the folder that holds them. Imports no torch.
+
+A record is strict JSON, written atomically (temporary file, fsync, rename): everything people look at -
+leaderboards, figures, reports - is derived from records and can be rebuilt from them.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from audit.errors import EnvironmentFault, IntegrityError
+
+SCHEMA = "rvaudit.record/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """What came of auditing one model at one layer under one threat model.
+
+    MI values are in nats, accuracies and bounds are fractions in [0, 1], `eps` is in pixel units of images in
+    [0, 1]. A field that could not be measured is None; `status` is "valid" or "failed", and `reason` says why.
+    """
+
+    # what was audited
+    cell_id: str
+    model: str
+    source: str
+    family: str
+    training: str
+    trained_eps: float
+    dataset: str
+    layer: str
+    dimension: int | None = None
+    norm: str
+    eps: float
+    num_classes: int | None = None
+    weights_sha256: str
+    weights_pinned: bool = False
+    code_trusted: bool = False
+
+    # how
+    estimator: str
+    attack: str
+    seeds: int
+    images: int
+    critic_images: int | None = None
+
+    # what came of it
+    status: str = "valid"
+    reason: str = ""
+    normal_nats: float | None = None
+    normal_nats_se: float | None = None
+    worst_nats: float | None = None
+    worst_nats_se: float | None = None
+    rv: float | None = None
+    rv_se: float | None = None
+    ceiling_nats: float | None = None
+    floor_nats: float | None = None
+    adversarial_accuracy_bound: float | None = None
+    adversarial_risk_bound: float | None = None
+    natural_accuracy: float | None = None
+    natural_accuracy_low: float | None = None
+    natural_accuracy_high: float | None = None
+    adversarial_accuracy: float | None = None
+    adversarial_accuracy_low: float | None = None
+    adversarial_accuracy_high: float | None = None
+    adversarial_gap: float | None = None
+    flags: tuple[str, ...] = ()
+    passes: int | None = None
+    seconds: float | None = None
+
+    # everything else a reader may want: identity, per-seed values, curves, notes, versions
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> bool:
+        """Whether the record holds numbers."""
+        return self.status == "valid"
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether a measurement refutes one of the estimates; such a record is shown but never ranked."""
+        return any(flag.startswith("contradicted") for flag in self.flags)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data, the schema name first."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "AuditRecord":
+        """Rebuild a record; raises IntegrityError for another schema or unknown and missing fields."""
+        if data.get("schema") != SCHEMA:
+            raise IntegrityError(f"record schema {data.get('schema')!r} is not {SCHEMA!r}, the one this version reads")
+        values = {name: value for name, value in data.items() if name != "schema"}
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise IntegrityError(f"record has fields this version does not know: {', '.join(sorted(unknown))}")
+        try:
+            return cls(**{**values, "flags": tuple(values.get("flags", ()))})
+        except TypeError as error:
+            raise IntegrityError(f"record lacks a field: {error}") from error
+
+
+def canonical_json(data: object) -> str:
+    """Return the one spelling of JSON data: sorted keys, no spaces, strict numbers.
+
+    >>> canonical_json({"b": 0.1, "a": [1, None]})
+    '{"a":[1,null],"b":0.1}'
+    """
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(data: object) -> str:
+    """Return the sha256 of the canonical JSON of `data`, in hex."""
+    return sha256(canonical_json(data).encode()).hexdigest()
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file that is either whole or not there; an older file survives any failure.
+
+    Raises EnvironmentFault when the folder cannot be written to or the disk is full.
+    """
+    payload = content.encode() if isinstance(content, str) else content
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:60]}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise EnvironmentFault(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class RecordStore:
+    """A run folder's records: one file per cell under `cells/`, named by the cell's id."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, cell_id: str) -> Path:
+        """Return where the record of a cell lies."""
+        return self.folder / "cells" / f"{cell_id}.json"
+
+    def write(self, record: AuditRecord) -> Path:
+        """Store a record and return its path."""
+        path = self.path(record.cell_id)
+        write_atomically(path, json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n")
+        return path
+
+    def read(self, cell_id: str) -> AuditRecord | None:
+        """Return a cell's record, or None where the cell has none yet."""
+        path = self.path(cell_id)
+        return _read(path) if path.exists() else None
+
+    def __iter__(self) -> Iterator[AuditRecord]:
+        """Yield every record, in the order of their file names."""
+        for path in sorted((self.folder / "cells").glob("*.json")):
+            yield _read(path)
+
+
+def read_records(*folders: Path) -> list[AuditRecord]:
+    """Return the records of one or more run folders; raises EnvironmentFault where a folder has none."""
+    records: list[AuditRecord] = []
+    for folder in folders:
+        found = list(RecordStore(folder))
+        if not found:
+            raise EnvironmentFault(f"{folder} holds no records (expected {folder}/cells/*.json)")
+        records.extend(found)
+    return records
+
+
+def _read(path: Path) -> AuditRecord:
+    try:
+        return AuditRecord.from_dict(json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise IntegrityError(f"{path} is not a record: {error}") from error

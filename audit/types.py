@@ -1,0 +1,62 @@
+"""Tensor names with shapes, and the one seam between searches and what they minimise. Imports nothing of ours."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Images = Tensor
+"""(N, C, H, W), float32 in [0, 1]."""
+
+Features = Tensor
+"""(N, D), float32."""
+
+Scores = Tensor
+"""(N, N), entry [i, j] = T(x_i, z_j): the diagonal holds joint pairs, the rest product pairs."""
+
+Labels = Tensor
+"""(N,), int64."""
+
+
+class Judged(NamedTuple):
+    """What an objective says of N images: the value to make small (N,), and which need no more work (N,) bool."""
+
+    value: Tensor
+    done: Tensor
+
+
+class Encoded(NamedTuple):
+    """What one forward pass tells a critic: the features (N, D), and the network's log-probabilities (N, K).
+
+    An encoder without a head has K = 0.
+    """
+
+    features: Tensor
+    answers: Tensor
+
+    def take(self, chosen: Tensor) -> "Encoded":
+        """Return the chosen rows."""
+        return Encoded(self.features[chosen], self.answers[chosen])
+
+
+Encoder = Callable[[Images], Encoded]
+
+Objective = Callable[[Images, Tensor], Judged]
+"""Maps images (N, C, H, W) and their indices (N,) in the whole set to a `Judged`."""
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """Return a CPU generator for a key such as (seed, purpose, restart).
+
+    Different keys give unrelated streams; the same key gives the same stream on every device, batch size and
+    resume point.
+    """
+    state = 0x9E3779B97F4A7C15
+    for part in key:
+        # splitmix64: neighbouring seeds end up far apart
+        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state % 2**63)

@@ -1,0 +1,166 @@
+"""What is known about a model before any weight is read, and how users name one. Imports no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import MappingProxyType
+from urllib.parse import unquote
+
+from audit.errors import UnknownNameError, UsageError
+
+SOURCES = ("timm", "torchvision", "robustbench", "hf-hub", "bundled", "file")
+TRAININGS = ("standard", "robust", "certified", "unknown")
+FILE_OPTIONS = (
+    "arch",
+    "num_classes",
+    "mean",
+    "std",
+    "shape",
+    "name",
+    "training",
+    "trained_eps",
+    "trained_norm",
+    "family",
+    "sha256",
+)
+GRAMMAR = {
+    "timm": "timm:<name>",
+    "torchvision": "torchvision:<arch>/<weights>",
+    "robustbench": "robustbench:<dataset>/<threat>/<id>",
+    "hf-hub": "hf-hub:<org>/<repo>",
+    "bundled": "bundled:<id>",
+    "file": "file:<path>?arch=<model ref or path.py:factory>&num_classes=10&mean=..&std=..",
+}
+_PARTS = {"timm": (1, 1), "torchvision": (1, 2), "robustbench": (3, 3), "hf-hub": (2, 2), "bundled": (1, 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedNumber:
+    """A number somebody else reported: metric name, value as a fraction in [0, 1], where it stands."""
+
+    metric: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """Where a model comes from and what it was made for.
+
+    `trained_eps` is in pixel units of images in [0, 1] (0.0 for standard or unknown training); `pinned` says
+    that the weights' hash was compared with a published one; `renames` lists every unwrapping and renaming of
+    keys, in words; `code_sha256` is the hash of the user's factory file where one ran.
+    """
+
+    ref: str
+    name: str
+    source: str
+    architecture: str = ""
+    family: str = ""
+    dataset: str = ""
+    training: str = "unknown"
+    trained_norm: str = ""
+    trained_eps: float = 0.0
+    weights_sha256: str = ""
+    pinned: bool = False
+    licence: str = ""
+    reference: str = ""
+    published: tuple[PublishedNumber, ...] = ()
+    renames: tuple[str, ...] = ()
+    code_trusted: bool = False
+    code_sha256: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedFacts:
+    """What a library says about one set of weights: where they lie, the images they take, how they were made."""
+
+    name: str
+    family: str
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    url: str = ""
+    hub_repo: str = ""
+    hub_file: str = ""
+    tag: str = ""
+    licence: str = ""
+    reference: str = ""
+    fixed_size: bool = False
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A parsed model reference: its source, what it names there, and its options."""
+
+    source: str
+    target: str
+    options: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def parse_ref(ref: str) -> ModelRef:
+    """Split a model reference into source, target and options.
+
+    Raises UnknownNameError for a source or an option that does not exist, UsageError for one that is malformed.
+
+    >>> parse_ref("torchvision:resnet18/IMAGENET1K_V1").target
+    'resnet18/IMAGENET1K_V1'
+    """
+    source, colon, rest = ref.partition(":")
+    if not colon:
+        forms = ", ".join(GRAMMAR.values())
+        raise UsageError(f"model reference {ref!r} does not name its source; legal forms: {forms}")
+    if source not in SOURCES:
+        raise UnknownNameError("model source", source, SOURCES)
+    target, mark, query = rest.partition("?")
+    _check_target(ref, source, target)
+    options = _parse_options(ref, source, query) if mark else {}
+    return ModelRef(source, unquote(target) if source == "file" else target, MappingProxyType(options))
+
+
+def is_model_ref(text: str) -> bool:
+    """Return whether a text starts with the name of a model source."""
+    return text.partition(":")[0] in SOURCES
+
+
+def _check_target(ref: str, source: str, target: str) -> None:
+    """Raise UsageError where the target does not have the number of parts its source asks for."""
+    low, high = _PARTS.get(source, (1, 10**6))
+    parts = target.split("/")
+    named = target if source == "file" else all(part not in ("", ".", "..") for part in parts)
+    if not named or not low <= len(parts) <= high or "\\" in target or "\0" in target:
+        raise UsageError(f"model reference {ref!r} is malformed; write {GRAMMAR[source]}")
+
+
+def _parse_options(ref: str, source: str, query: str) -> dict[str, str]:
+    legal = FILE_OPTIONS if source == "file" else ()
+    options: dict[str, str] = {}
+    for item in query.split("&"):
+        name, equals, value = item.partition("=")
+        if name not in legal:
+            raise UnknownNameError(f"option of a {source}: reference", name, legal)
+        if not equals or not value:
+            raise UsageError(f"option {name!r} of {ref!r} has no value; write {name}=...")
+        if name in options:
+            raise UsageError(f"option {name!r} is given twice in {ref!r}; give it once")
+        options[name] = unquote(value)
+    return options
+
+
+def parse_fraction(text: str, name: str) -> float:
+    """Return a finite number written as a decimal or a fraction; raises UsageError for anything else.
+
+    >>> parse_fraction("8/255", "trained_eps")
+    0.03137254901960784
+    """
+    try:
+        value = float(Fraction(text.strip())) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        message = f"{name}={text!r} is not a number; write a decimal or a fraction such as 8/255"
+        raise UsageError(message) from error
+    if not math.isfinite(value):
+        raise UsageError(f"{name}={text!r} is not finite; write a decimal or a fraction such as 8/255")
+    return value

@@ -1,0 +1,232 @@
+"""The only module that imports timm, torchvision.models and robustbench: inside functions, for importing takes seconds.
+
+Only architectures and published facts come from them; none of their functions that read weights is called.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from audit.errors import EnvironmentFault, MismatchError, UnknownNameError
+from model_zoo.entries import PretrainedFacts
+
+# Entries whose constructor would fetch weights of its own: an equal architecture is built in its place.
+_SAME_ARCHITECTURE = {"Standard_R50": "Salman2020Do_R50"}
+_THREAT_OF_SAME = "Linf"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what third-party modules say about their own age while they are imported and built."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _timm() -> Any:
+    with _quiet():
+        return import_module("timm")
+
+
+def _torchvision_models() -> Any:
+    with _quiet():
+        return import_module("torchvision.models")
+
+
+def _robustbench_models() -> Any:
+    """Return robustbench's table of models; its package imports autoattack under a name nothing installs."""
+    with _quiet():
+        state = import_module("pyautoattack.state")
+        sys.modules.setdefault("autoattack", import_module("pyautoattack"))
+        sys.modules.setdefault("autoattack.state", state)
+        return import_module("robustbench.model_zoo.models").model_dicts
+
+
+def timm_names() -> list[tuple[str, str]]:
+    """Return the name, as `<architecture>.<tag>`, and the family of every timm model with pretrained weights."""
+    timm = _timm()
+    return [(name, _timm_family(timm, name.partition(".")[0])) for name in timm.list_pretrained()]
+
+
+def _timm_family(timm: Any, architecture: str) -> str:
+    module: str = timm.models.model_entrypoint(architecture).__module__
+    return module.rpartition(".")[2]
+
+
+def timm_facts(name: str) -> PretrainedFacts:
+    """Return what timm says about a pretrained name; raises UnknownNameError."""
+    timm = _timm()
+    with _quiet():
+        # A name such as hf-hub:org/repo would make timm fetch and unpickle, so only registered names pass.
+        config = timm.models.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    if config is None:
+        raise UnknownNameError("timm model", name, [*timm.list_pretrained(), *timm.list_models()])
+    return PretrainedFacts(
+        name=f"{config.architecture}.{config.tag}" if config.tag else config.architecture,
+        family=_timm_family(timm, config.architecture),
+        num_classes=config.num_classes,
+        image_shape=tuple(config.input_size),
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        url=config.url or "",
+        hub_repo=config.hf_hub_id or "",
+        hub_file=_safe_name(config.hf_hub_filename or ""),
+        tag=config.tag or "",
+        licence=config.license or "",
+        reference=config.paper_ids or config.origin_url or "",
+        fixed_size=config.fixed_input_size,
+    )
+
+
+def _safe_name(filename: str) -> str:
+    """Return the name under which the hub keeps the safetensors twin of a pickled file."""
+    if filename in ("", "pytorch_model.bin"):
+        return "model.safetensors"
+    return filename.replace("open_clip_pytorch_model", "open_clip_model").removesuffix(".bin") + ".safetensors"
+
+
+def timm_build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Return a timm architecture with random weights; raises MismatchError for arguments it does not take."""
+    timm = _timm()
+    if not timm.is_model(name.partition(".")[0]):
+        raise UnknownNameError("timm model", name, timm.list_models())
+    try:
+        with _quiet():
+            network: nn.Module = timm.create_model(name, pretrained=False, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise MismatchError(f"timm cannot build {name!r} with {dict(arguments)}: {error}") from error
+    return network
+
+
+def timm_filtered(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return tensors renamed by the filter timm keeps beside an architecture, None where it has none."""
+    module = sys.modules.get(type(network).__module__)
+    rename: Callable[..., dict[str, Tensor]] | None = getattr(module, "checkpoint_filter_fn", None)
+    if rename is None or not type(network).__module__.startswith("timm."):
+        return None
+    try:
+        with _quiet():
+            return dict(rename(dict(tensors), network))
+    except (KeyError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError):
+        return None  # made for other layouts of this architecture; the mismatch itself is what to report
+
+
+def torchvision_names() -> list[tuple[str, PretrainedFacts]]:
+    """Return every torchvision model with weights, as `<arch>/<weights>` and what is known about them."""
+    models = _torchvision_models()
+    found = []
+    for name in models.list_models(module=models):
+        for weights in _classifiers(models, name):
+            found.append((f"{name}/{weights.name}", _torchvision_weights_facts(models, name, weights)))
+    return found
+
+
+def torchvision_facts(name: str, weights_name: str = "") -> tuple[str, PretrainedFacts]:
+    """Return the name and facts of a torchvision model's weights (the default ones when not named).
+
+    Raises UnknownNameError for an architecture or weights that do not exist.
+    """
+    models = _torchvision_models()
+    names = models.list_models(module=models)
+    if name not in names:
+        raise UnknownNameError("torchvision model", name, names)
+    legal = {weights.name: weights for weights in _classifiers(models, name)}
+    if weights_name and weights_name not in legal:
+        raise UnknownNameError(f"weights of torchvision's {name}", weights_name, legal)
+    weights = legal[weights_name] if weights_name else models.get_model_weights(name).DEFAULT
+    return weights.name, _torchvision_weights_facts(models, name, weights)
+
+
+def _classifiers(models: Any, name: str) -> list[Any]:
+    """Return the weights of a torchvision model that end in a classifier (one of VGG's does not)."""
+    return [weights for weights in models.get_model_weights(name) if weights.meta["categories"]]
+
+
+def _torchvision_weights_facts(models: Any, name: str, weights: Any) -> PretrainedFacts:
+    preset = weights.transforms()
+    size = int(preset.crop_size[0])
+    metrics = weights.meta.get("_metrics", {}).get("ImageNet-1K", {})
+    return PretrainedFacts(
+        name=name,
+        family=models.get_model_builder(name).__module__.rpartition(".")[2],
+        num_classes=len(weights.meta["categories"]),
+        image_shape=(3, size, size),
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        url=weights.url,
+        licence=weights.meta.get("license", ""),
+        reference=weights.meta.get("recipe", ""),
+        accuracy=metrics["acc@1"] / 100 if "acc@1" in metrics else None,
+    )
+
+
+def torchvision_build(name: str, num_classes: int, size: int | None, pretrained: bool = False) -> nn.Module:
+    """Return a torchvision architecture with random weights; `size` is the image's side, for those that fix it.
+
+    `pretrained` asks for the variant that torchvision's own weights fit. Raises UnknownNameError, MismatchError.
+    """
+    models = _torchvision_models()
+    names = models.list_models(module=models)
+    if name not in names:
+        raise UnknownNameError("torchvision model", name, names)
+    arguments: dict[str, Any] = {"num_classes": num_classes}
+    if size is not None and name.startswith("vit_"):
+        arguments["image_size"] = size
+    if name in ("inception_v3", "googlenet"):
+        arguments |= {"init_weights": False} | ({"transform_input": True, "aux_logits": True} if pretrained else {})
+    try:
+        with _quiet():
+            network: nn.Module = models.get_model(name, weights=None, **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise MismatchError(f"torchvision cannot build {name!r} with {arguments}: {error}") from error
+    return network
+
+
+def robustbench_ids() -> list[tuple[str, str, str]]:
+    """Return robustbench's own list of (dataset, threat, id)."""
+    table = _robustbench_models()
+    return [(d.value, t.value, name) for d, threats in table.items() for t, ms in threats.items() for name in ms]
+
+
+def robustbench_drive_ids(dataset: str, threat: str, name: str) -> list[str]:
+    """Return the Google Drive ids of an entry's files; empty where robustbench names none."""
+    found = _robustbench_entry(dataset, threat, name).get("gdrive_id") or []
+    return list(found) if isinstance(found, list) else [found]
+
+
+def robustbench_timm_name(dataset: str, threat: str, name: str) -> str:
+    """Return the timm name robustbench registered for an entry, '' for the entries that have none."""
+    _robustbench_models()
+    registered = f"{name.lower().replace('-', '_')}_{dataset.lower()}_{threat.lower()}"
+    return registered if _timm().is_model(registered) else ""
+
+
+def robustbench_build(dataset: str, threat: str, name: str) -> nn.Module:
+    """Return the architecture of a RobustBench entry with random weights.
+
+    Raises EnvironmentFault where its constructor asks for a GPU that this machine lacks.
+    """
+    if registered := robustbench_timm_name(dataset, threat, name):
+        return timm_build(registered, {})
+    if name in _SAME_ARCHITECTURE and dataset == "imagenet":
+        threat, name = _THREAT_OF_SAME, _SAME_ARCHITECTURE[name]
+    try:
+        with _quiet():
+            network: nn.Module = _robustbench_entry(dataset, threat, name)["model"]()
+    except (RuntimeError, AssertionError) as error:
+        if "CUDA" not in str(error) and "NVIDIA" not in str(error):
+            raise
+        message = f"robustbench's {name} moves itself to a GPU while it is built, and this machine has none"
+        raise EnvironmentFault(f"{message}; audit it on a machine with CUDA") from error
+    return network
+
+
+def _robustbench_entry(dataset: str, threat: str, name: str) -> Mapping[str, Any]:
+    table = {d.value: {t.value: ms for t, ms in threats.items()} for d, threats in _robustbench_models().items()}
+    entry: Mapping[str, Any] = table[dataset][threat][name]
+    return entry

@@ -1,0 +1,155 @@
+"""The command `rvaudit`: what people look at, and the measuring commands of `audit.cli`, mounted lazily.
+
+Nothing heavy is imported before a command runs: `rvaudit --help` loads neither torch nor pandas.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from audit.errors import AuditError, EnvironmentFault, UsageError
+from reports.text import plain_text
+
+_INTERRUPTED = 130
+_PIPE_WIDTH = 160
+_RUN = click.Path(path_type=Path)
+
+
+class LazyGroup(click.Group):
+    """The commands defined here and those that `audit.cli` lists; the latter are imported when asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands."""
+        return sorted({*super().list_commands(ctx), *_measuring_commands()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name, or None where there is none."""
+        own = super().get_command(ctx, cmd_name)
+        if own is not None or cmd_name not in _measuring_commands():
+            return own
+        module = importlib.import_module("audit.cli")
+        found: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
+        return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: what a command returns, or that of the error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = cli.main(args=words, prog_name="rvaudit", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except AuditError as error:
+        _complain(str(error))
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted; the same command resumes")
+        return _INTERRUPTED
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "token_normalize_func": lambda word: word.replace("_", "-"),
+        "help_option_names": ["-h", "--help"],
+    },
+)
+@click.version_option(version("rvaudit"), prog_name="rvaudit")
+def cli() -> None:
+    """Audit how robust a pretrained model's representation is, and read the results.
+
+    Exit codes: 0 all well, 1 some model failed, 2 usage, 3 environment, 4 refused for safety, 5 integrity,
+    130 interrupted.
+    """
+
+
+@cli.command("leaderboard")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=_RUN)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array, nothing else.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table as FILE.csv.")
+def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
+    """Rank the models of run folders.
+
+    Rebuilds the leaderboard files of each folder from its records.
+    """
+    if out is not None and out.suffix != ".csv":
+        raise UsageError(f"--out writes CSV, so its name must end in .csv, not {out.suffix or out.name!r}")
+    from audit.records import read_records, write_atomically
+    from reports.ranking import leaderboard, to_csv
+    from reports.table import frame_rows, to_frame
+
+    table = leaderboard(to_frame(read_records(*runs)))
+    _rebuild_leaderboards(runs)
+    if out is not None:
+        write_atomically(out, to_csv(table))
+    if as_json:
+        click.echo(json.dumps(frame_rows(table), allow_nan=False))
+    else:
+        _print_table(table)
+
+
+@cli.command("figures")
+@click.argument("run", type=_RUN)
+def figures_command(run: Path) -> None:
+    """Redraw the figures of a run folder."""
+    from reports.publish import write_figures
+
+    _list_paths(write_figures(run))
+
+
+@cli.command("report")
+@click.argument("run", type=_RUN)
+def report_command(run: Path) -> None:
+    """Rebuild everything derived from records.
+
+    Writes the leaderboard, the figures and the HTML report of a run folder.
+    """
+    from reports.publish import write_reports
+
+    _list_paths(write_reports(run))
+
+
+def _measuring_commands() -> dict[str, str]:
+    commands: dict[str, str] = importlib.import_module("audit.cli").COMMANDS
+    return commands
+
+
+def _rebuild_leaderboards(runs: Sequence[Path]) -> None:
+    from reports.ranking import write_leaderboard
+
+    for run in runs:
+        try:
+            write_leaderboard(run)
+        except EnvironmentFault as error:
+            # an archive may be read-only; the table can still be shown
+            click.echo(f"Note: {plain_text(str(error))}", err=True)
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    from reports.terminal import fitting_table
+
+    terminal = Console(highlight=False)
+    width = terminal.width if terminal.is_terminal else max(terminal.width, _PIPE_WIDTH)
+    console = Console(highlight=False, width=width)
+    for part in fitting_table(table, width):
+        console.print(part)
+
+
+def _list_paths(paths: Sequence[Path]) -> None:
+    for path in paths:
+        click.echo(plain_text(str(path)))
+
+
+def _complain(message: str) -> None:
+    lines = [plain_text(line) for line in message.splitlines()] or [""]
+    click.echo("Error: " + "\n".join(lines), err=True)

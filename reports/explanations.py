@@ -1,0 +1,35 @@
+"""What a flag means, in one sentence each; an unknown flag speaks for itself."""
+
+from reports.text import plain_text
+
+_MEANINGS = {
+    "contradicted": "a measurement refutes the estimate: the MI lies under a floor that the measured accuracy implies, "
+    "so the model is shown but not ranked",
+    "saturated": "the estimate is close to its ceiling, the logarithm of the number of images: the MI may be larger",
+    "not_converged": "the critic was still improving when training stopped: the estimate is likely too small",
+    "unpinned": "the hash of the weights was not known beforehand, so they were taken as found",
+    "code_trusted": "user code built the network",
+    "weak_attack": "a second attack found more errors than the named one: the adversarial accuracy is too high",
+    "negative": "the estimate came out under zero, which no MI is: read it as zero within its error",
+    "noisy": "the seeds disagree by more than the difference that is being measured",
+}
+
+
+def flag_name(flag: str) -> str:
+    """Return the name of a flag without its particulars.
+
+    >>> flag_name("contradicted: worst_nats 0.3 is under 0.5"), flag_name("not-converged")
+    ('contradicted', 'not_converged')
+    """
+    return plain_text(flag).partition(":")[0].strip().replace("-", "_").replace(" ", "_").lower()
+
+
+def explain(flag: str) -> str:
+    """Return what a flag means.
+
+    >>> explain("unpinned:vgg")
+    'the hash of the weights was not known beforehand, so they were taken as found'
+    """
+    name = flag_name(flag)
+    near = [meaning for key, meaning in _MEANINGS.items() if name.startswith(key)]
+    return near[0] if near else "reported by the audit; see the notes of the model"

@@ -1,0 +1,30 @@
+"""Everything people look at, rebuilt from the records of a run folder."""
+
+from pathlib import Path
+
+from audit.records import read_records, write_atomically
+from reports.figures import save_figures
+from reports.html import render_report
+from reports.ranking import leaderboard, write_leaderboard
+from reports.table import to_frame
+
+
+def write_reports(folder: Path) -> list[Path]:
+    """Write the leaderboard, the figures and the HTML report of a run folder and return their paths.
+
+    The same records give the same bytes. Raises EnvironmentFault where there are no records or nothing can be
+    written, IntegrityError where a record cannot be read.
+    """
+    return [*write_leaderboard(folder), *write_figures(folder), write_html(folder)]
+
+
+def write_figures(folder: Path) -> list[Path]:
+    """Write figures/figure1 and figure2 as PNG and SVG into a run folder and return their paths."""
+    return save_figures(leaderboard(to_frame(read_records(Path(folder)))), Path(folder))
+
+
+def write_html(folder: Path) -> Path:
+    """Write report.html into a run folder and return its path."""
+    path = Path(folder) / "report.html"
+    write_atomically(path, render_report(read_records(Path(folder))))
+    return path

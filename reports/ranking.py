@@ -1,0 +1,54 @@
+"""The leaderboard: who comes first, and who may not be ranked at all."""
+
+from io import BytesIO
+from pathlib import Path
+
+import pandas as pd
+
+from audit.records import read_records, write_atomically
+from reports.table import GROUP, ranked, to_frame
+from reports.text import spreadsheet_text
+
+UNRANKED = "unranked"
+
+
+def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows grouped by data set, layer, threat and estimator, and ranked by RV inside each group.
+
+    Rank 1 has the lowest RV (nats), the least vulnerable representation; equal RVs share a rank. Failed and
+    contradicted rows come last in their group and are never ranked. Where a cell appears twice (several run
+    folders), the later row counts.
+    """
+    rows = frame.drop_duplicates("cell_id", keep="last")
+    keys = list(GROUP)
+    ranks = rows["rv"].where(ranked(rows)).groupby([rows[key] for key in keys]).rank(method="min")
+    ordered = rows.assign(rank=ranks).sort_values([*keys, "rank", "model", "cell_id"], na_position="last")
+    shown = [UNRANKED if pd.isna(rank) else str(int(rank)) for rank in ordered.pop("rank")]
+    ordered.insert(0, "rank", pd.Series(shown, index=ordered.index, dtype="str"))
+    return ordered.reset_index(drop=True)
+
+
+def to_csv(table: pd.DataFrame) -> str:
+    """Return a table as CSV that a spreadsheet opens without running anything.
+
+    Text cells lose control characters and are quoted where they start like a formula; numbers keep every digit.
+    """
+    texts = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
+    safe = table.assign(**{name: table[name].map(spreadsheet_text) for name in texts})
+    return str(safe.to_csv(index=False, lineterminator="\n"))
+
+
+def to_parquet(table: pd.DataFrame) -> bytes:
+    """Return a table as a parquet file, text unchanged."""
+    buffer = BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def write_leaderboard(folder: Path) -> list[Path]:
+    """Write leaderboard.csv and leaderboard.parquet into a run folder and return their paths."""
+    table = leaderboard(to_frame(read_records(Path(folder))))
+    csv, parquet = Path(folder) / "leaderboard.csv", Path(folder) / "leaderboard.parquet"
+    write_atomically(csv, to_csv(table))
+    write_atomically(parquet, to_parquet(table))
+    return [csv, parquet]

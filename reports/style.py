@@ -1,0 +1,194 @@
+"""How a figure looks: colours that survive colour blindness, markers, fonts, and layout in inches.
+
+Everything is placed by hand from known font sizes, so nothing overlaps and a rebuild gives the same bytes.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from reports.text import plain_text, shorten
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.fontsize": 7.5,
+    "savefig.dpi": 300,
+    "figure.dpi": 100,
+    # names are data: a dollar sign in one must not start a formula
+    "text.parse_math": False,
+    "text.usetex": False,
+    "svg.hashsalt": "rvaudit",
+    "svg.fonttype": "path",
+}
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "h", "*")
+# the palette's yellow and light grey vanish on white paper
+_COLOURS = tuple(sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 5, 9))
+_LINE_INCHES = 0.142
+_KEY_INCHES = 0.147
+
+FILL_LABELS = {
+    "none": "standard training",
+    "left": "robust, smaller eps than audited",
+    "full": "robust, audited eps or larger",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """The colour and marker shape of one family."""
+
+    colour: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A figure of equal panels in a grid, all lengths in inches; captions and the key stand below."""
+
+    panels: int
+    captions: Sequence[str] = ()
+    width: float = 3.5
+    plot_height: float = 2.45
+    keys: tuple[int, int] = (0, 0)
+
+    @property
+    def columns(self) -> int:
+        """How many panels stand side by side."""
+        return max(1, min(self.panels, 3))
+
+    def draw(self) -> tuple[Figure, list[Axes]]:
+        """Return the empty figure and one axes a panel."""
+        rows = math.ceil(self.panels / self.columns)
+        key = 0.17 + _KEY_INCHES * math.ceil(max(self.keys) / self.columns)
+        size = (self.width * self.columns, rows * self._row_height + key)
+        figure = Figure(figsize=size, facecolor="white")
+        axes = [figure.add_axes(self._box(index, size)) for index in range(self.panels)]
+        for panel, text in zip(axes, self.captions, strict=False):
+            place_caption(panel, text, self.plot_height)
+        return figure, axes
+
+    @property
+    def _row_height(self) -> float:
+        lines = max((caption_lines(text) for text in self.captions), default=0)
+        return 0.3 + self.plot_height + 0.42 + lines * _LINE_INCHES + 0.06 * bool(lines)
+
+    def _box(self, index: int, size: tuple[float, float]) -> tuple[float, float, float, float]:
+        row, column = divmod(index, self.columns)
+        left, top = self.width * column + 0.56, size[1] - row * self._row_height - 0.3
+        width, height = self.width - 0.56 - 0.14, self.plot_height
+        return left / size[0], (top - height) / size[1], width / size[0], height / size[1]
+
+
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """Draw and save inside this: fonts, grid and the fixed salt of SVG identifiers."""
+    # a reader's own matplotlibrc must not change the bytes; the backend is not touched, figures need none
+    defaults = {name: value for name, value in mpl.rcParamsDefault.items() if "backend" not in name}
+    with mpl.rc_context({**defaults, **_RC}):
+        yield
+
+
+def looks(families: Iterable[str]) -> dict[str, Look]:
+    """Return a look for every family, the same whatever the order they come in."""
+    names = sorted(set(families))
+    return {name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
+
+
+def fill_of(trained_eps: float, eps: float) -> str:
+    """Return the filling of a marker: hollow, half or full by the radius trained for.
+
+    Source: Zhu, Zhang & Evans, ICML 2020, Figure 1.
+
+    >>> fill_of(0, 0.2), fill_of(0.05, 0.2), fill_of(0.2, 0.2)
+    ('none', 'left', 'full')
+    """
+    if trained_eps <= 0:
+        return "none"
+    return "full" if trained_eps >= eps * (1 - 1e-9) else "left"
+
+
+def marker(look: Look, fill: str, size: float = 5.5) -> Line2D:
+    """Return one marker; half-filled and hollow ones are white where they are not coloured."""
+    face = "white" if fill == "none" else look.colour
+    return Line2D(
+        [], [], linestyle="none", marker=look.marker, markersize=size, markeredgewidth=0.9,
+        fillstyle="full" if fill == "none" else fill, markeredgecolor=look.colour,  # type: ignore[arg-type]
+        markerfacecolor=face, markerfacecoloralt="white", zorder=3,
+    )  # fmt: skip
+
+
+def label(text: str, width: int = 34) -> str:
+    """Return text that the figure's font can show, shortened in the middle.
+
+    >>> label("a" * 40, 9)
+    'aaaaa…aaa'
+    """
+    plain = shorten(plain_text(text).strip(), width) or "(no name)"
+    drawable = "".join(c if ord(c) < 0x250 or c in "…ℓ∞" else "?" for c in plain)
+    # matplotlib leaves labels that start with an underscore out of the key
+    return f" {drawable}" if drawable.startswith("_") else drawable
+
+
+def place_caption(axes: Axes, text: str, plot_height: float) -> None:
+    """Write a caption under the axis label, wrapped to the panel's width."""
+    axes.text(
+        -0.15, -0.47 / plot_height, "\n".join(_wrapped(text)), transform=axes.transAxes, va="top", ha="left",
+        fontsize=6.8, linespacing=1.35, color="#333333",
+    )  # fmt: skip
+
+
+def caption_lines(text: str) -> int:
+    """Return how many lines a caption takes."""
+    return len(_wrapped(text))
+
+
+def place_key(figure: Figure, families: Sequence[Line2D], rest: Sequence[Line2D], columns: int) -> None:
+    """Put the key at the bottom, in the room the sheet left: families on the left, everything else beside them."""
+    top = (0.08 + _KEY_INCHES * math.ceil(max(len(families), len(rest)) / columns)) / figure.get_figheight()
+    for handles, left in ((families, 0.02), (rest, 0.4)):
+        figure.legend(
+            handles=list(handles),
+            loc="upper left",
+            bbox_to_anchor=(left, top),
+            ncols=columns,
+            frameon=False,
+            handletextpad=0.4,
+            columnspacing=1.0,
+            labelspacing=0.35,
+            borderpad=0.1,
+            borderaxespad=0,
+        )
+
+
+def limits(values: Iterable["pd.Series[float]"], margin: float = 0.07) -> tuple[float, float]:
+    """Return axis limits that hold every finite value with a margin; (0, 1) where there is none."""
+    joined = pd.concat([series.astype("float64") for series in values]).dropna()
+    if joined.empty:
+        return 0.0, 1.0
+    low, high = float(joined.min()), float(joined.max())
+    room = margin * (high - low) or 0.1 * max(abs(high), 0.1)
+    return low - room, high + room
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(plain_text(text), width=68)

@@ -1,0 +1,66 @@
+"""The leaderboard on a terminal: as many columns as fit, the most telling first, names made harmless."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from reports.cells import HEADERS, Header, Row, flags_text
+from reports.explanations import flag_name
+from reports.table import panels, split_flags
+from reports.text import short_name, shorten
+
+# by what a reader needs first; the table keeps the report's order whatever fits
+_WANTED = (
+    "rank", "model", "RV", "adversarial gap", "flags", "training", "adversarial accuracy", "natural accuracy",
+    "worst-case MI", "normal-case MI", "adversarial accuracy bound", "family",
+)  # fmt: skip
+_WIDEST = 34
+_PADDING = 3
+
+
+def fitting_table(table: pd.DataFrame, width: int) -> list[Table | Text]:
+    """Return a rich table for each comparable group, at most `width` characters wide, and why rows are unranked."""
+    parts: list[Table | Text] = []
+    for panel in panels(table):
+        rows = [{str(name): value for name, value in row.items()} for row in panel.rows.to_dict(orient="records")]
+        columns = {header.title: [_shown(header, row) for row in rows] for header in HEADERS}
+        parts.append(_table(panel.title, _fitting(columns, width), columns))
+        unranked = [row for row in rows if row["rank"] == "unranked"]
+        parts.extend(Text(f"{short_name(row['model'])}: {flags_text(row)}") for row in unranked)
+    return parts
+
+
+def _shown(header: Header, row: Row) -> str:
+    if header.title != "flags":
+        return shorten(header.cell(row).text, _WIDEST)
+    # the names fit in a table; the particulars follow under it
+    failure = [] if row["status"] == "valid" else ["failed"]
+    return shorten("; ".join([*failure, *map(flag_name, split_flags(row["flags"]))]) or "none", 24)
+
+
+def _fitting(columns: dict[str, list[str]], width: int) -> list[Header]:
+    heads = {header.title: header for header in HEADERS}
+    left, chosen = width - 1, set[str]()
+    for title in _WANTED:
+        needed = _PADDING + max(map(cell_len, [*_head_lines(heads[title]), *columns[title]]))
+        if needed <= left:
+            chosen.add(title)
+            left -= needed
+    return [header for header in HEADERS if header.title in chosen]
+
+
+def _table(title: str, heads: Sequence[Header], columns: dict[str, list[str]]) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    for head in heads:
+        # Text, never str: a name must not be read as markup
+        table.add_column(Text("\n".join(_head_lines(head))), justify="right" if head.numeric else "left", no_wrap=True)
+    for cells in zip(*(columns[head.title] for head in heads), strict=True):
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _head_lines(header: Header) -> list[str]:
+    return [line for line in (header.title, f"{header.unit}, {header.kind}") if line.strip(", ")]

@@ -1,0 +1,157 @@
+import json
+import subprocess
+import sys
+import types
+
+import click
+import pytest
+
+from audit.errors import ConfigError, UnsafeError
+from reports import cli
+
+
+@pytest.fixture(autouse=True)
+def fake_measuring_commands(monkeypatch):
+    """Stand in for audit.cli: one command that fails in a chosen way, one that returns an exit code."""
+    module = types.ModuleType("audit.cli")
+    module.COMMANDS = {"model-list": "List models.", "run": "Run a benchmark."}
+
+    @click.command("run", help="Run a benchmark.")
+    @click.option("--batch-size", type=int, default=0)
+    def run_command(batch_size):
+        click.echo(f"batch {batch_size}")
+        return 1 if batch_size else 0
+
+    @click.command("model-list", help="List models.")
+    @click.argument("how")
+    @click.pass_context
+    def model_list_command(ctx, how):
+        if how == "exit":
+            ctx.exit(1)
+        raise {
+            "unsafe": UnsafeError("refused: \x1b[31m\u202eevil"),
+            "config": ConfigError(["a.yaml:1:1: one", "a.yaml:2:1: two"]),
+            "stop": KeyboardInterrupt(),
+        }[how]
+
+    module.run_command, module.model_list_command = run_command, model_list_command
+    monkeypatch.setitem(sys.modules, "audit.cli", module)
+
+
+def test_help_lists_own_and_measuring_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("figures", "leaderboard", "report", "run", "model-list"):
+        assert f"  {name} " in shown
+    assert "..." not in shown.partition("Commands:")[2]
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("rvaudit, version ")
+
+
+def test_underscores_are_accepted_and_a_returned_code_is_the_exit_code(capsys):
+    assert cli.main(["run", "--batch_size", "3"]) == 1
+    assert capsys.readouterr().out == "batch 3\n"
+    assert cli.main(["run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("unsafe", 4, "Error: refused: evil\n"),
+        ("config", 2, "Error: a.yaml:1:1: one\na.yaml:2:1: two\n"),
+        ("stop", 130, "Error: interrupted"),
+        ("exit", 1, ""),
+    ],
+)
+def test_errors_become_a_sentence_and_an_exit_code(how, code, said, capsys):
+    assert cli.main(["model_list", how]) == code
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.out == ""
+
+
+def test_usage_errors_name_what_was_meant(capsys):
+    assert cli.main(["leaderbord"]) == 2
+    assert "leaderboard" in capsys.readouterr().err
+    assert cli.main(["leaderboard"]) == 2
+    assert "RUN" in capsys.readouterr().err
+
+
+def test_leaderboard_on_a_terminal(mixed_zoo, write_run, capsys, monkeypatch):
+    folder = write_run(mixed_zoo)
+    assert cli.main(["leaderboard", str(folder)]) == 0
+    wide = capsys.readouterr().out
+    assert "densenet-robust" in wide
+    assert "baseline-h-robust: contradicted: worst_nats 0.30 is under its floor 0.52; saturated" in wide
+    assert "resnet-quarter: failed: the weights hold NaN" in wide
+    assert "adversarial accuracy bound" not in wide
+    assert (folder / "leaderboard.csv").exists()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["leaderboard", str(folder)]) == 0
+    narrow = capsys.readouterr().out
+    assert "0.530 ± 0.060" in narrow
+    assert "natural accuracy" not in narrow
+
+
+def test_hostile_names_reach_no_terminal(hostile, write_run, capsys):
+    assert cli.main(["leaderboard", str(write_run(hostile))]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert "[bold]markup[/bold]" in shown
+
+
+def test_json_is_one_array_and_nothing_else(mixed_zoo, hostile, write_run, capsys):
+    assert cli.main(["leaderboard", "--json", str(write_run(mixed_zoo))]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["rank"] for row in rows][-3:] == ["10", "unranked", "unranked"]
+    assert rows[0]["flags"] == []
+    assert cli.main(["leaderboard", "--json", str(write_run(hostile, "other"))]) == 0
+    shown = capsys.readouterr().out
+    assert shown.isascii()
+    assert len(json.loads(shown)) == len(hostile)
+
+
+def test_several_runs_and_a_csv_file(zoo, write_run, tmp_path, capsys):
+    first, second = write_run(zoo[:6], "one"), write_run(zoo[6:], "two")
+    assert cli.main(["leaderboard", str(first), str(second), "--out", str(tmp_path / "all.csv")]) == 0
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 13
+    assert len((first / "leaderboard.csv").read_text().splitlines()) == 7
+    assert cli.main(["leaderboard", str(first), "--out", str(tmp_path / "all.xlsx")]) == 2
+    assert "must end in .csv" in capsys.readouterr().err
+
+
+def test_a_read_only_archive_can_still_be_shown(zoo, write_run, capsys):
+    folder = write_run(zoo)
+    (folder / "leaderboard.csv").mkdir()
+    assert cli.main(["leaderboard", str(folder)]) == 0
+    captured = capsys.readouterr()
+    assert "Note: cannot write" in captured.err
+    assert "vgg-robust" in captured.out
+
+
+def test_figures_and_report_list_what_they_wrote(zoo, write_run, capsys):
+    folder = write_run(zoo[:1])
+    assert cli.main(["figures", str(folder)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert cli.main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("report.html")
+
+
+def test_no_records_exit_with_three(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 3
+    assert "holds no records" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, types; m = types.ModuleType('audit.cli'); m.COMMANDS = {}; sys.modules['audit.cli'] = m\n"
+        "from reports.cli import main; main(['--help'])\n"
+        "print([n for n in ('torch', 'numpy', 'pandas', 'matplotlib', 'rich') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

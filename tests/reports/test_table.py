@@ -1,0 +1,114 @@
+import csv
+import io
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+import reports
+from reports.ranking import leaderboard, to_csv, to_parquet
+from reports.table import COLUMNS, KINDS, panels, split_flags, to_frame, to_rows
+
+
+def test_one_row_a_record_in_the_promised_columns(zoo):
+    frame = to_frame(zoo)
+    assert list(frame.columns) == list(COLUMNS)
+    assert list(frame["model"]) == [record.model for record in zoo]
+    assert frame["rv"].tolist() == [record.rv for record in zoo]
+
+
+def test_no_records_give_an_empty_typed_frame():
+    frame = to_frame([])
+    assert list(frame.columns) == list(COLUMNS)
+    assert leaderboard(frame).empty
+    assert frame["rv"].dtype == "float64"
+
+
+def test_a_healthy_run_has_no_empty_cell(zoo):
+    rows = list(csv.DictReader(io.StringIO(to_csv(leaderboard(to_frame(zoo))))))
+    assert len(rows) == 12
+    assert all(value != "" for row in rows for value in row.values())
+    assert {row["flags"] for row in rows} == {"none"}
+    assert [row["rank"] for row in rows] == [str(place) for place in range(1, 13)]
+
+
+def test_rank_follows_rv(zoo):
+    table = reports.leaderboard(reports.to_frame(zoo))
+    assert table["rv"].is_monotonic_increasing
+
+
+def test_equal_rvs_share_a_rank(zoo):
+    table = leaderboard(to_frame([replace(record, rv=1.0) for record in zoo]))
+    assert set(table["rank"]) == {"1"}
+
+
+def test_failed_and_contradicted_rows_are_shown_last_and_never_ranked(mixed_zoo):
+    table = leaderboard(to_frame(mixed_zoo))
+    assert list(table["rank"][-2:]) == ["unranked", "unranked"]
+    assert list(table["rank"][:-2]) == [str(place) for place in range(1, 11)]
+    assert set(table["model"][-2:]) == {mixed_zoo[2].model, mixed_zoo[7].model}
+    assert "failed: the weights hold NaN" in set(table["status"])
+
+
+def test_groups_are_ranked_apart(zoo):
+    mixed = [replace(record, eps=0.1 if i % 2 else 0.2) for i, record in enumerate(zoo)]
+    table = leaderboard(to_frame(mixed))
+    assert list(table["eps"]) == [0.1] * 6 + [0.2] * 6
+    assert list(table["rank"]) == [str(place) for place in range(1, 7)] * 2
+
+
+def test_estimators_are_never_ranked_together(zoo):
+    mixed = [replace(record, estimator="sandwich" if i < 6 else "mine") for i, record in enumerate(zoo)]
+    assert len(panels(to_frame(mixed))) == 2
+    assert {panel.title.rsplit(", ", 1)[1] for panel in panels(to_frame(mixed))} == {"mine", "sandwich"}
+
+
+def test_the_later_folder_counts_where_a_cell_appears_twice(zoo):
+    table = leaderboard(to_frame([zoo[0], replace(zoo[0], rv=0.1)]))
+    assert table["rv"].tolist() == [0.1]
+
+
+def test_rows_are_strict_json_with_flags_as_lists(mixed_zoo):
+    rows = json.loads(json.dumps(to_rows(mixed_zoo), allow_nan=False))
+    assert list(rows[0]) == list(COLUMNS)
+    assert rows[0]["flags"] == []
+    assert rows[2]["flags"] == list(mixed_zoo[2].flags)
+    assert rows[7]["rv"] is None
+    assert rows[0]["images"] == 500
+
+
+def test_flags_survive_their_separator(zoo):
+    frame = to_frame([replace(zoo[0], flags=("saturated; badly", "noisy"))])
+    assert split_flags(frame["flags"][0]) == ["saturated, badly", "noisy"]
+
+
+def test_kinds_never_claim_a_certificate():
+    assert set(KINDS.values()) == {"estimate", "measured"}
+    assert KINDS["rv"] == KINDS["adversarial_accuracy_bound"] == "estimate"
+    assert KINDS["adversarial_gap"] == KINDS["natural_accuracy"] == "measured"
+    assert set(KINDS) <= set(COLUMNS)
+
+
+def test_parquet_round_trip(mixed_zoo):
+    table = leaderboard(to_frame(mixed_zoo))
+    pd.testing.assert_frame_equal(pd.read_parquet(io.BytesIO(to_parquet(table))), table, check_dtype=False)
+
+
+def test_hostile_names_stay_text_in_csv(hostile):
+    text = to_csv(leaderboard(to_frame(hostile)))
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert len(rows) == len(hostile)
+    for row in rows:
+        for name in ("model", "family", "layer", "flags"):
+            assert not row[name].lstrip().startswith(("=", "+", "-", "@"))
+    to_parquet(leaderboard(to_frame(hostile)))
+
+
+def test_public_names():
+    assert sorted(reports.__all__) == ["leaderboard", "to_frame", "write_reports"]
+    assert set(reports.__all__) <= set(dir(reports))
+    with pytest.raises(AttributeError, match="no attribute 'rank'"):
+        _ = reports.rank
