@@ -77,7 +77,8 @@ class _ImageBranch(nn.Module):
         channels, height, width = view.shape[1:]
         layers: list[nn.Module] = []
         outputs = shape.channels
-        while max(height, width) > 4:
+        # one at least: without it the critic would be linear in the image
+        while not layers or max(height, width) > 4:
             layers += [nn.Conv2d(channels, outputs, 3, 2, 1), nn.GroupNorm(1, outputs), nn.ReLU()]
             channels, outputs = outputs, 2 * outputs
             height, width = (height + 1) // 2, (width + 1) // 2
@@ -137,7 +138,9 @@ class _FeatureBranch(nn.Module):
 
 def build_critic(images: Images, features: Features, shape: CriticShape, generator: torch.Generator) -> nn.Module:
     """Return a fresh critic on the device of the images, standardising by the samples given."""
-    return CRITICS[shape.name](images, features, shape, generator).to(images.device)
+    # torch's layers draw weights from the global generator as they are made, before ours replace them
+    with torch.random.fork_rng(devices=[]):
+        return CRITICS[shape.name](images, features, shape, generator).to(images.device)
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:

@@ -8,7 +8,7 @@ Source: Belghazi et al. 2018 (MINE); Zhu, Zhang & Evans 2020, section 4.1.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import log, sqrt
+from math import isfinite, log, sqrt
 from typing import NamedTuple
 
 import torch
@@ -44,6 +44,10 @@ class CriticTraining:
         for name in ("steps", "every", "patience"):
             if getattr(self, name) < 1:
                 raise UsageError(f"critic training {name} {getattr(self, name)!r} must be at least 1")
+        if not 0 < self.learning_rate < float("inf"):
+            raise UsageError(f"critic training learning_rate {self.learning_rate!r} must be above 0 and finite")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UsageError(f"critic training weight_decay {self.weight_decay!r} must be at least 0 and finite")
         if self.batch_size < 2:
             raise UsageError(
                 f"critic training batch_size {self.batch_size!r} must be at least 2: one pair has no others"
@@ -221,7 +225,9 @@ def label_surprise(answers: Tensor) -> Tensor:
 
 
 def _training_flags(history: list[tuple[int, float]]) -> tuple[str, ...]:
-    """Early stopping never reached: the best validation value is among the last readings."""
+    """Early stopping never reached: the best validation value is among the last readings, or the critic blew up."""
     values = [value for _, value in history]
+    if not all(isfinite(value) for value in values):
+        return ("not_converged: the critic's value stopped being finite while it trained",)
     still_rising = len(values) > 2 and values.index(max(values)) >= len(values) - 2
     return ("not_converged: the critic was still improving at its last step",) if still_rising else ()

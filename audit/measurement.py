@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from math import sqrt
+from math import isfinite, sqrt
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -80,6 +80,10 @@ def audit_model(
 
 def check_input(network: nn.Module, images: Images, labels: Labels) -> None:
     """Raise where images, labels and network do not belong together, or pixels are not in [0, 1]."""
+    if images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
+        raise MismatchError(f"images are {_described(images)}, not floats of the shape (N, C, H, W)")
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise MismatchError(f"labels are {_described(labels)}, not int64 of the shape (N,)")
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise UsageError(f"images range from {low:.3g} to {high:.3g}, not within [0, 1]: normalisation belongs inside")
@@ -87,10 +91,11 @@ def check_input(network: nn.Module, images: Images, labels: Labels) -> None:
         raise MismatchError(f"{len(images)} images, but {len(labels)} labels")
     with torch.no_grad():
         outputs = network(images[:2])
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
-        raise MismatchError("the network's output is not one row of logits an image (N, K)")
-    if int(labels.max()) >= outputs.shape[1]:
-        raise MismatchError(f"labels reach {int(labels.max())}, but the network has {outputs.shape[1]} outputs")
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
+        raise MismatchError("the network's output is not one row of logits an image (N, K), for two or more classes")
+    first, last = int(labels.min()), int(labels.max())
+    if first < 0 or last >= outputs.shape[1]:
+        raise MismatchError(f"labels reach from {first} to {last}, but the network has {outputs.shape[1]} outputs")
 
 
 def measure_layer(
@@ -142,6 +147,10 @@ def assemble(
     )  # fmt: skip
 
 
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of the shape {tuple(tensor.shape)}"
+
+
 def _floors(
     network: nn.Module, images: Images, labels: Labels, runs: tuple[Vulnerability, ...], batch_size: int
 ) -> Floors:
@@ -171,9 +180,14 @@ def _seed_row(seed: int, run: Vulnerability) -> dict[str, Any]:
 def _curves(seed: int, run: Vulnerability) -> dict[str, Any]:
     return {
         "seed": seed,
-        "normal": {"validation": run.normal.history, "training": run.normal.training_history},
-        "worst": {"validation": run.worst.history, "training": run.worst.training_history},
+        "normal": {"validation": _plain(run.normal.history), "training": _plain(run.normal.training_history)},
+        "worst": {"validation": _plain(run.worst.history), "training": _plain(run.worst.training_history)},
     }
+
+
+def _plain(history: tuple[tuple[int, float], ...]) -> list[list[float | None]]:
+    """Lists, as JSON reads them back, and None where a value is not a number, which strict JSON cannot hold."""
+    return [[step, value if isfinite(value) else None] for step, value in history]
 
 
 def _named(record: AuditRecord, network: nn.Module, identity: dict[str, Any], started: float) -> AuditRecord:

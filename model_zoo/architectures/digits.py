@@ -16,7 +16,9 @@ class BaselineH(nn.Module):
     Source: Hjelm et al. 2019's encoder as used by Zhu, Zhang & Evans 2020, with all widths scaled by `width`/64.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int = 16, features: int = 64) -> None:
+    def __init__(
+        self, image_shape: tuple[int, int, int], num_classes: int, width: int = 16, features: int = 64
+    ) -> None:
         super().__init__()
         channels, height, _ = image_shape
         self.convolutions = nn.Sequential(

@@ -1,0 +1,247 @@
+"""Cells in, records out: the only module (beside the command line) that joins the measurements and the registry."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from audit.accuracy import Accuracy, measure_accuracy
+from audit.config import BenchmarkConfig, Cell, cells
+from audit.errors import AuditError, EnvironmentFault, UnknownNameError, UsageError
+from audit.measurement import VERSION, assemble, check_input, measure_layer
+from audit.records import AuditRecord, RecordStore, digest, write_atomically
+from model_zoo.catalogue import bundled_names
+from model_zoo.datasets import ImageRequest, ImageSet, check_fit, load_images
+from model_zoo.entries import ModelEntry
+from model_zoo.load import LoadedModel, SourceSettings, identify, load_model
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where things come from and what may be done: nothing here decides a number."""
+
+    sources: SourceSettings = field(default_factory=SourceSettings)
+    data_dir: Path = Path("data")
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What a run tells while it goes: a stage of a cell, and a record with whether it was already there."""
+
+    stage: Callable[[Cell, str], None] = lambda _cell, _stage: None
+    done: Callable[[AuditRecord, bool], None] = lambda _record, _known: None
+
+
+def expand(config: BenchmarkConfig) -> list[Cell]:
+    """Return the benchmark's cells with patterns such as `bundled:digits-*` replaced by the models they match."""
+    found: list[Cell] = []
+    for cell in cells(config):
+        source, _, pattern = cell.ref.partition(":")
+        if source != "bundled" or not set("*?[") & set(pattern):
+            found.append(cell)
+            continue
+        names = [name for name in bundled_names() if fnmatchcase(name, pattern)]
+        if not names:
+            raise UnknownNameError("bundled pattern", pattern, bundled_names())
+        found += [replace(cell, ref=f"bundled:{name}") for name in names]
+    return found
+
+
+def claim(folder: Path, config: BenchmarkConfig, text: str) -> None:
+    """Make a run folder this benchmark's own; raises UsageError where it belongs to another one."""
+    stamp, copy = folder / "run.sha256", folder / "benchmark.yaml"
+    mine = digest(config.canonical())
+    if stamp.exists() and stamp.read_text().strip() != mine:
+        raise UsageError(f"{folder} holds a run of another configuration (its {copy.name}): choose another with --out")
+    write_atomically(copy, text)
+    write_atomically(stamp, mine + "\n")
+
+
+def run(
+    todo: Sequence[Cell], folder: Path, options: RunOptions | None = None, watcher: Watcher | None = None
+) -> list[AuditRecord]:
+    """Audit every cell that has no record yet and return all records, in the order of the cells.
+
+    One model's failure never stops the others: it becomes a record with the reason, and is tried again next time.
+    """
+    workbench = _Workbench(options or RunOptions(), watcher or Watcher())
+    store, records = RecordStore(folder), []
+    for cell in todo:
+        record, known = workbench.run(cell, store)
+        if not known:
+            store.write(record)
+        if record.valid:
+            store.path(_failed_id(cell)).unlink(missing_ok=True)
+        workbench.watcher.done(record, known)
+        records.append(record)
+    return records
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of a name; `auto` takes the GPU where there is one. Raises UsageError, EnvironmentFault."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}; legal: auto, cpu, cuda, cuda:<number>, mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentFault(f"device {name!r} is not here: {torch.cuda.device_count()} GPUs are; use --device cpu")
+    return device
+
+
+class _Workbench:
+    """One model, one set of images and the accuracies measured with them, kept while consecutive cells share them."""
+
+    def __init__(self, options: RunOptions, watcher: Watcher) -> None:
+        self.options, self.watcher = options, watcher
+        self.device = device_of(options.device)
+        self._images: dict[tuple[str, int | None], ImageSet] = {}
+        self._entries: dict[str, ModelEntry] = {}
+        self._model: tuple[str, LoadedModel] | None = None
+        self._accuracies: dict[str, Accuracy] = {}
+
+    def run(self, cell: Cell, store: RecordStore) -> tuple[AuditRecord, bool]:
+        """Return the cell's record, and whether it was already there."""
+        started = time.monotonic()
+        try:
+            self.watcher.stage(cell, "loading")
+            images, entry = self._image_set(cell), self._entry(cell.ref)
+            identity = _identity(cell, images, entry)
+            known = store.read(digest(identity))
+            if known is not None:
+                return known, True
+            record = self._measure(cell, images)
+        except (AuditError, RuntimeError, MemoryError) as error:
+            # RuntimeError: what torch raises for shapes, memory and devices
+            return _failure(cell, error), False
+        named = _labelled(record, cell, entry, replace(self._loaded(cell.ref).entry, ref=cell.ref))
+        provenance = _provenance(self.device)
+        details = {**named.details, "identity": identity, "provenance": provenance, "data_sha256": images.sha256}
+        return replace(named, cell_id=digest(identity), seconds=time.monotonic() - started, details=details), False
+
+    def _measure(self, cell: Cell, images: ImageSet) -> AuditRecord:
+        model = self._loaded(cell.ref)
+        check_fit(model, images)
+        pixels, labels = images.images.to(self.device), images.labels.to(self.device)
+        check_input(model.network, pixels, labels)
+        self.watcher.stage(cell, "attacking")
+        accuracy = self._accuracy(cell, model, images)
+        self.watcher.stage(cell, "estimating information")
+        layer = measure_layer(model.network, pixels, labels, cell.layer, cell.threat, cell.settings)
+        return assemble(accuracy, layer, cell.layer, cell.threat, cell.settings)
+
+    def _accuracy(self, cell: Cell, model: LoadedModel, images: ImageSet) -> Accuracy:
+        """Accuracies belong to a model and a threat model: layers share them."""
+        key = f"{images.sha256} {cell.threat} {cell.settings.attack} {cell.settings.seeds[0]}"
+        if key not in self._accuracies:
+            pixels, labels = images.images.to(self.device), images.labels.to(self.device)
+            attack, seed = cell.settings.attack, cell.settings.seeds[0]
+            self._accuracies[key] = measure_accuracy(model.network, pixels, labels, cell.threat, attack, seed)
+        return self._accuracies[key]
+
+    def _image_set(self, cell: Cell) -> ImageSet:
+        key = (cell.dataset, cell.images)
+        if key not in self._images:
+            request = ImageRequest(
+                count=cell.images, data_dir=self.options.data_dir, offline=self.options.sources.offline
+            )
+            self._images = {key: load_images(cell.dataset, request)}
+        return self._images[key]
+
+    def _entry(self, ref: str) -> ModelEntry:
+        if ref not in self._entries:
+            self._entries[ref] = identify(ref, self.options.sources)
+        return self._entries[ref]
+
+    def _loaded(self, ref: str) -> LoadedModel:
+        if self._model is None or self._model[0] != ref:
+            self._accuracies.clear()
+            model = load_model(ref, self.options.sources)
+            model.network.to(self.device)
+            self._model = (ref, model)
+        return self._model[1]
+
+
+def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]:
+    """Everything that decides the cell's numbers, and nothing that does not."""
+    settings = asdict(cell.settings)
+    for search in ("cross_entropy", "margin"):
+        del settings["attack"][search]["batch_size"]  # bounds memory only
+    return {
+        "version": VERSION,
+        "architecture": entry.architecture,
+        "code_sha256": entry.code_sha256,
+        "weights_sha256": entry.weights_sha256,
+        "data_sha256": images.sha256,
+        "layer": cell.layer,
+        "norm": cell.threat.norm,
+        "eps": cell.threat.eps,
+        "settings": settings,
+    }
+
+
+def _labelled(record: AuditRecord, cell: Cell, pinned: ModelEntry, loaded: ModelEntry) -> AuditRecord:
+    """Fill in who was audited; trust that was only taken on faith becomes a flag."""
+    flags = list(record.flags)
+    if not pinned.pinned:
+        flags.append("unpinned: the hash of the weights was recorded, not compared with a published one")
+    if loaded.code_trusted:
+        flags.append("code_trusted: user code built the network")
+    notes = {"reference": loaded.reference, "licence": loaded.licence, "recorded_ref": loaded.ref}
+    published = [asdict(number) for number in loaded.published]
+    return replace(
+        record,
+        model=cell.name or loaded.name,
+        source=loaded.source,
+        family=loaded.family or loaded.architecture or "unknown",
+        training=loaded.training,
+        trained_eps=loaded.trained_eps,
+        dataset=cell.dataset,
+        weights_sha256=pinned.weights_sha256,
+        weights_pinned=pinned.pinned,
+        code_trusted=loaded.code_trusted,
+        flags=tuple(flags),
+        details={**record.details, "renames": list(loaded.renames), "notes": notes, "published": published},
+    )
+
+
+def _failed_id(cell: Cell) -> str:
+    return digest({"failed": [cell.ref, cell.dataset, cell.layer, cell.threat.norm, cell.threat.eps]})
+
+
+def _failure(cell: Cell, error: BaseException) -> AuditRecord:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return AuditRecord(
+        cell_id=_failed_id(cell),
+        model=cell.name or cell.ref,
+        source=cell.ref.partition(":")[0],
+        family="unknown",
+        training="unknown",
+        trained_eps=0.0,
+        dataset=cell.dataset,
+        layer=cell.layer,
+        norm=cell.threat.norm,
+        eps=cell.threat.eps,
+        weights_sha256="unknown",
+        estimator=cell.settings.name,
+        attack=cell.settings.attack.name,
+        seeds=len(cell.settings.seeds),
+        images=cell.images or 0,
+        status="failed",
+        reason=reason,
+        details={"error": type(error).__name__, "exit_code": getattr(error, "exit_code", 1)},
+    )
+
+
+def _provenance(device: torch.device) -> dict[str, str]:
+    packages = ("rvaudit", "torch", "torchvision", "timm", "robustbench", "numpy")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"python": platform.python_version(), "device": hardware, **{name: version(name) for name in packages}}

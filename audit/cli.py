@@ -1,0 +1,249 @@
+"""The measuring commands; `reports.cli` mounts them. Heavy imports wait until a command runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from audit.errors import ConfigError, UsageError
+
+COMMANDS = {
+    "run": "Run a benchmark file, or resume it.",
+    "audit": "Audit one model.",
+    "models": "List the models that can be named.",
+    "layers": "List the layers of a model.",
+    "train": "Train a bundled model again from its recipe.",
+}
+
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options: list[Option] = [
+        click.option("--trust-code", is_flag=True, help="Allow factories named in file: references to run their code."),
+        click.option("--offline", is_flag=True, help="Open no socket: use what is here."),
+        click.option("--data-dir", type=_FOLDER, default=Path("data"), show_default=True, help="Where data sets lie."),
+        click.option("--model-dir", type=_FOLDER, default=None, help="RobustBench's folder of weights. [./models]"),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command("run")
+@click.argument("config", type=click.Path(path_type=Path), default=Path("benchmark.yaml"))
+@click.option("--out", type=_FOLDER, default=None, help="The run folder. [runs/<name of the benchmark>]")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON array, nothing else.")
+@_source_options
+def run_command(config: Path, out: Path | None, as_json: bool, **where: Any) -> int:
+    """Run the benchmark that CONFIG describes; finished cells of its run folder are not computed again."""
+    from audit.benchmark import claim, expand
+    from audit.config import read_config
+
+    benchmark = read_config(config)
+    folder = out or Path("runs") / benchmark.name
+    cells = expand(benchmark)
+    claim(folder, benchmark, config.read_text(encoding="utf-8"))
+    records = _run_cells(cells, folder, where)
+    _publish(records, folder, as_json)
+    return 0 if all(record.valid for record in records) else 1
+
+
+@click.command("audit")
+@click.argument("model")
+@click.option("--dataset", required=True, help="digits, cifar10, ..., folder:PATH, npz:PATH or parquet:PATH.")
+@click.option("--layer", "layers", multiple=True, default=("logits",), show_default=True, help="Repeatable.")
+@click.option("--eps", "radii", multiple=True, required=True, help="Radius in pixel units, such as 8/255. Repeatable.")
+@click.option("--norm", default="linf", show_default=True, help="linf, l2 or l1.")
+@click.option("--images", type=int, default=None, help="How many images, from the first. [all]")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many seeds.")
+@click.option("--reduce", default="flatten", show_default=True, help="flatten, or mean over positions.")
+@click.option("--out", type=_FOLDER, default=None, help="The run folder. [runs/<model>-<hash of the request>]")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON array, nothing else.")
+@_source_options
+def audit_command(model: str, dataset: str, out: Path | None, as_json: bool, **request: Any) -> int:
+    """Audit MODEL, a reference such as timm:resnet18, bundled:digits-vgg-robust or file:PATH?arch=...
+
+    The exit code is that of what failed, if anything did.
+    """
+    from audit.benchmark import claim, expand
+    from audit.records import digest
+
+    fields = ("layers", "radii", "norm", "images", "seeds", "reduce")
+    where = {name: value for name, value in request.items() if name not in fields}
+    config = _request(model, dataset, {name: request[name] for name in fields})
+    folder = out or Path("runs") / f"{config.name}-{digest(config.canonical())[:8]}"
+    claim(folder, config, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    records = _run_cells(expand(config), folder, where)
+    _publish(records, folder, as_json)
+    return max((int(record.details.get("exit_code", 1)) for record in records if not record.valid), default=0)
+
+
+@click.command("models")
+@click.option("--source", default=None, help="bundled, robustbench, timm or torchvision. [bundled and robustbench]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array, nothing else.")
+def models_command(source: str | None, as_json: bool) -> None:
+    """List models, what they were trained for, and accuracies others published."""
+    from dataclasses import asdict
+
+    from audit.display import print_table
+    from model_zoo.catalogue import list_models
+
+    entries = [entry for each in ([source] if source else ["bundled", "robustbench"]) for entry in list_models(each)]
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in entries], allow_nan=False))
+        return
+    header = ("reference", "data set", "trained for", "natural", "adversarial", "source of the numbers")
+    print_table(header, [_model_row(entry) for entry in entries])
+    click.echo(f"{len(entries)} models", err=True)
+
+
+@click.command("layers")
+@click.argument("model")
+@click.option("--shape", default=None, help="Image shape such as 3x32x32, where the model does not tell.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array, nothing else.")
+@_source_options
+def layers_command(model: str, shape: str | None, as_json: bool, **where: Any) -> None:
+    """List the layers of MODEL: output shape, dimension, calls per forward, overwritten in place later."""
+    import torch
+
+    from audit.display import print_table
+    from audit.representation import describe_layers
+    from model_zoo.load import load_model
+
+    loaded = load_model(model, _options(where).sources)
+    size = _shape(shape) if shape else loaded.image_shape
+    if size is None:
+        raise UsageError(f"{model!r} does not tell its image shape: add --shape, such as --shape 3x32x32")
+    layers = describe_layers(loaded.network, torch.zeros(1, *size))
+    if as_json:
+        click.echo(json.dumps([layer._asdict() for layer in layers]))
+        return
+    header = ("layer", "kind", "output", "dimension", "calls", "outputs", "overwritten")
+    rows = [
+        (x.name, x.kind, "x".join(map(str, x.shape)), x.dimension, x.calls, x.outputs, "yes" if x.overwritten else "")
+        for x in layers
+    ]
+    print_table(header, rows)
+
+
+@click.command("train")
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
+@click.option("--out", type=_FOLDER, default=Path("trained"), show_default=True, help="Where weights and card go.")
+def train_command(recipes: tuple[str, ...], out: Path) -> None:
+    """Train bundled models again; RECIPE is a name of `rvaudit models --source bundled`, or all."""
+    from audit.display import Display
+    from model_zoo.recipes import RECIPES, find_recipe, train_recipe
+
+    chosen = list(RECIPES.values()) if recipes == ("all",) else [find_recipe(name) for name in recipes]
+    for recipe in chosen:
+        with Display(recipe.epochs) as display:
+            card = train_recipe(recipe, out, display.step)
+        natural, adversarial = (number["value"] for number in card["published"])
+        click.echo(f"{recipe.id}: natural {natural:.3f}, adversarial {adversarial:.3f}, sha256 {card['sha256']}")
+
+
+def _run_cells(cells: list[Any], folder: Path, where: dict[str, Any]) -> list[Any]:
+    from audit.benchmark import Watcher, run
+    from audit.display import Display
+
+    with Display(len(cells)) as display:
+        watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
+        return run(cells, folder, _options(where), watcher)
+
+
+def _publish(records: list[Any], folder: Path, as_json: bool) -> None:
+    """Derive everything people look at; the command's own output is the records, or where to look."""
+    from audit.display import plain
+    from reports.publish import write_reports
+    from reports.table import to_rows
+
+    write_reports(folder)
+    for record in records:
+        if not record.valid:
+            click.echo(f"Error: {plain(record.model)}: {plain(record.reason)}", err=True)
+    if as_json:
+        click.echo(json.dumps(to_rows(records), allow_nan=False))
+    else:
+        _print_summary(records, folder)
+
+
+def _print_summary(records: list[Any], folder: Path) -> None:
+    from audit.display import print_table
+
+    header = ("model", "layer", "eps", "natural", "adversarial", "worst nats", "RV", "est. bound", "flags")
+    rows = [
+        (
+            r.model, r.layer, f"{r.eps:.4g}", f"{r.natural_accuracy:.3f}", f"{r.adversarial_accuracy:.3f}",
+            f"{r.worst_nats:.2f} ± {r.worst_nats_se:.2f}", f"{r.rv:.2f} ± {r.rv_se:.2f}",
+            f"{r.adversarial_accuracy_bound:.3f}", ", ".join(flag.partition(":")[0] for flag in r.flags),
+        )
+        for r in records
+        if r.valid
+    ]  # fmt: skip
+    print_table(header, rows)
+    click.echo("Accuracies are measured; nats, RV and the bound are estimates.")
+    click.echo(f"{folder / 'report.html'}  {folder / 'leaderboard.csv'}  {folder / 'figures'}")
+
+
+def _request(model: str, dataset: str, fields: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from audit.config import BenchmarkConfig
+
+    values = {
+        "name": _slug(model), "dataset": dataset, "models": [model], "layers": list(fields["layers"]),
+        "threats": [{"norm": fields["norm"], "eps": list(fields["radii"])}], "images": fields["images"],
+        "seeds": list(range(fields["seeds"])), "reduce": fields["reduce"],
+    }  # fmt: skip
+    try:
+        return BenchmarkConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(
+            [f"{_option(e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
+        ) from error
+
+
+def _option(location: tuple[Any, ...]) -> str:
+    if location[:1] == ("threats",):
+        return "--eps" if "eps" in location else "--norm/--eps"
+    return {"layers": "--layer", "models": "MODEL"}.get(location[0], f"--{location[0]}") if location else "request"
+
+
+def _slug(ref: str) -> str:
+    """A folder's name from a reference: letters, digits, dots and dashes only."""
+    name = ref.partition("?")[0].rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].partition(":")
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in ".-_") else "-" for c in (name[2] or name[0]))
+    return kept.lstrip("._-")[:50] or "model"
+
+
+def _options(where: dict[str, Any]) -> Any:
+    from audit.benchmark import RunOptions
+    from model_zoo.load import SourceSettings
+
+    sources = SourceSettings(
+        trust_code=where["trust_code"], offline=where["offline"], cache_dir=None, model_dir=where["model_dir"]
+    )
+    return RunOptions(sources, where["data_dir"], where["device"])
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"shape {text!r} is not channels x height x width, such as 3x32x32")
+    channels, height, width = map(int, parts)
+    return channels, height, width
+
+
+def _model_row(entry: Any) -> tuple[str, ...]:
+    numbers = {number.metric: number for number in entry.published}
+    natural, adversarial = numbers.get("natural_accuracy"), numbers.get("adversarial_accuracy")
+    radius = f" {entry.trained_norm} {entry.trained_eps:.4g}" if entry.trained_norm else ""
+    shown = [f"{number.value:.4f}" if number else "" for number in (natural, adversarial)]
+    shown_number = adversarial or natural
+    reference = shown_number.source if shown_number else ""
+    return (entry.ref, entry.dataset, entry.training + radius, *shown, reference)

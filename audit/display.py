@@ -1,0 +1,86 @@
+"""What a person sees: while a run goes a bar with cells done, the stage and the time left; then tables."""
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from audit.records import AuditRecord
+
+
+class Display:
+    """A progress display on standard error, so that standard output stays clean."""
+
+    def __init__(self, total: int, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        columns = (
+            TextColumn("{task.description}", markup=True),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self._console, transient=True, disable=not self._live)
+        self._task = self._progress.add_task("starting", total=total)
+        self._total, self._finished = total, 0
+
+    @property
+    def _live(self) -> bool:
+        return self._console.is_terminal and not self._console.quiet
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str, stage: str) -> None:
+        """Show what is being worked on."""
+        self._progress.update(self._task, description=escape(f"{plain(name)}: {stage}"))
+
+    def step(self, epoch: int, loss: float) -> None:
+        """Show how far a training run is."""
+        self._progress.update(self._task, completed=epoch + 1, description=f"epoch {epoch + 1}, loss {loss:.3f}")
+
+    def done(self, record: AuditRecord, known: bool) -> None:
+        """Count a finished cell; without a terminal, say so in a line."""
+        self._finished += 1
+        self._progress.advance(self._task)
+        if known and not self._live:
+            return
+        outcome = "already there" if known else f"{record.seconds or 0:.1f} s"
+        if not record.valid:
+            outcome = f"failed: {plain(record.reason)}"
+        cell = f"{plain(record.model)}, {plain(record.layer)}, eps {record.eps:.4g}"
+        self._console.print(escape(f"[{self._finished}/{self._total}] {cell}: {outcome}"))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table on standard output; in a pipe no column is cut."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(plain(str(cell))) for cell in row))
+    console = Console(highlight=False)
+    Console(highlight=False, width=console.width if console.is_terminal else 200).print(table)
+
+
+def plain(text: str) -> str:
+    """Return text with control characters made visible: names come from files and must not steer the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
