@@ -14,7 +14,7 @@ import torch
 from audit.accuracy import Accuracy, measure_accuracy
 from audit.config import BenchmarkConfig, Cell, cells
 from audit.errors import AuditError, EnvironmentFault, UnknownNameError, UsageError
-from audit.measurement import VERSION, assemble, check_input, measure_layer
+from audit.measurement import VERSION, LayerAudit, assemble, check_input
 from audit.records import AuditRecord, RecordStore, digest, write_atomically
 from model_zoo.catalogue import bundled_names
 from model_zoo.datasets import ImageRequest, ImageSet, check_fit, load_images
@@ -55,11 +55,19 @@ def expand(config: BenchmarkConfig) -> list[Cell]:
 
 
 def claim(folder: Path, config: BenchmarkConfig, text: str) -> None:
-    """Make a run folder this benchmark's own; raises UsageError where it belongs to another one."""
+    """Make a run folder this benchmark's own; raises UsageError where it holds results of another one.
+
+    A folder in which nothing has succeeded yet is taken over: a corrected typo needs no new folder.
+    """
     stamp, copy = folder / "run.sha256", folder / "benchmark.yaml"
     mine = digest(config.canonical())
     if stamp.exists() and stamp.read_text().strip() != mine:
-        raise UsageError(f"{folder} holds a run of another configuration (its {copy.name}): choose another with --out")
+        old = list(RecordStore(folder))
+        if any(record.valid for record in old):
+            message = f"{folder} holds a run of another configuration (its {copy.name})"
+            raise UsageError(f"{message}: choose another with --out")
+        for record in old:
+            RecordStore(folder).path(record.cell_id).unlink()
     write_atomically(copy, text)
     write_atomically(stamp, mine + "\n")
 
@@ -107,6 +115,7 @@ class _Workbench:
         self._entries: dict[str, ModelEntry] = {}
         self._model: tuple[str, LoadedModel] | None = None
         self._accuracies: dict[str, Accuracy] = {}
+        self._layer: tuple[str, LayerAudit] | None = None
 
     def run(self, cell: Cell, store: RecordStore) -> tuple[AuditRecord, bool]:
         """Return the cell's record, and whether it was already there."""
@@ -119,8 +128,7 @@ class _Workbench:
             if known is not None:
                 return known, True
             record = self._measure(cell, images)
-        except (AuditError, RuntimeError, MemoryError) as error:
-            # RuntimeError: what torch raises for shapes, memory and devices
+        except Exception as error:  # a foreign network may raise anything, and must not stop the others
             return _failure(cell, error), False
         named = _labelled(record, cell, entry, replace(self._loaded(cell.ref).entry, ref=cell.ref))
         provenance = _provenance(self.device)
@@ -135,8 +143,10 @@ class _Workbench:
         self.watcher.stage(cell, "attacking")
         accuracy = self._accuracy(cell, model, images)
         self.watcher.stage(cell, "estimating information")
-        layer = measure_layer(model.network, pixels, labels, cell.layer, cell.threat, cell.settings)
-        return assemble(accuracy, layer, cell.layer, cell.threat, cell.settings)
+        key = f"{cell.ref} {images.sha256} {cell.layer} {cell.settings}"
+        if self._layer is None or self._layer[0] != key:
+            self._layer = (key, LayerAudit(model.network, pixels, labels, cell.layer, cell.settings))
+        return assemble(accuracy, self._layer[1].under(cell.threat), cell.layer, cell.threat, cell.settings)
 
     def _accuracy(self, cell: Cell, model: LoadedModel, images: ImageSet) -> Accuracy:
         """Accuracies belong to a model and a threat model: layers share them."""
@@ -172,7 +182,7 @@ class _Workbench:
 
 def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]:
     """Everything that decides the cell's numbers, and nothing that does not."""
-    settings = asdict(cell.settings)
+    settings = asdict(cell.settings) | {"seeds": list(cell.settings.seeds)}  # a list, as JSON reads it back
     for search in ("cross_entropy", "margin"):
         del settings["attack"][search]["batch_size"]  # bounds memory only
     return {
@@ -218,7 +228,8 @@ def _failed_id(cell: Cell) -> str:
 
 
 def _failure(cell: Cell, error: BaseException) -> AuditRecord:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    first = next(iter(str(error).splitlines()), "")
+    reason = first if isinstance(error, AuditError) else f"{type(error).__name__}: {first}".removesuffix(": ")
     return AuditRecord(
         cell_id=_failed_id(cell),
         model=cell.name or cell.ref,

@@ -114,11 +114,14 @@ def layers_command(model: str, shape: str | None, as_json: bool, **where: Any) -
     from audit.display import print_table
     from audit.representation import describe_layers
     from model_zoo.load import load_model
+    from model_zoo.prepared import check_outputs
 
     loaded = load_model(model, _options(where).sources)
     size = _shape(shape) if shape else loaded.image_shape
     if size is None:
         raise UsageError(f"{model!r} does not tell its image shape: add --shape, such as --shape 3x32x32")
+    if shape and loaded.num_classes:
+        check_outputs(loaded.network, loaded.num_classes, size, loaded.entry.name)
     layers = describe_layers(loaded.network, torch.zeros(1, *size))
     if as_json:
         click.echo(json.dumps([layer._asdict() for layer in layers]))
@@ -162,10 +165,10 @@ def _publish(records: list[Any], folder: Path, as_json: bool) -> None:
     from reports.publish import write_reports
     from reports.table import to_rows
 
+    failures = {f"{plain(record.model)}: {plain(record.reason)}": None for record in records if not record.valid}
+    for failure in failures:  # once, however many cells of the model it stopped
+        click.echo(f"Error: {failure}", err=True)
     write_reports(folder)
-    for record in records:
-        if not record.valid:
-            click.echo(f"Error: {plain(record.model)}: {plain(record.reason)}", err=True)
     if as_json:
         click.echo(json.dumps(to_rows(records), allow_nan=False))
     else:
@@ -185,7 +188,8 @@ def _print_summary(records: list[Any], folder: Path) -> None:
         for r in records
         if r.valid
     ]  # fmt: skip
-    print_table(header, rows)
+    if rows:
+        print_table(header, rows)
     click.echo("Accuracies are measured; nats, RV and the bound are estimates.")
     click.echo(f"{folder / 'report.html'}  {folder / 'leaderboard.csv'}  {folder / 'figures'}")
 
@@ -210,7 +214,7 @@ def _request(model: str, dataset: str, fields: dict[str, Any]) -> Any:
 
 def _option(location: tuple[Any, ...]) -> str:
     if location[:1] == ("threats",):
-        return "--eps" if "eps" in location else "--norm/--eps"
+        return "--norm" if "norm" in location else "--eps"
     return {"layers": "--layer", "models": "MODEL"}.get(location[0], f"--{location[0]}") if location else "request"
 
 

@@ -1,15 +1,25 @@
 """`benchmark.yaml` into cells. The only module that knows YAML; it reports every fault at once, with its place."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq, TaggedScalar
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.reader import ReaderError
 
 from audit.accuracy import LabelAttack
 from audit.critics import CriticShape
@@ -34,7 +44,8 @@ def parse_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"not a number or fraction such as 8/255: {value!r}")
     try:
-        return float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+        # only fractions as Fraction: it would write all the digits of "1e99999999" out
+        return float(Fraction(value.replace(" ", "")) if isinstance(value, str) and "/" in value else value)
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"not a number or fraction such as 8/255: {value!r}") from error
 
@@ -44,7 +55,6 @@ def _as_tuple(value: object) -> list[object]:
 
 
 Number = Annotated[float, BeforeValidator(parse_number)]
-Numbers = Annotated[tuple[Number, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
@@ -57,19 +67,46 @@ def _raised_as_value_error(make: Callable[[], object]) -> None:
 
 
 class _Section(BaseModel):
+    """Values that `made_of` checks one by one: no fault hides another one, and each keeps its line."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    made_of: ClassVar[type[Any] | None] = None
+
+    @field_validator("*")
+    @classmethod
+    def _legal(cls, value: Any, info: ValidationInfo) -> Any:
+        name, made_of = str(info.field_name), cls.made_of
+        if made_of is not None and name in {known.name for known in fields(made_of)}:
+            _raised_as_value_error(lambda: made_of(**{name: value}))
+        return value
+
+
+def _legal_norm(norm: str) -> str:
+    _raised_as_value_error(lambda: threat_model(norm, 0.0))
+    return norm
+
+
+def _legal_radius(eps: float, info: ValidationInfo) -> float:
+    if "norm" in info.data:  # else the norm is at fault, and says so
+        _raised_as_value_error(lambda: threat_model(info.data["norm"], eps))
+    return eps
+
+
+def _legal_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    _raised_as_value_error(lambda: AuditSettings(seeds=seeds))
+    return seeds
+
+
+Radius = Annotated[Number, AfterValidator(_legal_radius)]
+Radii = Annotated[tuple[Radius, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_as_tuple), AfterValidator(_legal_seeds)]
 
 
 class ThreatConfig(_Section):
     """A norm and one or more radii in pixel units."""
 
-    norm: str = "linf"
-    eps: Numbers
-
-    @model_validator(mode="after")
-    def _legal(self) -> "ThreatConfig":
-        _raised_as_value_error(self.models)
-        return self
+    norm: Annotated[str, AfterValidator(_legal_norm)] = "linf"
+    eps: Radii
 
     def models(self) -> list[ThreatModel]:
         """Return one threat model a radius."""
@@ -98,6 +135,8 @@ def _as_models(value: object) -> object:
 class CriticConfig(_Section):
     """The critic network; see `audit.critics.CriticShape`."""
 
+    made_of: ClassVar[type[Any] | None] = CriticShape
+
     name: str = CriticShape.name
     width: int = CriticShape.width
     embedding: int = CriticShape.embedding
@@ -110,6 +149,8 @@ class CriticConfig(_Section):
 class EstimatorConfig(_Section):
     """How MI is estimated; see `audit.information.CriticTraining`."""
 
+    made_of: ClassVar[type[Any] | None] = CriticTraining
+
     name: Literal["mine"] = "mine"
     bound: str = CriticTraining.bound
     steps: int = CriticTraining.steps
@@ -120,11 +161,6 @@ class EstimatorConfig(_Section):
     patience: int = CriticTraining.patience
     critic: CriticConfig = CriticConfig()
 
-    @model_validator(mode="after")
-    def _legal(self) -> "EstimatorConfig":
-        _raised_as_value_error(self.training)
-        return self
-
     def training(self) -> CriticTraining:
         """Return the settings as the estimator takes them."""
         values = self.model_dump(exclude={"name", "critic"})
@@ -134,15 +170,12 @@ class EstimatorConfig(_Section):
 class SearchConfig(_Section):
     """How the worst case is searched; see `audit.vulnerability.WorstCaseSearch`."""
 
+    made_of: ClassVar[type[Any] | None] = WorstCaseSearch
+
     collapse_steps: int = WorstCaseSearch.collapse_steps
     rounds: int = WorstCaseSearch.rounds
     relative_step: Number = WorstCaseSearch.relative_step
     critic_steps: int = WorstCaseSearch.critic_steps
-
-    @model_validator(mode="after")
-    def _legal(self) -> "SearchConfig":
-        _raised_as_value_error(self.search)
-        return self
 
     def search(self) -> WorstCaseSearch:
         """Return the settings as the search takes them."""
@@ -152,14 +185,11 @@ class SearchConfig(_Section):
 class AttackConfig(_Section):
     """The attack that measures adversarial accuracy: PGD on the cross-entropy, then on the margin for survivors."""
 
+    made_of: ClassVar[type[Any] | None] = PGD
+
     steps: int = PGD.steps
     relative_step: Number = PGD.relative_step
     restarts: int = PGD.restarts
-
-    @model_validator(mode="after")
-    def _legal(self) -> "AttackConfig":
-        _raised_as_value_error(self.attack)
-        return self
 
     def attack(self) -> LabelAttack:
         """Return the settings as the attack takes them."""
@@ -176,16 +206,11 @@ class BenchmarkConfig(_Section):
     threats: Annotated[tuple[ThreatConfig, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
     layers: Names = ("logits",)
     images: int | None = Field(default=None, ge=1)
-    seeds: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] = AuditSettings().seeds
+    seeds: Seeds = AuditSettings().seeds
     reduce: Literal["flatten", "mean"] = "flatten"
     estimator: EstimatorConfig = EstimatorConfig()
     search: SearchConfig = SearchConfig()
     attack: AttackConfig = AttackConfig()
-
-    @model_validator(mode="after")
-    def _legal(self) -> "BenchmarkConfig":
-        _raised_as_value_error(self.settings)
-        return self
 
     def settings(self) -> AuditSettings:
         """Return everything that decides numbers beside model, images and threat model."""
@@ -247,7 +272,8 @@ def read_config(path: Path) -> BenchmarkConfig:
     try:
         return BenchmarkConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([_fault(path, tree, item) for item in error.errors()]) from error
+        faults = sorted((_place(tree, tuple(item["loc"])), _fault(path, tree, item)) for item in error.errors())
+        raise ConfigError([fault for _, fault in faults]) from error
 
 
 def _parse(text: str, path: Path) -> CommentedMap:
@@ -257,27 +283,40 @@ def _parse(text: str, path: Path) -> CommentedMap:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         raise ConfigError([f"{place}: {str(error.problem).splitlines()[0]}"]) from error
+    except ReaderError as error:
+        lines = text[: error.position].split("\n")
+        place = f"{path}:{len(lines)}:{len(lines[-1]) + 1}"
+        raise ConfigError([f"{place}: the character {text[error.position]!r} is not legal in YAML"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{path}: lists or mappings are nested too deeply"]) from error
+    except ValueError as error:  # such as the date 2001-99-99
+        raise ConfigError([f"{path}: a value cannot be read as YAML: {error}"]) from error
     if not isinstance(tree, CommentedMap):
         raise ConfigError([f"{path}:1:1: a benchmark is a mapping with name, dataset, models and threats"])
     if sum(1 for _ in _nodes(tree)) > _MOST_NODES:
         raise ConfigError([f"{path}: more than {_MOST_NODES:,} values (aliases that multiply?)"])
-    tagged = next((node for node in _nodes(tree) if isinstance(node, TaggedScalar)), None)
-    if tagged is not None:
-        raise ConfigError([f"{path}: tags such as {tagged.tag.value} are not legal here"])
+    tagged = {place: node.tag.value for node, place in _nodes(tree) if getattr(node, "tag", None) and node.tag.value}
+    if tagged:
+        places = [f"{path}:{line + 1}:{column + 1}" for line, column in sorted(tagged)]
+        names = [tagged[place] for place in sorted(tagged)]
+        raise ConfigError(
+            [f"{place}: tags such as {name} are not legal here" for place, name in zip(places, names, strict=True)]
+        )
     return tree
 
 
-def _nodes(node: object) -> Iterator[object]:
+def _nodes(tree: CommentedMap) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Walk the tree lazily and never past the cap: nested aliases grow exponentially."""
-    stack, seen = [node], 0
+    stack: list[tuple[Any, tuple[int, int]]] = [(tree, (0, 0))]
+    seen = 0
     while stack and seen <= _MOST_NODES:
-        current = stack.pop()
+        current, place = stack.pop()
         seen += 1
-        yield current
+        yield current, place
         if isinstance(current, CommentedMap):
-            stack.extend(current.values())
+            stack.extend((value, _place_in(current, key, place)) for key, value in current.items())
         elif isinstance(current, CommentedSeq):
-            stack.extend(current)
+            stack.extend((value, _place_in(current, index, place)) for index, value in enumerate(current))
 
 
 def _fault(path: Path, tree: CommentedMap, item: Any) -> str:
@@ -285,6 +324,8 @@ def _fault(path: Path, tree: CommentedMap, item: Any) -> str:
     line, column = _place(tree, location)
     where = ".".join(str(part) for part in location)
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "model_type":
+        message = "not a mapping with keys of its own"
     if item["type"] == "extra_forbidden":
         message = f"unknown key {location[-1]!r}{suggestion(str(location[-1]), _legal_keys(location))}"
         where = ".".join(str(part) for part in location[:-1])
@@ -296,14 +337,17 @@ def _place(tree: CommentedMap, location: tuple[Any, ...]) -> tuple[int, int]:
     node: Any = tree
     place = (0, 0)
     for part in location:
-        if isinstance(node, CommentedMap) and part in node:
-            place = node.lc.key(part)
-        elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
-            place = node.lc.item(part)
-        else:
-            continue
-        node = node[part]
+        in_map = isinstance(node, CommentedMap) and part in node
+        if in_map or (isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node)):
+            place = _place_in(node, part, place)
+            node = node[part]
     return place[0] + 1, place[1] + 1
+
+
+def _place_in(node: Any, part: Any, otherwise: tuple[int, int]) -> tuple[int, int]:
+    """Return line and column, from zero, of a part; a key merged in with `<<` has no place of its own."""
+    places = node.lc.data or {}
+    return tuple(places[part][:2]) if part in places else otherwise
 
 
 def _legal_keys(location: tuple[Any, ...]) -> list[str]:

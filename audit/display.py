@@ -65,9 +65,9 @@ class Display:
             return
         outcome = "already there" if known else f"{record.seconds or 0:.1f} s"
         if not record.valid:
-            outcome = f"failed: {plain(record.reason)}"
+            outcome = "failed"  # the command says why, once, when it ends
         cell = f"{plain(record.model)}, {plain(record.layer)}, eps {record.eps:.4g}"
-        self._console.print(escape(f"[{self._finished}/{self._total}] {cell}: {outcome}"))
+        self._console.print(escape(f"[{self._finished}/{self._total}] {cell}: {outcome}"), soft_wrap=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from math import isfinite, sqrt
 from statistics import fmean, stdev
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from audit.accuracy import Accuracy, LabelAttack, logits_of, measure_accuracy
 from audit.errors import MismatchError, UsageError
-from audit.information import CriticTraining, split_images
+from audit.information import CriticTraining, MIEstimate, estimate_mi, split_images
 from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, label_entropy, largest_share
 from audit.records import AuditRecord, digest
-from audit.representation import PSEUDO_LAYERS, Reduction, Representation
+from audit.representation import Reduction, Representation
 from audit.theory import max_adversarial_accuracy
 from audit.threat import ThreatModel
 from audit.types import Images, Labels
@@ -71,7 +72,7 @@ def audit_model(
     check_input(network, images, labels)
     started = time.monotonic()
     accuracy = measure_accuracy(network, images, labels, threat, settings.attack, settings.seeds[0])
-    measured = measure_layer(network, images, labels, layer, threat, settings)
+    measured = LayerAudit(network, images, labels, layer, settings).under(threat)
     record = assemble(accuracy, measured, layer, threat, settings)
     weights = _fingerprint(network)
     identity = {"weights_sha256": weights, "data_sha256": _hash(images, labels), "layer": layer, "norm": threat.norm}
@@ -98,22 +99,36 @@ def check_input(network: nn.Module, images: Images, labels: Labels) -> None:
         raise MismatchError(f"labels reach from {first} to {last}, but the network has {outputs.shape[1]} outputs")
 
 
-def measure_layer(
-    network: nn.Module, images: Images, labels: Labels, layer: str, threat: ThreatModel, settings: AuditSettings
-) -> Layer:
-    """Return the vulnerability of one layer for every seed, with the floors that predictions put under it."""
-    encoder = Representation(network, layer, settings.reduce)
-    adversary = Adversary(threat, settings.search)
-    per_seed = tuple(
-        estimate_vulnerability(encoder.encode, split_images(images, seed), settings.estimator, adversary, seed)
-        for seed in settings.seeds
-    )
-    batch_size = settings.estimator.batch_size
-    with torch.no_grad():
-        dimension = encoder(images[:1]).shape[1]
-    if layer not in PSEUDO_LAYERS:
-        return Layer(per_seed, None, dimension)  # the network's answer may bypass an inner layer
-    return Layer(per_seed, _floors(network, images, labels, per_seed, batch_size), dimension)
+class LayerAudit:
+    """One layer of one network on one set of images: what its threat models share is computed once."""
+
+    def __init__(self, network: nn.Module, images: Images, labels: Labels, layer: str, settings: AuditSettings) -> None:
+        self.network, self.images, self.labels, self.settings = network, images, labels, settings
+        self.encoder = Representation(network, layer, settings.reduce)
+
+    @cached_property
+    def normal(self) -> tuple[MIEstimate, ...]:
+        """The normal case for every seed: no threat model enters it."""
+        return tuple(
+            estimate_mi(self.encoder.encode, split_images(self.images, seed), self.settings.estimator, seed)
+            for seed in self.settings.seeds
+        )
+
+    def under(self, threat: ThreatModel) -> Layer:
+        """Return the layer's vulnerability for every seed, with the floors that predictions put under it."""
+        settings, adversary = self.settings, Adversary(threat, self.settings.search)
+        per_seed = tuple(
+            estimate_vulnerability(
+                self.encoder.encode, split_images(self.images, seed), settings.estimator, adversary, seed, normal
+            )
+            for seed, normal in zip(settings.seeds, self.normal, strict=True)
+        )
+        with torch.no_grad():
+            dimension = self.encoder(self.images[:1]).shape[1]
+        if not self.encoder.carries_answer(self.images[:1]):
+            return Layer(per_seed, None, dimension)  # the network's answer may bypass this layer
+        floors = _floors(self.network, self.images, self.labels, per_seed, settings.estimator.batch_size)
+        return Layer(per_seed, floors, dimension)
 
 
 def assemble(
@@ -170,10 +185,11 @@ def _spread(values: list[float], sampling: list[float]) -> Spread:
 
 def _seed_row(seed: int, run: Vulnerability) -> dict[str, Any]:
     return {
-        "seed": seed, "normal_nats": run.normal.nats, "normal_nats_se": run.normal.stderr,
-        "worst_nats": run.worst.nats, "worst_nats_se": run.worst.stderr, "rv": run.nats,
-        "normal_donsker_varadhan": run.normal.donsker_varadhan, "worst_donsker_varadhan": run.worst.donsker_varadhan,
-        "held_out_images": run.normal.images,
+        "seed": seed, "rv": run.nats, "held_out_images": run.normal.images,
+        "normal_nats": run.normal.nats, "normal_nats_se": run.normal.stderr,
+        "normal_critic_nats": run.normal.critic_nats, "normal_label_nats": run.normal.label_nats,
+        "worst_nats": run.worst.nats, "worst_nats_se": run.worst.stderr,
+        "worst_critic_nats": run.worst.critic_nats, "worst_label_nats": run.worst.label_nats,
     }  # fmt: skip
 
 

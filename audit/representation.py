@@ -94,8 +94,10 @@ class Representation(nn.Module):
         """Return whether the image reaches the network's answer through this layer alone.
 
         Then the answer is a function of the features, and what it tells of the image they tell too. Measured: with
-        the layer's output detached, no gradient of the answer is left at the image.
+        the layer's output detached, no gradient of the answer is left at the image. Averages never carry it.
         """
+        if self.reduce == "mean" and self._tap(images).dim() > 2:
+            return False  # the answer is a function of all positions, not of their average
         if self._path in PSEUDO_LAYERS:
             return True
         calls: list[None] = []
@@ -109,10 +111,10 @@ class Representation(nn.Module):
         handle = find_module(self.model, self._path).register_forward_hook(detach)
         with torch.enable_grad():
             logits = _run_and_remove(self.model, leaf, [handle])
-        if not logits.requires_grad:
-            return True
-        weights = torch.arange(1.0, logits.numel() + 1, device=logits.device).view_as(logits)
-        (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)
+            if not logits.requires_grad:
+                return True
+            weights = torch.arange(1.0, logits.numel() + 1, device=logits.device).view_as(logits)
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)
         return gradient is None or not bool(gradient.any())
 
     def _tap(self, images: Images) -> Tensor:

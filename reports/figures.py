@@ -110,7 +110,7 @@ def _draw_gap(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> No
         look = family_looks[row["family"]]
         x, y = float(row["rv"]), float(row["adversarial_gap"])
         _whisker(ax, [x - _se(row["rv_se"]), x + _se(row["rv_se"])], [y, y], look)
-        _point(ax, x, y, marker(look, fill_of(row["trained_eps"], row["eps"])))
+        _point(ax, x, y, marker(look, fill_of(row["training"], row["trained_eps"], row["eps"])))
         if row["refuted"]:
             _cross(ax, x, y)
     ax.set_xlim(*limits([rows["rv"] - rows["rv_se"].fillna(0), rows["rv"] + rows["rv_se"].fillna(0)]))
@@ -119,7 +119,7 @@ def _draw_gap(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> No
 
 def _draw_cases(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
     for row in _points(rows):
-        look, fill = family_looks[row["family"]], fill_of(row["trained_eps"], row["eps"])
+        look, fill = family_looks[row["family"]], fill_of(row["training"], row["trained_eps"], row["eps"])
         ends = [(float(row[f"{case}_nats"]), float(row[f"{kind}_accuracy"])) for case, kind in _CASES]
         ax.plot(*zip(*ends, strict=True), color=look.colour, linewidth=0.6, alpha=0.45, zorder=2)
         for (x, y), (case, kind), size in zip(ends, _CASES, (3.2, 5.5), strict=True):
@@ -183,7 +183,8 @@ def _family_key(rows: pd.DataFrame) -> list[Line2D]:
 
 
 def _fill_key(rows: pd.DataFrame) -> list[Line2D]:
-    used = {fill_of(trained, eps) for trained, eps in zip(rows["trained_eps"], rows["eps"], strict=True)}
+    known = zip(rows["training"], rows["trained_eps"], rows["eps"], strict=True)
+    used = {fill_of(training, trained, eps) for training, trained, eps in known}
     fills = [_named(marker(_GREY, fill), text) for fill, text in FILL_LABELS.items() if fill in used]
     return [*fills, *_unranked_key(rows[contradicted(rows)]["model"])]
 

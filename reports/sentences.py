@@ -90,7 +90,9 @@ def _format_p(p: float) -> str:
 def _comparisons(rows: pd.DataFrame, panel: str) -> list[dict[str, object]]:
     usable = rows[ranked(rows)].sort_values(["family", "trained_eps", "model", "cell_id"])
     found: list[dict[str, object]] = []
-    known = usable[~usable["family"].isin(UNKNOWN_FAMILIES)]
+    # a model that is not standard and tells no training eps cannot be placed in an order of training eps
+    placed = usable["training"].eq("standard") | usable["trained_eps"].gt(0)
+    known = usable[placed & ~usable["family"].isin(UNKNOWN_FAMILIES)]
     for family, members in known.groupby("family", sort=True):
         for (_, weaker), (_, stronger) in combinations(members.iterrows(), 2):
             if weaker["trained_eps"] < stronger["trained_eps"]:

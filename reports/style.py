@@ -50,6 +50,7 @@ FILL_LABELS = {
     "none": "standard training",
     "left": "robust, smaller eps than audited",
     "full": "robust, audited eps or larger",
+    "bottom": "not standard, training eps unknown",
 }
 
 
@@ -114,16 +115,16 @@ def looks(families: Iterable[str]) -> dict[str, Look]:
     return {name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
 
 
-def fill_of(trained_eps: float, eps: float) -> str:
-    """Return the filling of a marker: hollow, half or full by the radius trained for.
+def fill_of(training: str, trained_eps: float, eps: float) -> str:
+    """Return the filling of a marker: hollow, half or full by what the model was trained for.
 
     Source: Zhu, Zhang & Evans, ICML 2020, Figure 1.
 
-    >>> fill_of(0, 0.2), fill_of(0.05, 0.2), fill_of(0.2, 0.2)
+    >>> fill_of("standard", 0, 0.2), fill_of("robust", 0.05, 0.2), fill_of("robust", 0.2, 0.2)
     ('none', 'left', 'full')
     """
     if trained_eps <= 0:
-        return "none"
+        return "none" if training == "standard" else "bottom"
     return "full" if trained_eps >= eps * (1 - 1e-9) else "left"
 
 

@@ -132,7 +132,7 @@ def test_slow_libraries_are_imported_inside_functions(module):
 
 @MODULES
 def test_only_command_lines_print(module):
-    if module.endswith(".cli"):
+    if module.endswith(".cli") or module == "audit.display":  # what the command line shows
         return
     prints = [n.lineno for n in ast.walk(tree(module)) if isinstance(n, ast.Call) and called(n) == "print"]
     assert not prints

@@ -57,9 +57,7 @@ def test_the_key_decides_every_weight_and_the_global_generator_none():
     torch.random.set_rng_state(before)
     assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
     assert not torch.equal(drawn[0], drawn[1])  # dropout draws anew
-    assert not torch.equal(
-        scores_of(first, images, features), scores_of(built(images, features, 1), images, features)
-    )
+    assert not torch.equal(scores_of(first, images, features), scores_of(built(images, features, 1), images, features))
     built(images, features).train()(images, features)
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -139,9 +137,7 @@ def test_a_view_of_sixteen_pixels_is_shifted_by_at_most_one():
     images, features = pairs(6, (1, 16, 16))
     critic = built(images, features, dropout=0.0)
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-    legal = [
-        scores_of(critic, padded[..., i : i + 16, j : j + 16], features) for i in range(3) for j in range(3)
-    ]
+    legal = [scores_of(critic, padded[..., i : i + 16, j : j + 16], features) for i in range(3) for j in range(3)]
     with torch.no_grad():
         found = [critic.train()(images, features) for _ in range(40)]
     used = {next(k for k, one in enumerate(legal) if torch.equal(scores, one)) for scores in found}

@@ -98,10 +98,19 @@ def test_looks_are_distinct_and_do_not_depend_on_order():
 
 
 @pytest.mark.parametrize(
-    ("trained", "fill"), [(0.0, "none"), (0.1, "left"), (8 / 255, "left"), (0.2, "full"), (1, "full")]
+    ("training", "trained", "fill"),
+    [
+        ("standard", 0.0, "none"),
+        ("certified", 0.0, "bottom"),
+        ("unknown", 0.0, "bottom"),
+        ("robust", 0.1, "left"),
+        ("robust", 8 / 255, "left"),
+        ("robust", 0.2, "full"),
+        ("certified", 1, "full"),
+    ],
 )
-def test_fill(trained, fill):
-    assert fill_of(trained, 0.2) == fill
+def test_fill(training, trained, fill):
+    assert fill_of(training, trained, 0.2) == fill
 
 
 def test_labels_are_drawable():

@@ -1,0 +1,317 @@
+"""A run: what it writes, what it never computes twice, and what one model's failure does to the others."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from audit import benchmark
+from audit.accuracy import LabelAttack
+from audit.benchmark import Watcher, claim, device_of, expand, run
+from audit.config import Cell, read_config
+from audit.critics import CriticShape
+from audit.errors import EnvironmentFault, IntegrityError, UsageError
+from audit.information import CriticTraining
+from audit.measurement import AuditSettings, Layer, LayerAudit
+from audit.pgd import PGD
+from audit.records import AuditRecord, RecordStore
+from audit.threat import L2, Linf
+from audit.vulnerability import WorstCaseSearch
+from model_zoo.datasets import ImageRequest, load_images
+from model_zoo.load import load_model
+from reports.cli import main
+
+REF = "bundled:digits-vgg-robust"
+QUICK = """
+estimator: {steps: 6, every: 3, critic: {width: 8, embedding: 4, channels: 2}}
+search: {collapse_steps: 1, rounds: 1, critic_steps: 1}
+attack: {steps: 2}
+seeds: [0]
+images: 60
+"""
+SMALL = f"name: small\ndataset: digits\nmodels: [bundled:digits-vgg-standard, {REF}]\nthreats: {{eps: 0.2}}\n{QUICK}"
+REQUIRED = [
+    "model",
+    "source",
+    "training",
+    "dataset",
+    "layer",
+    "norm",
+    "eps",
+    "seeds",
+    "images",
+    "normal_nats",
+    "normal_nats_se",
+    "worst_nats",
+    "worst_nats_se",
+    "rv",
+    "rv_se",
+    "adversarial_accuracy_bound",
+    "natural_accuracy",
+    "adversarial_accuracy",
+    "adversarial_gap",
+    "flags",
+    "weights_sha256",
+]
+SETTINGS = AuditSettings(
+    CriticTraining(steps=6, every=3, shape=CriticShape(width=8, embedding=4, channels=2)),
+    WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1),
+    LabelAttack(PGD(steps=2), PGD(steps=2, random_start=False)),
+    seeds=(0,),
+)
+CELL = Cell(REF, None, "digits", 60, "logits", Linf(0.2), SETTINGS)
+
+
+def _files(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (folder / "cells").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two models; tests must leave it as it is."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "small.yaml").write_text(SMALL)
+    assert main(["run", str(folder / "small.yaml"), "--out", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured() -> Layer:
+    """What one real measurement gives."""
+    network = load_model(REF).network
+    images = load_images("digits", ImageRequest(count=60))
+    return LayerAudit(network, images.images, images.labels, "logits", SETTINGS).under(Linf(0.2))
+
+
+@pytest.fixture
+def measuring(measured: Layer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Measure only once: cells get the numbers of `measured`, and their layers are listed here."""
+    layers: list[str] = []
+
+    class Known:
+        def __init__(self, _network: Any, _images: Any, _labels: Any, layer: str, _settings: Any) -> None:
+            layers.append(layer)
+
+        def under(self, _threat: Any) -> Layer:
+            return measured
+
+    monkeypatch.setattr(benchmark, "LayerAudit", Known)
+    return layers
+
+
+def test_a_run_leaves_every_promised_file(small: Path) -> None:
+    folder = small / "run"
+    derived = ["leaderboard.csv", "leaderboard.parquet", "report.html"]
+    derived += [f"figures/figure{number}.{kind}" for number in (1, 2) for kind in ("png", "svg")]
+    assert all((folder / name).stat().st_size > 100 for name in derived)
+    assert len(list((folder / "cells").glob("*.json"))) == 2
+    assert not [path.name for path in folder.rglob("*") if path.name.startswith(".")]
+    assert (folder / "benchmark.yaml").read_text() == SMALL
+    table = pd.read_csv(folder / "leaderboard.csv", keep_default_na=False, na_values=[""])
+    assert set(REQUIRED) <= set(table.columns)
+    assert not table.columns[table.isna().all()].tolist()
+    assert sorted(table["model"]) == ["digits-vgg-robust", "digits-vgg-standard"]
+    assert table["adversarial_gap"].tolist() == pytest.approx(table["natural_accuracy"] - table["adversarial_accuracy"])
+    assert pd.read_parquet(folder / "leaderboard.parquet").columns.tolist() == table.columns.tolist()
+
+
+def test_records_hold_their_own_identity(small: Path) -> None:
+    for record in RecordStore(small / "run"):
+        assert record.valid
+        assert record.weights_pinned
+        assert record.details["identity"]["weights_sha256"] == record.weights_sha256
+        assert {"torch", "python", "device"} <= set(record.details["provenance"])
+        assert record.details["notes"]["recorded_ref"] == f"bundled:{record.model}"
+        assert record.seconds is not None
+
+
+def test_the_second_run_recomputes_nothing(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _files(small / "run")
+    for name in ("measure_accuracy", "LayerAudit", "load_model"):
+        monkeypatch.setattr(benchmark, name, None)
+    assert main(["run", str(small / "small.yaml"), "--out", str(small / "run"), "--json"]) == 0
+    assert _files(small / "run") == before
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in rows] == ["digits-vgg-standard", "digits-vgg-robust"]
+    seen: list[bool] = []
+    watcher = Watcher(done=lambda _record, known: seen.append(known))
+    run(expand(read_config(small / "small.yaml")), small / "run", watcher=watcher)
+    assert seen == [True, True]
+
+
+def test_a_folder_of_another_configuration_is_refused(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, other = _files(small / "run"), small / "other.yaml"
+    other.write_text(SMALL.replace("eps: 0.2", "eps: 0.1"))
+    assert main(["run", str(other), "--out", str(small / "run")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("Error: ")
+    assert "holds a run of another configuration (its benchmark.yaml): choose another with --out" in captured.err
+    assert _files(small / "run") == before
+    assert (small / "run" / "benchmark.yaml").read_text() == SMALL
+
+
+def test_a_killed_run_resumes_with_the_cell_that_is_missing(measuring: list[str], tmp_path: Path) -> None:
+    cells = [replace(CELL, layer=layer) for layer in ("logits", "penultimate", "input")]
+
+    class Killed(BaseException):
+        pass
+
+    def kill(_record: AuditRecord, _known: bool) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(cells, tmp_path, watcher=Watcher(done=kill))
+    first = _files(tmp_path)
+    assert len(first) == 1
+    seen: list[bool] = []
+    records = run(cells, tmp_path, watcher=Watcher(done=lambda _record, known: seen.append(known)))
+    assert seen == [True, False, False]
+    assert measuring == ["logits", "penultimate", "input"]
+    assert [record.layer for record in records] == ["logits", "penultimate", "input"]
+    assert first.items() <= _files(tmp_path).items()
+    RecordStore(tmp_path).path(records[1].cell_id).unlink()
+    run(cells, tmp_path)
+    assert measuring[3:] == ["penultimate"]
+
+
+def test_layers_share_accuracies_and_models_do_not(
+    measuring: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacked: list[Any] = []
+    real: Callable[..., Any] = benchmark.measure_accuracy
+
+    def counting(*arguments: Any) -> Any:
+        attacked.append(arguments[3])
+        return real(*arguments)
+
+    monkeypatch.setattr(benchmark, "measure_accuracy", counting)
+    pairs = [(layer, threat) for layer in ("logits", "penultimate") for threat in (Linf(0.1), L2(0.5))]
+    cells = [replace(CELL, layer=layer, threat=threat) for layer, threat in pairs]
+    records = run([*cells, replace(CELL, ref="bundled:digits-vgg-standard")], tmp_path)
+    assert attacked == [Linf(0.1), L2(0.5), Linf(0.2)]
+    assert records[0].adversarial_accuracy == records[2].adversarial_accuracy
+    assert measuring == ["logits", "penultimate", "logits"]  # threat models share a layer's normal case
+
+
+def _with_attack(cell: Cell, attack: LabelAttack) -> Cell:
+    return replace(cell, settings=replace(cell.settings, attack=attack))
+
+
+def test_identity_is_what_decides_numbers_and_nothing_else() -> None:
+    images = load_images("digits", ImageRequest(count=60))
+    entry = benchmark.identify(REF)
+    same = benchmark._identity(CELL, images, entry)
+    attack = SETTINGS.attack
+    larger = replace(attack, cross_entropy=replace(attack.cross_entropy, batch_size=7))
+    harder = replace(attack, cross_entropy=replace(attack.cross_entropy, steps=3))
+    assert benchmark._identity(_with_attack(replace(CELL, name="mine"), larger), images, entry) == same
+    assert "device" not in json.dumps(same)
+    changed = [
+        replace(CELL, threat=Linf(0.1)),
+        replace(CELL, threat=L2(0.2)),
+        replace(CELL, layer="penultimate"),
+        replace(CELL, settings=replace(SETTINGS, seeds=(1,))),
+        replace(CELL, settings=replace(SETTINGS, reduce="mean")),
+        _with_attack(CELL, harder),
+    ]
+    ids = [benchmark.digest(benchmark._identity(cell, images, entry)) for cell in changed]
+    fewer = load_images("digits", ImageRequest(count=59))
+    ids.append(benchmark.digest(benchmark._identity(CELL, fewer, entry)))
+    ids.append(benchmark.digest(benchmark._identity(CELL, images, benchmark.identify("bundled:digits-vgg-standard"))))
+    assert len({*ids, benchmark.digest(same)}) == len(ids) + 1
+
+
+def test_one_models_failure_leaves_the_others_and_is_tried_again(
+    measuring: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, config, folder = tmp_path / "late.safetensors", tmp_path / "b.yaml", tmp_path / "run"
+    late = f"'file:{weights}?arch=bundled:digits-vgg-robust&num_classes=10'"
+    config.write_text(SMALL.replace("bundled:digits-vgg-standard", late) + "layers: [logits, penultimate]\n")
+    assert main(["run", str(config), "--out", str(folder)]) == 1
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert captured.err.count("late.safetensors does not exist") == 1
+    assert captured.err.count(": failed\n") == 2
+    records = list(RecordStore(folder))
+    assert sorted((record.status, record.model == "digits-vgg-robust") for record in records) == [
+        ("failed", False),
+        ("failed", False),
+        ("valid", True),
+        ("valid", True),
+    ]
+    (failed, *_) = [record for record in records if not record.valid]
+    assert failed.details["exit_code"] == 3
+    assert "late.safetensors does not exist" in failed.reason
+    assert "failed: " in (folder / "leaderboard.csv").read_text()
+    weights.write_bytes((benchmark_folder() / "digits-vgg-robust.safetensors").read_bytes())
+    assert main(["run", str(config), "--out", str(folder)]) == 0
+    assert [record.status for record in RecordStore(folder)] == ["valid"] * len(list(RecordStore(folder)))
+    assert "failed" not in (folder / "leaderboard.csv").read_text()
+
+
+def benchmark_folder() -> Path:
+    return Path(benchmark.__file__).parents[1] / "model_zoo" / "bundled"
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (ValueError("odd\nsize"), "ValueError: odd"),
+        (torch.OutOfMemoryError("no room"), "OutOfMemoryError: no room"),
+        (KeyError(), "KeyError"),
+        (UsageError("one sentence"), "one sentence"),
+    ],
+)
+def test_whatever_a_network_raises_becomes_a_record(
+    raised: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(benchmark, "LayerAudit", fail)
+    (record,) = run([CELL], tmp_path)
+    assert (record.status, record.reason) == ("failed", reason)
+    assert record.details["error"] == type(raised).__name__
+
+
+def test_a_record_that_was_tampered_with_is_said_and_kept(measuring: list[str], tmp_path: Path) -> None:
+    (record,) = run([CELL], tmp_path)
+    path = RecordStore(tmp_path).path(record.cell_id)
+    path.write_text(path.read_text()[:-20])
+    (again,) = run([CELL], tmp_path)
+    assert again.details["error"] == IntegrityError.__name__
+    assert f"{path} is not a record" in again.reason
+    assert path.read_text()[-1] != "}"
+
+
+def test_user_code_and_hashes_taken_on_faith_are_flagged(measuring: list[str], tmp_path: Path) -> None:
+    weights = benchmark_folder() / "digits-vgg-robust.safetensors"
+    ref = f"file:{weights}?arch=bundled:digits-vgg-robust&num_classes=10&name=mine"
+    (record,) = run([replace(CELL, ref=ref)], tmp_path)
+    assert record.model == "mine"
+    assert any(flag.startswith("unpinned: ") for flag in record.flags)
+    assert not record.weights_pinned
+
+
+def test_devices() -> None:
+    assert device_of("cpu").type == "cpu"
+    assert device_of("auto").type in ("cpu", "cuda")
+    with pytest.raises(UsageError, match="unknown device 'gpu'; legal: auto, cpu, cuda"):
+        device_of("gpu")
+    with pytest.raises(EnvironmentFault, match=r"device 'cuda:99' is not here: \d+ GPUs are"):
+        device_of("cuda:99")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "b.yaml").write_text(SMALL)
+    with pytest.raises(EnvironmentFault, match="cannot write"):
+        claim(tmp_path / "file", read_config(tmp_path / "b.yaml"), SMALL)

@@ -1,0 +1,69 @@
+from math import log
+
+import pytest
+import torch
+
+from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, label_entropy, largest_share
+
+
+def test_label_entropy():
+    assert label_entropy(torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])) == pytest.approx(1.75 * log(2))
+    assert label_entropy(torch.arange(10).repeat(7)) == pytest.approx(log(10))
+    assert label_entropy(torch.full((9,), 4)) == 0
+
+
+def test_largest_share():
+    assert largest_share(torch.tensor([3, 3, 3, 0])) == 0.75
+
+
+def test_the_floor_is_the_larger_of_entropy_and_accuracy():
+    balanced = torch.arange(10).repeat(10)
+    assert floor(balanced, 0.95, 0.1) == pytest.approx(log(10))
+    assert floor(balanced, 0.0, 0.1) == pytest.approx(log(10))
+    # answers of one kind tell nothing themselves
+    assert floor(torch.zeros(100, dtype=torch.int64), 0.1, 0.1) == 0
+    assert floor(torch.tensor([0, 1]), 0.8633, 0.1) == pytest.approx(1.603, abs=1e-3)
+
+
+FLOORS = Floors(2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("normal", "worst", "wanted"),
+    [
+        ((2.5, 0.1), (1.5, 0.1), []),
+        ((1.81, 0.1), (0.81, 0.1), []),  # under a floor by less than two standard errors
+        ((1.5, 0.1), (1.2, 0.1), ["contradicted: normal_nats 1.50 is under its measured floor 2.00 by 0.50 nats"]),
+        ((2.5, 0.1), (0.5, 0.1), ["contradicted: worst_nats 0.50 is under its measured floor 1.00 by 0.50 nats"]),
+        ((2.5, 0.1), (2.8, 0.1), []),
+        ((2.5, 0.1), (3.0, 0.1), ["contradicted: worst_nats 3.00 is above normal_nats 2.50"]),
+        ((3.9, 0.1), (1.5, 0.1), ["saturated: normal_nats 3.90 is at its ceiling ln(images) = 4.00"]),
+        (
+            (0.5, 0.0),
+            (-0.3, 0.1),
+            [
+                "contradicted: normal_nats 0.50 is under its measured floor 2.00 by 1.50 nats",
+                "contradicted: worst_nats -0.30 is under its measured floor 1.00 by 1.30 nats",
+                "negative: worst_nats -0.30 is under zero beyond its error",
+            ],
+        ),
+    ],
+)
+def test_flags_of_estimates(normal, worst, wanted):
+    assert estimate_flags(Spread(*normal), Spread(*worst), FLOORS, 4.0) == wanted
+
+
+def test_without_floors_only_the_numbers_themselves_speak():
+    low = Spread(0.1, 0.0)
+    assert estimate_flags(low, low, None, 4.0) == []
+    assert estimate_flags(Spread(-0.5, 0.1), Spread(-0.5, 0.1), None, 4.0) == [
+        "negative: normal_nats -0.50 is under zero beyond its error",
+        "negative: worst_nats -0.50 is under zero beyond its error",
+    ]
+
+
+def test_flags_of_bounds():
+    assert bound_flags(0.5, 0.5) == []
+    assert bound_flags(0.41, 0.95) == [
+        "contradicted: the bound 0.410 is under the measured adversarial accuracy's 0.950"
+    ]

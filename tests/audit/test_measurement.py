@@ -1,0 +1,313 @@
+"""Whole audits of a bare `nn.Module`, trained in a second on scikit-learn's digits."""
+
+from dataclasses import fields, replace
+from math import log
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+import audit.measurement as measurement
+from audit.accuracy import LabelAttack, measure_accuracy
+from audit.errors import InvalidModelError, MismatchError, UsageError
+from audit.information import CriticTraining
+from audit.kinds import Floors
+from audit.measurement import AuditSettings, audit_model
+from audit.pgd import PGD
+from audit.records import AuditRecord, RecordStore
+from audit.threat import L1, L2, Linf
+from audit.vulnerability import WorstCaseSearch
+
+QUICK = AuditSettings(
+    estimator=CriticTraining(steps=40, every=10),
+    search=WorstCaseSearch(collapse_steps=4, rounds=4, critic_steps=1, relative_step=0.5),
+    attack=LabelAttack(PGD(3, 0.5), PGD(3, 0.5, random_start=False)),
+    seeds=(0, 1),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    # networks this small are slower on more
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def digits(classes=10):
+    pixels, labels = load_digits(n_class=classes, return_X_y=True)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    return images[order], torch.tensor(labels)[order]
+
+
+def trained(classes=10):
+    images, labels = digits(classes)
+    draws = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(256, classes),
+        )  # fmt: skip
+    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(100):
+        chosen = torch.randint(len(labels) - 200, (64,), generator=draws)
+        optimiser.zero_grad()
+        F.cross_entropy(network(images[chosen]), labels[chosen]).backward()
+        optimiser.step()
+    optimiser.zero_grad()
+    return network
+
+
+@pytest.fixture(scope="module")
+def network():
+    return trained()
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    images, labels = digits()
+    return images[-200:], labels[-200:]
+
+
+@pytest.fixture(scope="module")
+def record(network, held_out):
+    network.train()
+    before = torch.random.get_rng_state()
+    record = audit_model(network, *held_out, "logits", Linf(0.1), QUICK)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not network.training
+    assert all(p.grad is None and p.requires_grad for p in network.parameters())
+    return record
+
+
+def check(record, threat, layer, images=200, classes=10):
+    """What holds of every record, whatever was audited."""
+    missing = {f.name for f in fields(record) if getattr(record, f.name) in (None, "")} - {"reason"}
+    assert missing <= {"floor_nats"}
+    assert record.valid
+    assert (record.norm, record.eps, record.layer) == (threat.norm, threat.eps, layer)
+    assert (record.images, record.num_classes) == (images, classes)
+    assert record.critic_images == images - int(0.7 * images)
+    for name in ("natural_accuracy", "adversarial_accuracy"):
+        value, low, high = (getattr(record, name + end) for end in ("", "_low", "_high"))
+        assert 0 <= low <= value <= high <= 1
+    assert record.adversarial_accuracy <= record.natural_accuracy
+    assert record.adversarial_gap == record.natural_accuracy - record.adversarial_accuracy
+    assert 1 / classes <= record.adversarial_accuracy_bound <= 1
+    assert record.adversarial_risk_bound == 1 - record.adversarial_accuracy_bound
+    assert record.rv == pytest.approx(record.normal_nats - record.worst_nats, abs=1e-9)
+    assert record.normal_nats <= record.ceiling_nats == pytest.approx(log(record.critic_images))
+    assert all(getattr(record, name) > 0 for name in ("normal_nats_se", "worst_nats_se", "rv_se"))
+    assert record.seconds > 0
+    assert record.passes > 0
+
+
+def test_a_whole_record(record):
+    check(record, Linf(0.1), "logits")
+    assert (record.model, record.family, record.source, record.dataset) == (
+        "Sequential",
+        "Sequential",
+        "python",
+        "python",
+    )
+    assert (record.estimator, record.attack, record.seeds) == ("mine-infonce", "pgd-ce-3+margin-3", 2)
+    assert record.dimension == 10
+    assert record.natural_accuracy > 0.8
+    assert record.adversarial_gap > 0.2
+    assert log(10) >= record.floor_nats > 2
+    assert record.rv > 0
+    assert not record.contradicted
+    rows, curves = record.details["per_seed"], record.details["curves"]
+    assert [row["seed"] for row in rows] == [curve["seed"] for curve in curves] == [0, 1]
+    assert record.normal_nats == pytest.approx(sum(row["normal_nats"] for row in rows) / 2)
+    assert record.rv == pytest.approx(sum(row["rv"] for row in rows) / 2)
+    assert curves[0]["normal"]["validation"][0][0] == 0
+    assert 0 < record.details["worst_floor_nats"] <= record.worst_nats + 1e-6
+
+
+def test_the_record_survives_the_store(record, tmp_path):
+    store = RecordStore(tmp_path)
+    store.write(record)
+    assert store.read(record.cell_id) == record
+
+
+def test_accuracies_are_those_of_the_attack_alone(record, network, held_out):
+    found = measure_accuracy(network, *held_out, Linf(0.1), QUICK.attack, 0)
+    assert record.natural_accuracy == found.natural.value
+    assert record.adversarial_accuracy == found.adversarial.value
+
+
+def test_the_same_audit_again_is_the_same_record(record, network, held_out):
+    again = audit_model(network, *held_out, "logits", Linf(0.1), QUICK)
+    assert replace(again, seconds=record.seconds) == record
+
+
+def test_the_cell_is_named_by_what_decides_its_numbers(network, held_out, monkeypatch):
+    # names only: the measurements are replaced by one made up
+    monkeypatch.setattr(measurement.LayerAudit, "under", lambda *_: planted(1.0, 0.5))
+    images, labels = held_out
+    one = replace(QUICK, seeds=(0,))
+    other = trained()
+    with torch.no_grad():
+        other[-1].bias[0] += 1e-3
+
+    threat = Linf(0.1)
+
+    def name(network=network, images=images, labels=labels, layer="logits", threat=threat, settings=one):
+        return audit_model(network, images, labels, layer, threat, settings).cell_id
+
+    names = [
+        name(), name(network=other), name(images=1 - images), name(labels=labels.flip(0)), name(layer="penultimate"),
+        name(threat=Linf(0.2)), name(threat=L2(0.1)), name(settings=replace(one, seeds=(1,))),
+        name(settings=replace(one, reduce="mean")),
+    ]  # fmt: skip
+    assert len(set(names)) == len(names)
+    assert name() == names[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "reduce", "threat", "dimension"),
+    [
+        ("input", "flatten", L1(2.0), 64),
+        ("penultimate", "flatten", L2(0.6), 256),
+        ("logits", "flatten", L1(2.0), 10),
+        ("logits", "flatten", L2(0.6), 10),
+        ("2", "mean", Linf(0.1), 16),
+        ("0", "mean", L2(0.6), 8),
+        ("2", "flatten", L1(2.0), 256),
+    ],
+)
+def test_other_layers_and_norms(network, held_out, layer, reduce, threat, dimension):
+    frozen = trained().requires_grad_(False)
+    record = audit_model(frozen, *held_out, layer, threat, replace(QUICK, reduce=reduce, seeds=(0,)))
+    check(record, threat, layer)
+    assert record.dimension == dimension
+    assert record.worst_nats <= record.normal_nats + 2 * record.rv_se
+    assert reduce == "mean" or record.floor_nats > 2  # each of these layers carries the answer
+
+
+@pytest.mark.parametrize("layer", ["input", "0"])
+def test_an_average_has_no_floor(held_out, layer):
+    frozen = trained().requires_grad_(False)
+    record = audit_model(frozen, *held_out, layer, Linf(0.1), replace(QUICK, reduce="mean", seeds=(0,)))
+    assert record.floor_nats is None
+
+
+def test_threat_models_share_the_normal_case(record, network, held_out):
+    layer = measurement.LayerAudit(network, *held_out, "logits", QUICK)
+    found = [layer.under(threat) for threat in (Linf(0.05), Linf(0.1))]
+    assert found[0].per_seed[1].normal is found[1].per_seed[1].normal
+    rows = record.details["per_seed"]
+    assert [run.normal.nats for run in found[1].per_seed] == [row["normal_nats"] for row in rows]
+    assert [run.worst.nats for run in found[1].per_seed] == [row["worst_nats"] for row in rows]
+
+
+def test_an_inner_layer_of_a_network_that_is_not_frozen(network, held_out):
+    assert all(p.requires_grad for p in network.parameters())
+    audit_model(network, *held_out, "2", Linf(0.1), replace(QUICK, reduce="mean", seeds=(0,)))
+
+
+def test_without_an_adversary_nothing_is_lost(network, held_out):
+    record = audit_model(network, *held_out, "logits", Linf(0.0), QUICK)
+    assert record.worst_nats == record.normal_nats
+    assert (record.rv, record.adversarial_gap) == (0, 0)
+    assert record.adversarial_accuracy == record.natural_accuracy
+
+
+def test_two_classes():
+    images, labels = digits(2)
+    record = audit_model(trained(2), images[-200:], labels[-200:], "logits", Linf(0.3), QUICK)
+    check(record, Linf(0.3), "logits", classes=2)
+    assert record.natural_accuracy > 0.9
+    assert log(2) >= record.floor_nats > 0.5
+
+
+def planted(normal, worst, floors=None, ceiling=4.0, flags=()):
+    def said(nats):
+        return measurement.Vulnerability.__annotations__["normal"](
+            nats, 0.01, 60, ceiling, nats, 0.0, nats, ((0, 0.0),), (), flags
+        )
+
+    run = measurement.Vulnerability(said(normal), said(worst), torch.zeros(1, 1, 8, 8), 1.0)
+    return measurement.Layer((run,), floors, 10)
+
+
+@pytest.mark.parametrize(
+    ("layer", "flag"),
+    [
+        (planted(1.0, 0.5, Floors(2.2, 0.1)), "contradicted: normal_nats 1.00 is under its measured floor 2.20"),
+        (planted(2.3, 0.5, Floors(2.2, 2.0)), "contradicted: worst_nats 0.50 is under its measured floor 2.00"),
+        (planted(2.3, 2.5), "contradicted: worst_nats 2.50 is above normal_nats 2.30"),
+        (planted(2.3, 0.0), "contradicted: the bound 0.301 is under the measured adversarial accuracy's"),
+        (planted(3.95, 2.0), "saturated: normal_nats 3.95 is at its ceiling"),
+        (planted(2.3, -0.5), "negative: worst_nats -0.50 is under zero"),
+        (planted(2.3, 2.0, flags=("not_converged: x",)), "not_converged: x"),
+    ],
+)
+def test_planted_faults_are_flagged(network, held_out, monkeypatch, layer, flag):
+    monkeypatch.setattr(measurement.LayerAudit, "under", lambda *_: layer)
+    record = audit_model(network, *held_out, "logits", Linf(0.001), replace(QUICK, seeds=(0,)))
+    assert sum(found.startswith(flag) for found in record.flags) == 1
+    assert record.contradicted == any(found.startswith("contradicted") for found in record.flags)
+    assert record.contradicted or not flag.startswith("contradicted")
+
+
+def test_the_error_over_seeds_is_never_less_than_sampling_gives():
+    assert measurement._spread([1.0, 1.0], [0.2, 0.2]) == (1.0, pytest.approx(0.2 / 2**0.5))
+    assert measurement._spread([0.0, 2.0], [0.1, 0.1]) == (1.0, pytest.approx(1.0))
+    assert measurement._spread([3.0], [0.1]) == (3.0, pytest.approx(0.1))
+
+
+def test_a_curve_that_is_not_a_number_is_still_a_record():
+    assert measurement._plain(((0, 0.5), (10, float("nan")), (20, float("-inf")))) == [[0, 0.5], [10, None], [20, None]]
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 1)])
+def test_seeds_that_are_refused(seeds):
+    with pytest.raises(UsageError, match="must be at least one, each named once"):
+        AuditSettings(seeds=seeds)
+
+
+X, Y = torch.rand(100, 1, 8, 8), torch.arange(100) % 10
+FLAT = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize(
+    ("network", "images", "labels", "error", "message"),
+    [
+        (FLAT, 2 * X, Y, UsageError, r"images range from .* to .*, not within \[0, 1\]: normalisation belongs inside"),
+        (FLAT, X - 0.5, Y, UsageError, r"not within \[0, 1\]"),
+        (FLAT, X * torch.nan, Y, UsageError, r"images range from nan to nan, not within \[0, 1\]"),
+        (FLAT, (255 * X).to(torch.uint8), Y, MismatchError, "images are uint8 of the shape"),
+        (FLAT, X[:, 0], Y, MismatchError, r"images are float32 of the shape \(100, 8, 8\), not floats of the shape"),
+        (FLAT, X[:0], Y[:0], MismatchError, r"images are float32 of the shape \(0, 1, 8, 8\)"),
+        (FLAT, X, Y[:50], MismatchError, "100 images, but 50 labels"),
+        (FLAT, X, Y.float(), MismatchError, "labels are float32"),
+        (
+            FLAT,
+            X,
+            Y[:, None],
+            MismatchError,
+            r"labels are int64 of the shape \(100, 1\), not int64 of the shape \(N,\)",
+        ),
+        (FLAT, X, Y + 1, MismatchError, "labels reach from 1 to 10, but the network has 10 outputs"),
+        (FLAT, X, Y - 1, MismatchError, "labels reach from -1 to 8, but the network has 10 outputs"),
+        (nn.Identity(), X, Y, MismatchError, "the network's output is not one row of logits an image"),
+        (nn.Sequential(FLAT, nn.Flatten(0)), X, Y, MismatchError, "the network's output is not one row of logits"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), X, 0 * Y, MismatchError, "for two or more classes"),
+        (FLAT, X[:30], Y[:30], UsageError, "30 images are too few"),
+        (nn.Sequential(FLAT, nn.Threshold(1e9, torch.nan)), X, Y, InvalidModelError, "not finite for 100 of 100"),
+    ],
+)
+def test_input_that_is_refused(network, images, labels, error, message):
+    with pytest.raises(error, match=message):
+        audit_model(network, images, labels, "logits", Linf(0.1), QUICK)
+
+
+def test_records_of_audits_are_records(record):
+    assert AuditRecord.from_dict(record.to_dict()) == record
