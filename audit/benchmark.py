@@ -18,8 +18,10 @@ from audit.measurement import VERSION, LayerAudit, assemble, check_input
 from audit.records import AuditRecord, RecordStore, digest, write_atomically
 from model_zoo.catalogue import bundled_names
 from model_zoo.datasets import ImageRequest, ImageSet, check_fit, load_images
-from model_zoo.entries import ModelEntry
+from model_zoo.entries import ModelEntry, parse_ref
 from model_zoo.load import LoadedModel, SourceSettings, identify, load_model
+
+_DECIDING_OPTIONS = ("arch", "num_classes", "mean", "std", "shape")
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]
         del settings["attack"][search]["batch_size"]  # bounds memory only
     return {
         "version": VERSION,
+        "network": _network_identity(cell.ref),
         "architecture": entry.architecture,
         "code_sha256": entry.code_sha256,
         "weights_sha256": entry.weights_sha256,
@@ -196,6 +199,14 @@ def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]
         "eps": cell.threat.eps,
         "settings": settings,
     }
+
+
+def _network_identity(ref: str) -> str | dict[str, str]:
+    """The same weights make another network with another normalisation; a file's path and labels decide nothing."""
+    parsed = parse_ref(ref)
+    if parsed.source != "file":
+        return ref
+    return {name: parsed.options[name] for name in _DECIDING_OPTIONS if name in parsed.options}
 
 
 def _labelled(record: AuditRecord, cell: Cell, pinned: ModelEntry, loaded: ModelEntry) -> AuditRecord:

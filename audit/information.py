@@ -102,7 +102,9 @@ def split_images(images: Images, seed: int, train: float = 0.5, validation: floa
     count = len(images)
     first, second = int(train * count), int((train + validation) * count)
     if min(first, second - first, count - second) < 10:
-        raise UsageError(f"{count} images are too few: training, validation and held-out sets need at least 10 each")
+        raise UsageError(
+            f"{count} images are too few: training, validation and held-out sets need 10 each, so 50 in all"
+        )
     order = torch.randperm(count, generator=keyed_generator(seed, _SPLIT)).to(images.device)
     return Splits(images[order[:first]], images[order[first:second]], images[order[second:]])
 

@@ -315,3 +315,11 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text(SMALL)
     with pytest.raises(EnvironmentFault, match="cannot write"):
         claim(tmp_path / "file", read_config(tmp_path / "b.yaml"), SMALL)
+
+
+def test_the_same_weights_with_another_normalisation_are_another_cell():
+    ref = "file:{}?arch=nets.py:net&num_classes=10&mean={}&std=.5,.5,.5&name={}"
+    network = benchmark._network_identity
+    assert network(ref.format("a.pth", ".5,.5,.5", "one")) == network(ref.format("b.pth", ".5,.5,.5", "two"))
+    assert network(ref.format("a.pth", ".5,.5,.5", "one")) != network(ref.format("a.pth", ".4,.4,.4", "one"))
+    assert network("timm:resnet18") == "timm:resnet18"

@@ -190,7 +190,7 @@ def test_splits_are_disjoint_whole_and_keyed():
     [(0, {}), (48, {}), (100, {"train": 0.05}), (100, {"train": 0.85}), (100, {"validation": 0.05})],
 )
 def test_too_few_images_are_refused(count, shares):
-    with pytest.raises(UsageError, match=f"{count} images are too few: .* at least 10 each"):
+    with pytest.raises(UsageError, match=f"{count} images are too few: .* 50 in all"):
         split_images(torch.zeros(count, 1, 2, 2), 0, **shares)
 
 
