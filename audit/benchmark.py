@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from audit.accuracy import Accuracy, measure_accuracy
-from audit.config import BenchmarkConfig, Cell, cells
+from audit.config import Cell, cells
 from audit.errors import AuditError, EnvironmentFault, UnknownNameError, UsageError
 from audit.measurement import VERSION, LayerAudit, assemble, check_input
 from audit.records import AuditRecord, RecordStore, digest, write_atomically
+from audit.sections import BenchmarkConfig
 from model_zoo.catalogue import bundled_names
 from model_zoo.datasets import ImageRequest, ImageSet, check_fit, load_images
 from model_zoo.entries import ModelEntry, parse_ref

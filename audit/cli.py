@@ -197,7 +197,7 @@ def _print_summary(records: list[Any], folder: Path) -> None:
 def _request(model: str, dataset: str, fields: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
-    from audit.config import BenchmarkConfig
+    from audit.sections import BenchmarkConfig
 
     values = {
         "name": _slug(model), "dataset": dataset, "models": [model], "layers": list(fields["layers"]),

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from audit.benchmark import expand
-from audit.config import BenchmarkConfig, cells, parse_number, read_config
+from audit.config import cells, read_config
 from audit.errors import ConfigError, EnvironmentFault, UnknownNameError
+from audit.sections import BenchmarkConfig, parse_number
 from audit.threat import L2, Linf
 
 ROOT = Path(__file__).parents[2]
