@@ -169,11 +169,13 @@ def _described(tensor: Tensor) -> str:
 def _floors(
     network: nn.Module, images: Images, labels: Labels, runs: tuple[Vulnerability, ...], batch_size: int
 ) -> Floors:
-    clean = logits_of(network, images, batch_size).argmax(1)
+    logits = logits_of(network, images, batch_size)
+    clean = logits.argmax(1)
     right = float((clean == labels).double().mean())
     half = 1.96 * sqrt(right * (1 - right) / len(labels))
     moved = [label_entropy(logits_of(network, run.moved, batch_size).argmax(1)) for run in runs]
-    return Floors(floor(clean, right - half, largest_share(labels)), fmean(moved))
+    slack = (logits.shape[1] - 1) / (2 * runs[0].normal.images)
+    return Floors(floor(clean, right - half, largest_share(labels)), fmean(moved), slack)
 
 
 def _spread(values: list[float], sampling: list[float]) -> Spread:

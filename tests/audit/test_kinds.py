@@ -67,3 +67,10 @@ def test_flags_of_bounds():
     assert bound_flags(0.41, 0.95) == [
         "contradicted: the bound 0.410 is under the measured adversarial accuracy's 0.950"
     ]
+
+
+def test_a_small_sample_of_answers_may_fall_short_of_all_of_them():
+    normal, worst = Spread(2.24, 0.01), Spread(2.2, 0.01)
+    assert estimate_flags(normal, worst, Floors(2.28, 1.0), 5.0) != []
+    assert estimate_flags(normal, worst, Floors(2.28, 1.0, slack=0.03), 5.0) == []
+    assert estimate_flags(Spread(2.1, 0.01), worst, Floors(2.28, 1.0, slack=0.03), 5.0) != []
