@@ -17,7 +17,7 @@ from audit.information import CriticTraining, MIEstimate, estimate_mi, split_ima
 from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, label_entropy, largest_share
 from audit.records import AuditRecord, digest
 from audit.representation import Reduction, Representation
-from audit.theory import max_adversarial_accuracy
+from audit.theory import max_adversarial_accuracy, min_adversarial_risk
 from audit.threat import ThreatModel
 from audit.types import Images, Labels
 from audit.vulnerability import Adversary, Vulnerability, WorstCaseSearch, estimate_vulnerability
@@ -150,7 +150,7 @@ def assemble(
         images=accuracy.natural.images, critic_images=runs[0].normal.images,
         normal_nats=normal.nats, normal_nats_se=normal.stderr, worst_nats=worst.nats, worst_nats_se=worst.stderr,
         rv=rv.nats, rv_se=rv.stderr, ceiling_nats=ceiling, floor_nats=floors.normal if floors else None,
-        adversarial_accuracy_bound=bound, adversarial_risk_bound=1 - bound,
+        adversarial_accuracy_bound=bound, adversarial_risk_bound=min_adversarial_risk(worst.nats, classes),
         natural_accuracy=accuracy.natural.value, natural_accuracy_low=accuracy.natural.low,
         natural_accuracy_high=accuracy.natural.high, adversarial_accuracy=accuracy.adversarial.value,
         adversarial_accuracy_low=accuracy.adversarial.low, adversarial_accuracy_high=accuracy.adversarial.high,

@@ -35,10 +35,6 @@ class Encoded(NamedTuple):
     features: Tensor
     answers: Tensor
 
-    def take(self, chosen: Tensor) -> "Encoded":
-        """Return the chosen rows."""
-        return Encoded(self.features[chosen], self.answers[chosen])
-
 
 Encoder = Callable[[Images], Encoded]
 

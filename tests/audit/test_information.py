@@ -215,9 +215,6 @@ def test_encoding_in_batches_changes_nothing_and_keeps_no_graph():
     torch.testing.assert_close(whole.features, parts.features)
     torch.testing.assert_close(whole.answers, whole.features.log_softmax(1))
     assert not whole.features.requires_grad
-    rows = torch.tensor([4, 1])
-    assert whole.take(rows).features.equal(whole.features[rows])
-    assert whole.take(rows).answers.equal(whole.answers[rows])
 
 
 def test_label_surprise_is_the_entropy_of_the_answers():
