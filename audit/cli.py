@@ -188,8 +188,9 @@ def _print_summary(records: list[Any], folder: Path) -> None:
         for r in records
         if r.valid
     ]  # fmt: skip
-    if rows:
-        print_table(header, rows)
+    if not rows:
+        return
+    print_table(header, rows)
     click.echo("Accuracies are measured; nats, RV and the bound are estimates.")
     click.echo(f"{folder / 'report.html'}  {folder / 'leaderboard.csv'}  {folder / 'figures'}")
 
