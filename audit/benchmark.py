@@ -141,7 +141,7 @@ class _Workbench:
     def _measure(self, cell: Cell, images: ImageSet) -> AuditRecord:
         model = self._loaded(cell.ref)
         check_fit(model, images)
-        pixels, labels = images.images.to(self.device), images.labels.to(self.device)
+        pixels, labels = images.images, images.labels
         check_input(model.network, pixels, labels)
         self.watcher.stage(cell, "attacking")
         accuracy = self._accuracy(cell, model, images)
@@ -155,18 +155,21 @@ class _Workbench:
         """Accuracies belong to a model and a threat model: layers share them."""
         key = f"{images.sha256} {cell.threat} {cell.settings.attack} {cell.settings.seeds[0]}"
         if key not in self._accuracies:
-            pixels, labels = images.images.to(self.device), images.labels.to(self.device)
             attack, seed = cell.settings.attack, cell.settings.seeds[0]
-            self._accuracies[key] = measure_accuracy(model.network, pixels, labels, cell.threat, attack, seed)
+            measured = measure_accuracy(model.network, images.images, images.labels, cell.threat, attack, seed)
+            self._accuracies[key] = measured
         return self._accuracies[key]
 
     def _image_set(self, cell: Cell) -> ImageSet:
+        """The cell's images, moved to the device once."""
         key = (cell.dataset, cell.images)
         if key not in self._images:
             request = ImageRequest(
                 count=cell.images, data_dir=self.options.data_dir, offline=self.options.sources.offline
             )
-            self._images = {key: load_images(cell.dataset, request)}
+            found = load_images(cell.dataset, request)
+            pixels, labels = found.images.to(self.device), found.labels.to(self.device)
+            self._images = {key: replace(found, images=pixels, labels=labels)}
         return self._images[key]
 
     def _entry(self, ref: str) -> ModelEntry:

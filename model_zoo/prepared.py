@@ -89,15 +89,16 @@ class Normalized(nn.Module):
 
 
 def check_outputs(network: nn.Module, num_classes: int, shape: ImageShape, name: str) -> None:
-    """Run one blank image through a network.
+    """Run one blank image through a network, on the network's device.
 
     Raises MismatchError where it does not take images of that shape or does not return (1, num_classes) scores,
     InvalidModelError where the scores are not finite.
     """
     size = "x".join(map(str, shape))
+    device = next((tensor.device for tensor in network.state_dict().values()), None)
     try:
         with torch.no_grad():
-            scores = network(torch.zeros(1, *shape))
+            scores = network(torch.zeros(1, *shape, device=device))
     except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise MismatchError(f"{name} does not take images of shape {size}: {reason}") from error

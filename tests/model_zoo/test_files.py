@@ -11,6 +11,7 @@ from audit.errors import EnvironmentFault, IntegrityError, MismatchError, Unknow
 from model_zoo import files, libraries
 from model_zoo.downloads import file_sha256
 from model_zoo.load import SourceSettings, identify, load_model
+from model_zoo.prepared import check_outputs
 
 
 @pytest.fixture
@@ -157,3 +158,19 @@ def test_library_architectures(
     model.network(images).square().sum().backward()
     assert images.grad is not None
     assert images.grad.abs().sum() > 0
+
+
+def test_the_blank_image_goes_where_the_network_is():
+    seen = []
+
+    class Elsewhere(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, images):
+            seen.append(images.device.type)
+            return torch.zeros(len(images), 2)
+
+    check_outputs(Elsewhere(), 2, (1, 4, 4), "elsewhere")
+    assert seen == ["meta"]
