@@ -23,15 +23,6 @@ from audit.representation import Representation
 from audit.types import Encoded
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # networks this small are slower on more
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 

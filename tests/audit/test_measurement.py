@@ -28,15 +28,6 @@ QUICK = AuditSettings(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # networks this small are slower on more
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def digits(classes=10):
     pixels, labels = load_digits(n_class=classes, return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

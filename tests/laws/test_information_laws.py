@@ -18,15 +18,6 @@ SHORT = CriticTraining(steps=20, every=5, batch_size=32)
 SEARCH = WorstCaseSearch(collapse_steps=3, rounds=3, critic_steps=1, relative_step=0.4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # networks this small are slower on more
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
