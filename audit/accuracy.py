@@ -43,13 +43,15 @@ class Proportion(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """What the label attack measured: natural, adversarial, which images stayed right (N,), and the passes spent."""
+    """What the label attack measured: natural, adversarial, which images stayed right (N,), the passes spent,
+    and of what the images are: how many classes, and the share of the largest."""
 
     natural: Proportion
     adversarial: Proportion
     robust: Tensor
     passes: int
     num_classes: int
+    largest_share: float
 
 
 def wilson(successes: int, count: int, z: float = 1.959964) -> Proportion:
@@ -108,7 +110,8 @@ def measure_accuracy(
         passes += found.passes
     count = len(images)
     natural, adversarial = (wilson(int(right.sum()), count) for right in (correct, robust))
-    return Accuracy(natural, adversarial, robust, passes, logits.shape[1])
+    share = float(labels.bincount().max()) / count
+    return Accuracy(natural, adversarial, robust, passes, logits.shape[1], share)
 
 
 def _hardness(pgd: PGD) -> str:

@@ -188,7 +188,9 @@ class _Workbench:
 
 def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]:
     """Everything that decides the cell's numbers, and nothing that does not."""
-    settings = asdict(cell.settings) | {"seeds": list(cell.settings.seeds)}  # a list, as JSON reads it back
+    settings = asdict(cell.settings)
+    settings["estimator"]["name"] = cell.settings.estimator.name
+    settings |= {"seeds": list(cell.settings.seeds)}  # a list, as JSON reads it back
     for search in ("cross_entropy", "margin"):
         del settings["attack"][search]["batch_size"]  # bounds memory only
     return {
@@ -257,7 +259,7 @@ def _failure(cell: Cell, error: BaseException) -> AuditRecord:
         norm=cell.threat.norm,
         eps=cell.threat.eps,
         weights_sha256="unknown",
-        estimator=cell.settings.name,
+        estimator=cell.settings.estimator.name,
         attack=cell.settings.attack.name,
         seeds=len(cell.settings.seeds),
         images=cell.images or 0,

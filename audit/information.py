@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from audit.bounds import BOUNDS, infonce_terms
 from audit.critics import CriticShape, build_critic
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
+from audit.estimates import MIEstimate
 from audit.types import Encoded, Encoder, Features, Images, keyed_generator
 
 _SPLIT, _CRITIC, _BATCHES = range(21, 24)
@@ -55,7 +56,10 @@ class CriticTraining:
 
 
 class Splits(NamedTuple):
-    """Disjoint sets: the critic learns on `train`, its step is chosen on `validation`, the value comes from `test`."""
+    """Disjoint sets of images, or their indices.
+
+    The critic learns on `train`, its step is chosen on `validation`, the value comes from `test`.
+    """
 
     train: Images
     validation: Images
@@ -74,39 +78,21 @@ class EncodedSplits(NamedTuple):
     test: Encoded
 
 
-class MIEstimate(NamedTuple):
-    """One held-out estimate in nats, with its doubt.
-
-    `nats` is the larger of two lower bounds: what the critic found (`critic_nats`, InfoNCE over the held-out set) and
-    the entropy of the network's answers there (`label_nats`; zero where the layer does not carry the answer). A
-    critic alone can be starved or fooled into values that the answers refute. `stderr` is over held-out images;
-    `ceiling` is ln(images), which no InfoNCE value exceeds; `history` and `training_history` are (step, critic's
-    value) pairs on validation and training images; `validated` is the counterpart of `nats` on validation images,
-    by which choices are made so that the held-out value stays untouched.
-    """
-
-    nats: float
-    stderr: float
-    images: int
-    ceiling: float
-    critic_nats: float
-    label_nats: float
-    validated: float
-    history: tuple[tuple[int, float], ...]
-    training_history: tuple[tuple[int, float], ...]
-    flags: tuple[str, ...]
-
-
-def split_images(images: Images, seed: int, train: float = 0.5, validation: float = 0.2) -> Splits:
-    """Return a seeded, disjoint split; raises UsageError where a part would hold fewer than ten images."""
-    count = len(images)
+def split_indices(count: int, seed: int, train: float = 0.5, validation: float = 0.2) -> Splits:
+    """Return seeded, disjoint indices; raises UsageError where a part would hold fewer than ten images."""
     first, second = int(train * count), int((train + validation) * count)
     if min(first, second - first, count - second) < 10:
         raise UsageError(
             f"{count} images are too few: training, validation and held-out sets need 10 each, so 50 in all"
         )
-    order = torch.randperm(count, generator=keyed_generator(seed, _SPLIT)).to(images.device)
-    return Splits(images[order[:first]], images[order[first:second]], images[order[second:]])
+    order = torch.randperm(count, generator=keyed_generator(seed, _SPLIT))
+    return Splits(order[:first], order[first:second], order[second:])
+
+
+def split_images(images: Images, seed: int, train: float = 0.5, validation: float = 0.2) -> Splits:
+    """Return a seeded, disjoint split; raises UsageError where a part would hold fewer than ten images."""
+    parts = split_indices(len(images), seed, train, validation)
+    return parts.map(lambda index: images[index.to(images.device)])
 
 
 @torch.no_grad()
@@ -204,9 +190,8 @@ def _estimate(
         stderr=float(terms.std()) / sqrt(count),
         images=count,
         ceiling=log(count),
-        critic_nats=float(by_critic.mean()),
-        label_nats=float(by_label.mean()),
         validated=validated,
+        parts={"critic": float(by_critic.mean()), "labels": float(by_label.mean())},
         history=tuple(history),
         training_history=tuple(trained),
         flags=_training_flags(history),

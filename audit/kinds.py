@@ -4,11 +4,12 @@ Accuracies are *measured*; MI values, RV and the bounds computed from them are *
 estimate: an estimate under its floor is flagged `contradicted`, shown, and never ranked.
 """
 
-from math import log
+from math import log, sqrt
 from typing import NamedTuple
 
 from torch import Tensor
 
+from audit.estimates import FloorKind
 from audit.theory import information_floor
 
 
@@ -46,9 +47,16 @@ def largest_share(labels: Tensor) -> float:
     return float(labels.bincount().max()) / len(labels)
 
 
-def floor(predictions: Tensor, accuracy_low: float, class_share: float) -> float:
-    """Return the larger of the two data-processing floors, in nats; the accuracy enters by its interval's low end."""
-    return max(label_entropy(predictions), information_floor(accuracy_low, class_share))
+def floor(predictions: Tensor, labels: Tensor, class_share: float, kind: FloorKind) -> float:
+    """Return the data-processing floor in nats that predictions (N,) put under what they were computed from.
+
+    `labels`: d(accuracy || largest class share), the accuracy by the low end of its interval; `answers`: the larger
+    of that and the entropy of the predictions.
+    """
+    right = float((predictions == labels).double().mean())
+    low = max(0.0, right - 1.96 * sqrt(right * (1 - right) / len(labels)))
+    known = information_floor(low, class_share)
+    return max(known, label_entropy(predictions)) if kind == "answers" else known
 
 
 def estimate_flags(normal: Spread, worst: Spread, floors: Floors | None, ceiling: float) -> list[str]:

@@ -13,24 +13,23 @@ from torch import Tensor, nn
 
 from audit.accuracy import Accuracy, LabelAttack, logits_of, measure_accuracy
 from audit.errors import MismatchError, UsageError
-from audit.information import CriticTraining, MIEstimate, estimate_mi, split_images
-from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, label_entropy, largest_share
+from audit.estimates import Estimator, History, MIEstimate, Subject, Vulnerability
+from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, largest_share
+from audit.mine import Mine
 from audit.records import AuditRecord, digest
 from audit.representation import Reduction, Representation
-from audit.theory import max_adversarial_accuracy, min_adversarial_risk
+from audit.theory import max_accuracy, max_adversarial_accuracy, min_adversarial_risk
 from audit.threat import ThreatModel
 from audit.types import Images, Labels
-from audit.vulnerability import Adversary, Vulnerability, WorstCaseSearch, estimate_vulnerability
 
-VERSION = 1  # raised by hand when a change of the method changes numbers
+VERSION = 2  # raised by hand when a change of the method changes numbers
 
 
 @dataclass(frozen=True)
 class AuditSettings:
     """Everything that decides an audit's numbers beside the model, the images and the threat model."""
 
-    estimator: CriticTraining = field(default_factory=CriticTraining)
-    search: WorstCaseSearch = field(default_factory=WorstCaseSearch)
+    estimator: Estimator = field(default_factory=Mine)
     attack: LabelAttack = field(default_factory=LabelAttack)
     seeds: tuple[int, ...] = (0, 1, 2)
     reduce: Reduction = "flatten"
@@ -38,11 +37,6 @@ class AuditSettings:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"seeds {list(self.seeds)} must be at least one, each named once")
-
-    @property
-    def name(self) -> str:
-        """Return the estimator as tables show it, such as `mine-infonce`."""
-        return f"mine-{self.estimator.bound}"
 
 
 class Layer(NamedTuple):
@@ -103,54 +97,57 @@ class LayerAudit:
     """One layer of one network on one set of images: what its threat models share is computed once."""
 
     def __init__(self, network: nn.Module, images: Images, labels: Labels, layer: str, settings: AuditSettings) -> None:
-        self.network, self.images, self.labels, self.settings = network, images, labels, settings
-        self.encoder = Representation(network, layer, settings.reduce)
+        self.network, self.settings = network, settings
+        self.representation = Representation(network, layer, settings.reduce)
+        self.subject = Subject(self.representation.encode, images, labels)
 
     @cached_property
     def normal(self) -> tuple[MIEstimate, ...]:
         """The normal case for every seed: no threat model enters it."""
-        return tuple(
-            estimate_mi(self.encoder.encode, split_images(self.images, seed), self.settings.estimator, seed)
-            for seed in self.settings.seeds
-        )
+        return tuple(self.settings.estimator.normal(self.subject, seed) for seed in self.settings.seeds)
+
+    @cached_property
+    def dimension(self) -> int:
+        """How many features the layer has."""
+        with torch.no_grad():
+            return self.representation(self.subject.images[:1]).shape[1]
 
     def under(self, threat: ThreatModel) -> Layer:
         """Return the layer's vulnerability for every seed, with the floors that predictions put under it."""
-        settings, adversary = self.settings, Adversary(threat, self.settings.search)
+        settings = self.settings
         per_seed = tuple(
-            estimate_vulnerability(
-                self.encoder.encode, split_images(self.images, seed), settings.estimator, adversary, seed, normal
-            )
+            settings.estimator.vulnerability(self.subject, threat, seed, normal)
             for seed, normal in zip(settings.seeds, self.normal, strict=True)
         )
-        with torch.no_grad():
-            dimension = self.encoder(self.images[:1]).shape[1]
-        if not self.encoder.carries_answer(self.images[:1]):
-            return Layer(per_seed, None, dimension)  # the network's answer may bypass this layer
-        floors = _floors(self.network, self.images, self.labels, per_seed, settings.estimator.batch_size)
-        return Layer(per_seed, floors, dimension)
+        # where the network's answer may bypass this layer, it proves nothing about it
+        known = settings.estimator.floor_kind != "none" and self.representation.carries_answer(self.subject.images[:1])
+        floors = _floors(self.network, self.subject, per_seed, settings) if known else None
+        return Layer(per_seed, floors, self.dimension)
 
 
 def assemble(
     accuracy: Accuracy, measured: Layer, layer: str, threat: ThreatModel, settings: AuditSettings
 ) -> AuditRecord:
     """Return the record of one audit; names, hashes and times are the caller's to fill in."""
-    runs, floors = measured.per_seed, measured.floors
+    runs, floors, estimator = measured.per_seed, measured.floors, settings.estimator
     normal = _spread([run.normal.nats for run in runs], [run.normal.stderr for run in runs])
     worst = _spread([run.worst.nats for run in runs], [run.worst.stderr for run in runs])
     rv = _spread([run.nats for run in runs], [run.stderr for run in runs])
     ceiling, classes = runs[0].normal.ceiling, accuracy.num_classes
-    bound = max_adversarial_accuracy(worst.nats, classes)
-    flags = estimate_flags(normal, worst, floors, ceiling) + bound_flags(bound, accuracy.adversarial.low)
+    flags = estimate_flags(normal, worst, floors, ceiling)
+    limits = _limits(worst.nats, accuracy) if estimator.limits_heads else {}
+    if limits:
+        flags += bound_flags(limits["fano_accuracy_bound"], accuracy.adversarial.low)
     flags += sorted({flag for run in runs for flag in (*run.normal.flags, *run.worst.flags)})
     return AuditRecord(
         cell_id="", model="", source="", family="", training="unknown", trained_eps=0.0, dataset="", weights_sha256="",
         layer=layer, dimension=measured.dimension, norm=threat.norm, eps=threat.eps, num_classes=classes,
-        estimator=settings.name, attack=settings.attack.name, seeds=len(settings.seeds),
+        estimator=estimator.name, quantity=estimator.quantity, ranks=estimator.ranks,
+        attack=settings.attack.name, seeds=len(settings.seeds),
         images=accuracy.natural.images, critic_images=runs[0].normal.images,
         normal_nats=normal.nats, normal_nats_se=normal.stderr, worst_nats=worst.nats, worst_nats_se=worst.stderr,
         rv=rv.nats, rv_se=rv.stderr, ceiling_nats=ceiling, floor_nats=floors.normal if floors else None,
-        adversarial_accuracy_bound=bound, adversarial_risk_bound=min_adversarial_risk(worst.nats, classes),
+        **limits,
         natural_accuracy=accuracy.natural.value, natural_accuracy_low=accuracy.natural.low,
         natural_accuracy_high=accuracy.natural.high, adversarial_accuracy=accuracy.adversarial.value,
         adversarial_accuracy_low=accuracy.adversarial.low, adversarial_accuracy_high=accuracy.adversarial.high,
@@ -166,16 +163,24 @@ def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of the shape {tuple(tensor.shape)}"
 
 
-def _floors(
-    network: nn.Module, images: Images, labels: Labels, runs: tuple[Vulnerability, ...], batch_size: int
-) -> Floors:
-    logits = logits_of(network, images, batch_size)
-    clean = logits.argmax(1)
-    right = float((clean == labels).double().mean())
-    half = 1.96 * sqrt(right * (1 - right) / len(labels))
-    moved = [label_entropy(logits_of(network, run.moved, batch_size).argmax(1)) for run in runs]
-    slack = (logits.shape[1] - 1) / (2 * runs[0].normal.images)
-    return Floors(floor(clean, right - half, largest_share(labels)), fmean(moved), slack)
+def _limits(worst_nats: float, accuracy: Accuracy) -> dict[str, Any]:
+    """Theorem 3.4 as printed, and exact Fano, which holds for any class shares and is never above it."""
+    return {
+        "adversarial_accuracy_bound": max_adversarial_accuracy(worst_nats, accuracy.num_classes),
+        "adversarial_risk_bound": min_adversarial_risk(worst_nats, accuracy.num_classes),
+        "fano_accuracy_bound": max_accuracy(max(0.0, worst_nats), accuracy.largest_share),
+    }
+
+
+def _floors(network: nn.Module, subject: Subject, runs: tuple[Vulnerability, ...], settings: AuditSettings) -> Floors:
+    kind, size = settings.estimator.floor_kind, settings.attack.margin.batch_size
+    logits, share = logits_of(network, subject.images, size), largest_share(subject.labels)
+    moved = []
+    for run in runs:
+        answers = logits_of(network, run.moved, size).argmax(1)
+        moved.append(floor(answers, subject.labels[run.which.to(answers.device)], share, kind))
+    slack = (logits.shape[1] - 1) / (2 * runs[0].normal.images) if kind == "answers" else 0.0
+    return Floors(floor(logits.argmax(1), subject.labels, share, kind), fmean(moved), slack)
 
 
 def _spread(values: list[float], sampling: list[float]) -> Spread:
@@ -189,9 +194,9 @@ def _seed_row(seed: int, run: Vulnerability) -> dict[str, Any]:
     return {
         "seed": seed, "rv": run.nats, "held_out_images": run.normal.images,
         "normal_nats": run.normal.nats, "normal_nats_se": run.normal.stderr,
-        "normal_critic_nats": run.normal.critic_nats, "normal_label_nats": run.normal.label_nats,
+        "normal_parts": dict(run.normal.parts),
         "worst_nats": run.worst.nats, "worst_nats_se": run.worst.stderr,
-        "worst_critic_nats": run.worst.critic_nats, "worst_label_nats": run.worst.label_nats,
+        "worst_parts": dict(run.worst.parts),
     }  # fmt: skip
 
 
@@ -203,7 +208,7 @@ def _curves(seed: int, run: Vulnerability) -> dict[str, Any]:
     }
 
 
-def _plain(history: tuple[tuple[int, float], ...]) -> list[list[float | None]]:
+def _plain(history: History) -> list[list[float | None]]:
     """Lists, as JSON reads them back, and None where a value is not a number, which strict JSON cannot hold."""
     return [[step, value if isfinite(value) else None] for step, value in history]
 

@@ -7,7 +7,7 @@ leaderboards, figures, reports - is derived from records and can be rebuilt from
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from audit.errors import EnvironmentFault, IntegrityError
 
 SCHEMA = "rvaudit.record/1"
+CALIBRATION_SCHEMA = "rvaudit.calibration/1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,10 @@ class AuditRecord:
     weights_pinned: bool = False
     code_trusted: bool = False
 
-    # how
+    # how; `quantity` is what the nats are nats of, `ranks` whether the estimator claims to rank models
     estimator: str
+    quantity: str = "I(X; g(X))"
+    ranks: bool = True
     attack: str
     seeds: int
     images: int
@@ -62,6 +65,7 @@ class AuditRecord:
     ceiling_nats: float | None = None
     floor_nats: float | None = None
     adversarial_accuracy_bound: float | None = None
+    fano_accuracy_bound: float | None = None
     adversarial_risk_bound: float | None = None
     natural_accuracy: float | None = None
     natural_accuracy_low: float | None = None
@@ -104,6 +108,61 @@ class AuditRecord:
             return cls(**{**values, "flags": tuple(values.get("flags", ()))})
         except TypeError as error:
             raise IntegrityError(f"record lacks a field: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRow:
+    """An estimator beside the truth on one channel, nats throughout.
+
+    `tolerance` is the largest |estimate - truth| that passes; None where the channel is shown without a verdict.
+    A truth that is not known in closed form is None.
+    """
+
+    channel: str
+    parameters: str
+    estimator: str
+    samples: int
+    true_normal_nats: float
+    normal_nats: float
+    normal_nats_se: float
+    true_worst_nats: float | None = None
+    worst_nats: float | None = None
+    worst_nats_se: float | None = None
+    normal_tolerance: float | None = None
+    worst_tolerance: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether no error is beyond its tolerance."""
+        return _within(self.normal_nats, self.true_normal_nats, self.normal_tolerance) and _within(
+            self.worst_nats, self.true_worst_nats, self.worst_tolerance
+        )
+
+
+def _within(value: float | None, truth: float | None, tolerance: float | None) -> bool:
+    return tolerance is None or truth is None or value is None or abs(value - truth) <= tolerance
+
+
+def write_calibration(folder: Path, key: str, rows: Sequence[CalibrationRow]) -> Path:
+    """Store the rows of one estimator's settings, named by `key`, under `calibration/` of a run folder."""
+    path = Path(folder) / "calibration" / f"{key}.json"
+    data = {"schema": CALIBRATION_SCHEMA, "rows": [asdict(row) for row in rows]}
+    write_atomically(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def read_calibration(folder: Path) -> list[CalibrationRow]:
+    """Return every calibration row of a run folder, none where it was never calibrated; raises IntegrityError."""
+    rows: list[CalibrationRow] = []
+    for path in sorted((Path(folder) / "calibration").glob("*.json")):
+        try:
+            data = json.loads(path.read_text())
+            if data["schema"] != CALIBRATION_SCHEMA:
+                raise IntegrityError(f"{path}: schema {data['schema']!r} is not {CALIBRATION_SCHEMA!r}")
+            rows += [CalibrationRow(**row) for row in data["rows"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise IntegrityError(f"{path} holds no calibration: {error}") from error
+    return rows
 
 
 def canonical_json(data: object) -> str:

@@ -12,6 +12,7 @@ from audit.critics import CriticShape
 from audit.errors import AuditError
 from audit.information import CriticTraining
 from audit.measurement import AuditSettings
+from audit.mine import Mine
 from audit.pgd import PGD
 from audit.records import canonical_json
 from audit.threat import ThreatModel, threat_model
@@ -197,9 +198,8 @@ class BenchmarkConfig(_Section):
 
     def settings(self) -> AuditSettings:
         """Return everything that decides numbers beside model, images and threat model."""
-        return AuditSettings(
-            self.estimator.training(), self.search.search(), self.attack.attack(), self.seeds, self.reduce
-        )
+        estimator = Mine(self.estimator.training(), self.search.search())
+        return AuditSettings(estimator, self.attack.attack(), self.seeds, self.reduce)
 
     def canonical(self) -> str:
         """Return the one spelling of this configuration."""

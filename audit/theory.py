@@ -47,6 +47,28 @@ def binary_divergence(p: float, q: float) -> float:
     return first + second
 
 
+def max_accuracy(nats: float, largest_share: float) -> float:
+    """Return the largest accuracy of any head that sees `nats` of information about labels: exact Fano, any prior.
+
+    `largest_share` is that of the largest class. The result is at least it: a head that sees nothing can name that
+    class. Raises UsageError for negative nats, or a share outside (0, 1].
+
+    Source: Fano's inequality in its exact form, d(accuracy || pi_max) <= I(Y; Z).
+
+    >>> [round(max_accuracy(nats, 0.1), 3) for nats in (0.0, 0.5, 1.0, 1.5, 2.0)]
+    [0.1, 0.495, 0.689, 0.837, 0.951]
+    """
+    if not (nats >= 0 and 0 < largest_share <= 1):
+        raise UsageError(f"nats {nats!r} must be at least 0 and largest_share {largest_share!r} a share above 0")
+    low, high = largest_share, 1.0
+    if binary_divergence(high, largest_share) <= nats:
+        return 1.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if binary_divergence(middle, largest_share) <= nats else (low, middle)
+    return low
+
+
 def information_floor(accuracy: float, largest_share: float) -> float:
     """Return the least I(Y; Z) in nats that a head of this accuracy on Z proves; zero at or below chance.
 

@@ -1,0 +1,39 @@
+"""The paper's estimator: a critic that sees the whole image, trained on one part of the images and read on another.
+
+Source: Zhu, Zhang & Evans 2020, section 4.1; Belghazi et al. 2018 (MINE).
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from audit.estimates import Estimator, MIEstimate, Subject, Vulnerability
+from audit.information import CriticTraining, estimate_mi, split_images, split_indices
+from audit.threat import ThreatModel
+from audit.vulnerability import Adversary, WorstCaseSearch, estimate_vulnerability
+
+
+@dataclass(frozen=True)
+class Mine(Estimator):
+    """A critic's held-out value, or the entropy of the network's answers where that is larger."""
+
+    training: CriticTraining = field(default_factory=CriticTraining)
+    search: WorstCaseSearch = field(default_factory=WorstCaseSearch)
+
+    quantity: ClassVar[str] = "I(X; g(X))"
+
+    @property
+    def name(self) -> str:
+        """Return the estimator as tables show it, such as `mine-infonce`."""
+        return f"mine-{self.training.bound}"
+
+    def normal(self, subject: Subject, seed: int) -> MIEstimate:
+        """Return the held-out value on the images as they are."""
+        return estimate_mi(subject.encoder, split_images(subject.images, seed), self.training, seed)
+
+    def vulnerability(
+        self, subject: Subject, threat: ThreatModel, seed: int, normal: MIEstimate | None = None
+    ) -> Vulnerability:
+        """Return both cases; the worst-case images are those of the held-out part."""
+        images, adversary = split_images(subject.images, seed), Adversary(threat, self.search)
+        found = estimate_vulnerability(subject.encoder, images, self.training, adversary, seed, normal)
+        return found._replace(which=split_indices(len(subject.images), seed).test)
