@@ -190,6 +190,8 @@ def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]
     """Everything that decides the cell's numbers, and nothing that does not."""
     settings = asdict(cell.settings)
     settings["estimator"]["name"] = cell.settings.estimator.name
+    for bound in cell.settings.estimator.memory_only:
+        del settings["estimator"][bound]
     settings |= {"seeds": list(cell.settings.seeds)}  # a list, as JSON reads it back
     for search in ("cross_entropy", "margin"):
         del settings["attack"][search]["batch_size"]  # bounds memory only

@@ -1,26 +1,41 @@
 """Variational bounds on mutual information: from critic scores to nats.
 
 Every bound takes scores (N, N) whose entry [i, j] is T(x_i, z_j): the diagonal holds joint pairs. A bound's value is
-a lower bound of the MI only on samples the critic was not trained on.
+a lower bound of the MI only on samples the critic was not trained on. Where the text speaks of product pairs, they
+are all off-diagonal ones.
 """
 
 from collections.abc import Callable
 from math import log
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from audit.types import Scores
 
 Bound = Callable[[Scores], Tensor]
 
+SMILE_CLIP = 5.0
+"""Where SMILE clips the scores of product pairs: the middle of what its authors tried."""
+
 
 def donsker_varadhan(scores: Scores) -> Tensor:
-    """Return E_joint[T] - ln E_product[exp T] in nats, product pairs being all off-diagonal ones.
+    """Return E_joint[T] - ln E_product[exp T] in nats.
 
     Source: Donsker & Varadhan 1983; Belghazi et al. 2018 (MINE), eq. 5.
     """
     return scores.diagonal().mean() - _off_diagonal_log_mean_exp(scores)
+
+
+def nwj(scores: Scores) -> Tensor:
+    """Return 1 + E_joint[T] - E_product[exp T] in nats: never above the Donsker-Varadhan value of the same scores.
+
+    Largest where exp T is the density ratio itself, so an offset of T costs nats.
+
+    Source: Nguyen, Wainwright & Jordan 2010; Poole et al. 2019, eq. 4, with its critic less one.
+    """
+    return 1 + scores.diagonal().mean() - _off_diagonal_log_mean_exp(scores).exp()
 
 
 def infonce(scores: Scores) -> Tensor:
@@ -36,7 +51,48 @@ def infonce_terms(scores: Scores) -> Tensor:
     return scores.diagonal() - scores.logsumexp(1) + log(len(scores))
 
 
-BOUNDS: dict[str, Bound] = {"donsker-varadhan": donsker_varadhan, "infonce": infonce}
+def smile(scores: Scores) -> Tensor:
+    """Return Donsker-Varadhan with product scores clipped to +-`SMILE_CLIP`, in nats, with Jensen-Shannon's gradient.
+
+    Clipped, the value grows without limit when all scores are shifted up, so it cannot be climbed itself.
+
+    Source: Song & Ermon 2020, eq. 9 and their released code.
+    """
+    clipped = scores.detach().clamp(-SMILE_CLIP, SMILE_CLIP)
+    value = scores.detach().diagonal().mean() - _off_diagonal_log_mean_exp(clipped)
+    climbed = jensen_shannon(scores)
+    return value + (climbed - climbed.detach())
+
+
+def jensen_shannon(scores: Scores) -> Tensor:
+    """Return twice the bound on the Jensen-Shannon divergence of joint and product pairs: an objective, not MI.
+
+    2 ln 2 - E_joint[softplus(-T)] - E_product[softplus(T)]: at most 2 ln 2, largest where exp T is the density ratio.
+
+    Source: Nowozin, Cseke & Tomioka 2016; Hjelm et al. 2019, eq. 4.
+    """
+    count = len(scores)
+    product = F.softplus(scores).sum() - F.softplus(scores.diagonal()).sum()
+    return 2 * log(2) - F.softplus(-scores.diagonal()).mean() - product / (count * (count - 1))
+
+
+def offsets(scores: Scores) -> Tensor:
+    """Return each image's ln E_product[exp T] (N,) from scores (N, M) against features it is not paired with.
+
+    A critic trained by InfoNCE has an arbitrary offset for each image. Less these it is a log density ratio, and its
+    Donsker-Varadhan value on other features means something.
+    """
+    return scores.logsumexp(1) - log(scores.shape[1])
+
+
+BOUNDS: dict[str, Bound] = {
+    "donsker-varadhan": donsker_varadhan,
+    "infonce": infonce,
+    "jensen-shannon": jensen_shannon,
+    "nwj": nwj,
+    "smile": smile,
+}
+"""Training objectives by name; the value reported is InfoNCE's, whichever trained the critic."""
 
 
 def _off_diagonal_log_mean_exp(scores: Scores) -> Tensor:

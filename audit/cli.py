@@ -12,12 +12,14 @@ from audit.errors import ConfigError, UsageError
 COMMANDS = {
     "run": "Run a benchmark file, or resume it.",
     "audit": "Audit one model.",
+    "calibrate": "Hold estimators against channels whose information is known.",
     "models": "List the models that can be named.",
     "layers": "List the layers of a model.",
     "train": "Train a bundled model again from its recipe.",
 }
 
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+_ESTIMATORS = ("sandwich", "label-information")
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -49,6 +51,7 @@ def run_command(config: Path, out: Path | None, as_json: bool, **where: Any) -> 
     cells = expand(benchmark)
     claim(folder, benchmark, config.read_text(encoding="utf-8"))
     records = _run_cells(cells, folder, where)
+    _calibrate_briefly(benchmark, folder)
     _publish(records, folder, as_json)
     return 0 if all(record.valid for record in records) else 1
 
@@ -61,6 +64,7 @@ def run_command(config: Path, out: Path | None, as_json: bool, **where: Any) -> 
 @click.option("--norm", default="linf", show_default=True, help="linf, l2 or l1.")
 @click.option("--images", type=int, default=None, help="How many images, from the first. [all]")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many seeds.")
+@click.option("--estimator", "estimators", multiple=True, default=_ESTIMATORS, show_default=True, help="Repeatable.")
 @click.option("--reduce", default="flatten", show_default=True, help="flatten, or mean over positions.")
 @click.option("--out", type=_FOLDER, default=None, help="The run folder. [runs/<model>-<hash of the request>]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON array, nothing else.")
@@ -73,14 +77,37 @@ def audit_command(model: str, dataset: str, out: Path | None, as_json: bool, **r
     from audit.benchmark import claim, expand
     from audit.records import digest
 
-    fields = ("layers", "radii", "norm", "images", "seeds", "reduce")
+    fields = ("layers", "radii", "norm", "images", "seeds", "estimators", "reduce")
     where = {name: value for name, value in request.items() if name not in fields}
     config = _request(model, dataset, {name: request[name] for name in fields})
     folder = out or Path("runs") / f"{config.name}-{digest(config.canonical())[:8]}"
     claim(folder, config, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
     records = _run_cells(expand(config), folder, where)
+    _calibrate_briefly(config, folder)
     _publish(records, folder, as_json)
     return max((int(record.details.get("exit_code", 1)) for record in records if not record.valid), default=0)
+
+
+@click.command("calibrate")
+@click.option("--estimator", "estimators", multiple=True, help="Repeatable. [all that the configuration names]")
+@click.option("--config", type=click.Path(path_type=Path), default=None, help="A benchmark, for its settings.")
+@click.option("--brief", is_flag=True, help="One radius of a few channels, as every run does.")
+@click.option("--out", type=_FOLDER, default=Path("runs/calibration"), show_default=True, help="A run folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as one JSON array, nothing else.")
+def calibrate_command(estimators: tuple[str, ...], config: Path | None, brief: bool, out: Path, as_json: bool) -> int:
+    """Hold estimators against channels whose normal and worst-case information is known; exit 1 where one fails.
+
+    Without --config all estimators are taken, with their default settings. The rows are stored in the folder, where
+    the leaderboard of a run finds them.
+    """
+    from dataclasses import asdict
+
+    rows = [row for each in _chosen_estimators(estimators, config) for row in _calibrated(each, out, brief)]
+    if as_json:
+        click.echo(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], allow_nan=False))
+    else:
+        _print_calibration(rows)
+    return 0 if all(row.passed for row in rows) else 1
 
 
 @click.command("models")
@@ -159,6 +186,58 @@ def _run_cells(cells: list[Any], folder: Path, where: dict[str, Any]) -> list[An
         return run(cells, folder, _options(where), watcher)
 
 
+def _chosen_estimators(names: tuple[str, ...], config: Path | None) -> list[Any]:
+    from audit.config import read_config
+    from audit.errors import UnknownNameError
+    from audit.estimators import ESTIMATORS
+
+    known = ESTIMATORS if config is None else {x.name: x.estimator() for x in read_config(config).estimators}
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("estimator", name, known)
+    return [known[name] for name in names or known]
+
+
+def _calibrated(estimator: Any, folder: Path, brief: bool) -> list[Any]:
+    from audit.calibration import applicable, calibrate, settings_key
+    from audit.display import Display
+    from audit.records import write_calibration
+
+    with Display(len(applicable(estimator, brief))) as display:
+        rows = calibrate(estimator, brief, lambda name, done: display.channel(f"{estimator.name}: {name}", done))
+    write_calibration(folder, settings_key(estimator), rows)
+    return rows
+
+
+def _calibrate_briefly(benchmark: Any, folder: Path) -> None:
+    """Every leaderboard carries its calibration; one that is there already, brief or full, is kept."""
+    from audit.calibration import settings_key
+    from audit.records import is_calibrated
+
+    for settings in benchmark.settings():
+        if not is_calibrated(folder, settings_key(settings.estimator)):
+            _calibrated(settings.estimator, folder, brief=True)
+
+
+def _print_calibration(rows: list[Any]) -> None:
+    from audit.display import print_table
+
+    header = ("estimator", "channel", "parameters", "normal: truth", "estimate", "worst: truth", "estimate", "verdict")
+    print_table(header, [_calibration_row(row) for row in rows])
+    judged = [row for row in rows if row.normal_tolerance is not None or row.worst_tolerance is not None]
+    passed = sum(row.passed for row in judged)
+    click.echo(f"{passed} of {len(judged)} channels with a verdict passed; nats, estimates beside closed forms.")
+
+
+def _calibration_row(row: Any) -> tuple[str, ...]:
+    judged = row.normal_tolerance is not None or row.worst_tolerance is not None
+    verdict = ("passed" if row.passed else "FAILED") if judged else "shown only"
+    normal = f"{row.normal_nats:.3f} ± {row.normal_nats_se:.3f}"
+    worst = "" if row.worst_nats is None else f"{row.worst_nats:.3f} ± {row.worst_nats_se:.3f}"
+    truth = "" if row.true_worst_nats is None else f"{row.true_worst_nats:.4f}"
+    return (row.estimator, row.channel, row.parameters, f"{row.true_normal_nats:.4f}", normal, truth, worst, verdict)
+
+
 def _publish(records: list[Any], folder: Path, as_json: bool) -> None:
     """Derive everything people look at; the command's own output is the records, or where to look."""
     from audit.display import plain
@@ -177,15 +256,17 @@ def _publish(records: list[Any], folder: Path, as_json: bool) -> None:
 
 def _print_summary(records: list[Any], folder: Path) -> None:
     from audit.display import print_table
+    from reports.contradictions import cross_check
 
-    header = ("model", "layer", "eps", "natural", "adversarial", "worst nats", "RV", "est. bound", "flags")
+    header = ("model", "layer", "eps", "estimator", "natural", "adversarial", "worst nats", "RV", "est. bound", "flags")
     rows = [
         (
-            r.model, r.layer, f"{r.eps:.4g}", f"{r.natural_accuracy:.3f}", f"{r.adversarial_accuracy:.3f}",
-            f"{r.worst_nats:.2f} ± {r.worst_nats_se:.2f}", f"{r.rv:.2f} ± {r.rv_se:.2f}",
-            f"{r.adversarial_accuracy_bound:.3f}", ", ".join(flag.partition(":")[0] for flag in r.flags),
+            r.model, r.layer, f"{r.eps:.4g}", r.estimator, f"{r.natural_accuracy:.3f}",
+            f"{r.adversarial_accuracy:.3f}", f"{r.worst_nats:.2f} ± {r.worst_nats_se:.2f}",
+            f"{r.rv:.2f} ± {r.rv_se:.2f}", "" if r.fano_accuracy_bound is None else f"{r.fano_accuracy_bound:.3f}",
+            ", ".join(flag.partition(":")[0] for flag in r.flags),
         )
-        for r in records
+        for r in cross_check(records)
         if r.valid
     ]  # fmt: skip
     if not rows:
@@ -203,7 +284,7 @@ def _request(model: str, dataset: str, fields: dict[str, Any]) -> Any:
     values = {
         "name": _slug(model), "dataset": dataset, "models": [model], "layers": list(fields["layers"]),
         "threats": [{"norm": fields["norm"], "eps": list(fields["radii"])}], "images": fields["images"],
-        "seeds": list(range(fields["seeds"])), "reduce": fields["reduce"],
+        "seeds": list(range(fields["seeds"])), "estimators": list(fields["estimators"]), "reduce": fields["reduce"],
     }  # fmt: skip
     try:
         return BenchmarkConfig.model_validate(values)
@@ -216,7 +297,9 @@ def _request(model: str, dataset: str, fields: dict[str, Any]) -> Any:
 def _option(location: tuple[Any, ...]) -> str:
     if location[:1] == ("threats",):
         return "--norm" if "norm" in location else "--eps"
-    return {"layers": "--layer", "models": "MODEL"}.get(location[0], f"--{location[0]}") if location else "request"
+    if not location:
+        return "request"
+    return {"layers": "--layer", "models": "MODEL", "estimators": "--estimator"}.get(location[0], f"--{location[0]}")
 
 
 def _slug(ref: str) -> str:

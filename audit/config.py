@@ -17,10 +17,10 @@ from ruamel.yaml.reader import ReaderError
 from audit.errors import ConfigError, EnvironmentFault, suggestion
 from audit.measurement import AuditSettings
 from audit.sections import (
+    ESTIMATOR_SECTIONS,
     AttackConfig,
     BenchmarkConfig,
     CriticConfig,
-    EstimatorConfig,
     ModelConfig,
     SearchConfig,
     ThreatConfig,
@@ -54,10 +54,11 @@ def cells(config: BenchmarkConfig) -> list[Cell]:
             images=model.images or config.images,
             layer=layer,
             threat=threat,
-            settings=config.settings(),
+            settings=settings,
         )
         for model in config.models
         for layer in model.layers or config.layers
+        for settings in config.settings()
         for section in model.threats or config.threats
         for threat in section.models()
     ]
@@ -161,9 +162,10 @@ def _place_in(node: Any, part: Any, otherwise: tuple[int, int]) -> tuple[int, in
 def _legal_keys(location: tuple[Any, ...]) -> list[str]:
     section: type[BaseModel] = BenchmarkConfig
     sections: dict[object, type[BaseModel]] = {
-        "models": ModelConfig, "threats": ThreatConfig, "estimator": EstimatorConfig, "critic": CriticConfig,
-        "search": SearchConfig, "attack": AttackConfig,
+        "models": ModelConfig, "threats": ThreatConfig, "critic": CriticConfig, "search": SearchConfig,
+        "attack": AttackConfig,
     }  # fmt: skip
+    sections.update(ESTIMATOR_SECTIONS)
     for part in location[:-1]:
         section = sections.get(part, section)
     return list(section.model_fields)

@@ -57,6 +57,10 @@ class Display:
         """Show how far a training run is."""
         self._progress.update(self._task, completed=epoch + 1, description=f"epoch {epoch + 1}, loss {loss:.3f}")
 
+    def channel(self, name: str, done: int) -> None:
+        """Show which channel an estimator is held against, and how many are behind it."""
+        self._progress.update(self._task, completed=done, description=escape(plain(name)))
+
     def done(self, record: AuditRecord, known: bool) -> None:
         """Count a finished cell; without a terminal, say so in a line."""
         self._finished += 1
@@ -66,7 +70,7 @@ class Display:
         outcome = "already there" if known else f"{record.seconds or 0:.1f} s"
         if not record.valid:
             outcome = "failed"  # the command says why, once, when it ends
-        cell = f"{plain(record.model)}, {plain(record.layer)}, eps {record.eps:.4g}"
+        cell = f"{plain(record.model)}, {plain(record.layer)}, eps {record.eps:.4g}, {record.estimator}"
         self._console.print(escape(f"[{self._finished}/{self._total}] {cell}: {outcome}"), soft_wrap=True)
 
 

@@ -18,7 +18,7 @@ from audit.types import Encoder, Images, Labels
 History = tuple[tuple[int, float], ...]
 """(step, nats) pairs."""
 
-FloorKind = Literal["answers", "labels", "none"]
+FloorKind = Literal["answers", "labels", "smoothed"]
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,15 @@ class Estimator(ABC):
     Members are frozen dataclasses: their fields are all that decides their numbers beside the subject and the seed.
     `quantity` says what the nats are nats of; `ranks` whether models may be ranked by its RV; `limits_heads` whether
     its worst case limits any head on the layer (then the Fano bounds follow from it); `floor_kind` which measurements
-    refute it: the entropy of the network's answers and its accuracy, the accuracy alone, or none.
+    refute it: the entropy of the network's answers and its accuracy, the accuracy alone, or that of logits seen through
+    noise of the deviation `parts["noise"]`; `memory_only` names fields that bound memory and decide no number.
     """
 
     quantity: ClassVar[str]
     ranks: ClassVar[bool] = True
     limits_heads: ClassVar[bool] = True
     floor_kind: ClassVar[FloorKind] = "answers"
+    memory_only: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod

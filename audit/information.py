@@ -8,13 +8,13 @@ Source: Belghazi et al. 2018 (MINE); Zhu, Zhang & Evans 2020, section 4.1.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import isfinite, log, sqrt
+from math import hypot, isfinite, log, sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from audit.bounds import BOUNDS, infonce_terms
+from audit.bounds import BOUNDS, donsker_varadhan, infonce_terms, offsets
 from audit.critics import CriticShape, build_critic
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
 from audit.estimates import MIEstimate
@@ -27,16 +27,19 @@ _SPLIT, _CRITIC, _BATCHES = range(21, 24)
 class CriticTraining:
     """How a critic is trained: AdamW on a bound, early-stopped on validation images.
 
-    `patience` is in steps without a new best validation value; `every` is how often that is read.
+    `patience` is in steps without a new best validation value; `every` is how often that is read. What is read and
+    kept is the moving average of the weights, in which each step's own count for 1 - `averaging`; 0 is no average.
+    One set of defaults serves images and vectors, so that what is calibrated is what is run.
     """
 
     bound: str = "infonce"
-    steps: int = 400
+    steps: int = 1000
     batch_size: int = 256
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     every: int = 10
     patience: int = 80
+    averaging: float = 0.95
     shape: CriticShape = field(default_factory=CriticShape)
 
     def __post_init__(self) -> None:
@@ -49,6 +52,8 @@ class CriticTraining:
             raise UsageError(f"critic training learning_rate {self.learning_rate!r} must be above 0 and finite")
         if not 0 <= self.weight_decay < float("inf"):
             raise UsageError(f"critic training weight_decay {self.weight_decay!r} must be at least 0 and finite")
+        if not 0 <= self.averaging < 1:
+            raise UsageError(f"critic training averaging {self.averaging!r} is outside [0, 1)")
         if self.batch_size < 2:
             raise UsageError(
                 f"critic training batch_size {self.batch_size!r} must be at least 2: one pair has no others"
@@ -120,26 +125,52 @@ def fit_critic(
     images: Splits, encoded: EncodedSplits, training: CriticTraining, seed: int
 ) -> tuple[nn.Module, MIEstimate]:
     """Return a critic trained on fixed images and features, at its best validation step, and its held-out estimate."""
-    critic = build_critic(images.train, encoded.train.features, training.shape, keyed_generator(seed, _CRITIC))
-    optimiser = critic_optimiser(critic, training)
+    live = build_critic(images.train, encoded.train.features, training.shape, keyed_generator(seed, _CRITIC))
+    critic = copy.deepcopy(live).requires_grad_(False)  # the moving average of the live one
+    optimiser = critic_optimiser(live, training)
     batches = keyed_generator(seed, _BATCHES)
-    best, best_step, weights = -torch.inf, 0, copy.deepcopy(critic.state_dict())
-    history: list[tuple[int, float]] = []
-    trained: list[tuple[int, float]] = []
+    course = _Course()
     for step in range(training.steps + 1):
         if step % training.every == 0:
-            value = float(_terms(critic, images.validation, encoded.validation).mean())
-            history.append((step, value))
-            if value > best:
-                best, best_step, weights = value, step, copy.deepcopy(critic.state_dict())
-            if step - best_step >= training.patience:
+            course.read(step, critic, _terms(critic, images.validation, encoded.validation))
+            if step - course.best_step >= training.patience:
+                course.ended = True
                 break
         if step < training.steps:
-            value = critic_step(critic, optimiser, images.train, encoded.train.features, training, batches)
+            value = critic_step(live, optimiser, images.train, encoded.train.features, training, batches)
+            _average(critic, live, training.averaging, step)
             if step % training.every == 0:
-                trained.append((step, value))
-    critic.load_state_dict(weights)
-    return critic, _estimate(critic, images, encoded, history, trained)
+                course.trained.append((step, value))
+    critic.load_state_dict(course.weights)
+    return critic.requires_grad_(True), _estimate(critic, images, encoded, course)
+
+
+@dataclass
+class _Course:
+    """What validation images said while a critic was trained, and the weights it liked best."""
+
+    best: float = -torch.inf
+    best_error: float = 0.0
+    best_step: int = 0
+    ended: bool = False
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    history: list[tuple[int, float]] = field(default_factory=list)
+    trained: list[tuple[int, float]] = field(default_factory=list)
+
+    def read(self, step: int, critic: nn.Module, terms: Tensor) -> None:
+        """Note one reading, and keep the weights if it is the best."""
+        value = float(terms.mean())
+        self.history.append((step, value))
+        if value > self.best or not self.weights:
+            self.best, self.best_step, self.weights = value, step, copy.deepcopy(critic.state_dict())
+            self.best_error = float(terms.std()) / sqrt(len(terms))
+
+
+@torch.no_grad()
+def _average(average: nn.Module, live: nn.Module, weight: float, step: int) -> None:
+    """Move an average of weights towards the live ones: early on faster, as there is nothing yet worth keeping."""
+    share = 1 - min(weight, (1 + step) / (10 + step)) if weight else 1.0
+    torch._foreach_lerp_(list(average.parameters()), list(live.parameters()), share)
 
 
 def critic_step(
@@ -172,29 +203,30 @@ def _terms(critic: nn.Module, images: Images, encoded: Encoded) -> Tensor:
 
 
 @torch.no_grad()
-def _estimate(
-    critic: nn.Module,
-    images: Splits,
-    encoded: EncodedSplits,
-    history: list[tuple[int, float]],
-    trained: list[tuple[int, float]],
-) -> MIEstimate:
-    by_critic, by_label = _terms(critic, images.test, encoded.test), label_surprise(encoded.test.answers)
+def _estimate(critic: nn.Module, images: Splits, encoded: EncodedSplits, course: _Course) -> MIEstimate:
+    critic.eval()
+    scores = critic(images.test, encoded.test.features)
+    by_critic, by_label = infonce_terms(scores), label_surprise(encoded.test.answers)
+    # the offsets come from other images, so what is left is one fixed critic on the held-out ones
+    ratios = scores - offsets(critic(images.test, encoded.validation.features))[:, None]
     # without answers only the critic speaks, even where it comes out under zero
     lifted = encoded.test.answers.shape[1] > 0 and bool(by_label.mean() > by_critic.mean())
     terms = by_label if lifted else by_critic
-    validated = max(max(value for _, value in history), float(label_surprise(encoded.validation.answers).mean()))
     count = len(images.test)
     return MIEstimate(
         nats=float(terms.mean()),
         stderr=float(terms.std()) / sqrt(count),
         images=count,
         ceiling=log(count),
-        validated=validated,
-        parts={"critic": float(by_critic.mean()), "labels": float(by_label.mean())},
-        history=tuple(history),
-        training_history=tuple(trained),
-        flags=_training_flags(history),
+        validated=max(course.best, float(label_surprise(encoded.validation.answers).mean())),
+        parts={
+            "critic": float(by_critic.mean()),
+            "labels": float(by_label.mean()),
+            "donsker-varadhan": float(donsker_varadhan(ratios)),
+        },
+        history=tuple(course.history),
+        training_history=tuple(course.trained),
+        flags=_training_flags(course, by_critic),
     )
 
 
@@ -211,10 +243,27 @@ def label_surprise(answers: Tensor) -> Tensor:
     return -(given.bincount()[given].to(answers) / len(given)).log()
 
 
-def _training_flags(history: list[tuple[int, float]]) -> tuple[str, ...]:
-    """Early stopping never reached: the best validation value is among the last readings, or the critic blew up."""
-    values = [value for _, value in history]
+def _training_flags(course: _Course, held_out: Tensor) -> tuple[str, ...]:
+    """Return what speaks against a fit: it blew up, was cut short, or learnt the training images by heart."""
+    values = [value for _, value in course.history]
     if not all(isfinite(value) for value in values):
         return ("not_converged: the critic's value stopped being finite while it trained",)
-    still_rising = len(values) > 2 and values.index(max(values)) >= len(values) - 2
-    return ("not_converged: the critic was still improving at its last step",) if still_rising else ()
+    flags = []
+    if len(values) > 2 and not course.ended:
+        last, best = course.history[-1][0], course.best_step
+        still = last - best <= course.history[1][0]
+        flags.append(
+            "not_converged: the critic was still improving at its last step"
+            if still
+            else f"not_converged: training ended at step {last}, too soon after its best step {best} to be sure of it"
+        )
+    learnt = course.trained[-1][1] - course.trained[0][1] if course.trained else 0.0
+    if len(values) > 3 and course.best_step <= course.history[2][0] and learnt > max(course.best, 0) + 0.5:
+        flags.append(
+            f"over_fitted: the critic was at its best at step {course.best_step}, while its training value "
+            f"went on to {course.trained[-1][1]:.2f}"
+        )
+    value, error = float(held_out.mean()), float(held_out.std()) / sqrt(len(held_out))
+    if course.best - value > 3 * hypot(error, course.best_error):
+        flags.append(f"over_fitted: the held-out value {value:.2f} is far below the validation value {course.best:.2f}")
+    return tuple(flags)

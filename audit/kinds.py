@@ -50,8 +50,8 @@ def largest_share(labels: Tensor) -> float:
 def floor(predictions: Tensor, labels: Tensor, class_share: float, kind: FloorKind) -> float:
     """Return the data-processing floor in nats that predictions (N,) put under what they were computed from.
 
-    `labels`: d(accuracy || largest class share), the accuracy by the low end of its interval; `answers`: the larger
-    of that and the entropy of the predictions.
+    d(accuracy || largest class share), the accuracy by the low end of its interval; for `answers`, which are a function
+    of the features, the larger of that and the entropy of the predictions.
     """
     right = float((predictions == labels).double().mean())
     low = max(0.0, right - 1.96 * sqrt(right * (1 - right) / len(labels)))

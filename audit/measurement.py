@@ -20,8 +20,9 @@ from audit.records import AuditRecord, digest
 from audit.representation import Reduction, Representation
 from audit.theory import max_accuracy, max_adversarial_accuracy, min_adversarial_risk
 from audit.threat import ThreatModel
-from audit.types import Images, Labels
+from audit.types import Images, Labels, keyed_generator
 
+_NOISE = 81
 VERSION = 2  # raised by hand when a change of the method changes numbers
 
 
@@ -119,10 +120,15 @@ class LayerAudit:
             settings.estimator.vulnerability(self.subject, threat, seed, normal)
             for seed, normal in zip(settings.seeds, self.normal, strict=True)
         )
-        # where the network's answer may bypass this layer, it proves nothing about it
-        known = settings.estimator.floor_kind != "none" and self.representation.carries_answer(self.subject.images[:1])
-        floors = _floors(self.network, self.subject, per_seed, settings) if known else None
+        floors = _floors(self.network, self.subject, per_seed, settings) if self._proves else None
         return Layer(per_seed, floors, self.dimension)
+
+    @property
+    def _proves(self) -> bool:
+        """Whether the network's answer is read off this layer alone; else it proves nothing about it."""
+        if self.settings.estimator.floor_kind == "smoothed":
+            return self.representation.layer == "logits"  # noise further down passes through layers we do not run again
+        return self.representation.carries_answer(self.subject.images[:1])
 
 
 def assemble(
@@ -175,12 +181,17 @@ def _limits(worst_nats: float, accuracy: Accuracy) -> dict[str, Any]:
 def _floors(network: nn.Module, subject: Subject, runs: tuple[Vulnerability, ...], settings: AuditSettings) -> Floors:
     kind, size = settings.estimator.floor_kind, settings.attack.margin.batch_size
     logits, share = logits_of(network, subject.images, size), largest_share(subject.labels)
+    noise = [run.normal.parts["noise"] if kind == "smoothed" else 0.0 for run in runs]
     moved = []
-    for run in runs:
-        answers = logits_of(network, run.moved, size).argmax(1)
+    for run, deviation in zip(runs, noise, strict=True):
+        answers = _noisy(logits_of(network, run.moved, size), deviation).argmax(1)
         moved.append(floor(answers, subject.labels[run.which.to(answers.device)], share, kind))
     slack = (logits.shape[1] - 1) / (2 * runs[0].normal.images) if kind == "answers" else 0.0
-    return Floors(floor(logits.argmax(1), subject.labels, share, kind), fmean(moved), slack)
+    return Floors(floor(_noisy(logits, noise[0]).argmax(1), subject.labels, share, kind), fmean(moved), slack)
+
+
+def _noisy(logits: Tensor, deviation: float) -> Tensor:
+    return logits + deviation * torch.randn(logits.shape, generator=keyed_generator(0, _NOISE)).to(logits)
 
 
 def _spread(values: list[float], sampling: list[float]) -> Spread:

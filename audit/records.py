@@ -151,6 +151,11 @@ def write_calibration(folder: Path, key: str, rows: Sequence[CalibrationRow]) ->
     return path
 
 
+def is_calibrated(folder: Path, key: str) -> bool:
+    """Return whether a run folder holds the calibration of these settings."""
+    return (Path(folder) / "calibration" / f"{key}.json").exists()
+
+
 def read_calibration(folder: Path) -> list[CalibrationRow]:
     """Return every calibration row of a run folder, none where it was never calibrated; raises IntegrityError."""
     rows: list[CalibrationRow] = []

@@ -3,13 +3,26 @@
 from collections.abc import Callable
 from dataclasses import fields, replace
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
 
 from audit.accuracy import LabelAttack
 from audit.critics import CriticShape
-from audit.errors import AuditError
+from audit.errors import AuditError, UnknownNameError
+from audit.estimates import Estimator
+from audit.estimators import ESTIMATORS
 from audit.information import CriticTraining
 from audit.measurement import AuditSettings
 from audit.mine import Mine
@@ -130,8 +143,19 @@ class CriticConfig(_Section):
     flip: bool = CriticShape.flip
 
 
-class EstimatorConfig(_Section):
-    """How MI is estimated; see `audit.information.CriticTraining`."""
+class SearchConfig(_Section):
+    """How mine searches the worst case; see `audit.vulnerability.WorstCaseSearch`."""
+
+    made_of: ClassVar[type[Any] | None] = WorstCaseSearch
+
+    collapse_steps: int = WorstCaseSearch.collapse_steps
+    rounds: int = WorstCaseSearch.rounds
+    relative_step: Number = WorstCaseSearch.relative_step
+    critic_steps: int = WorstCaseSearch.critic_steps
+
+
+class MineConfig(_Section):
+    """The paper's estimator; see `audit.information.CriticTraining`."""
 
     made_of: ClassVar[type[Any] | None] = CriticTraining
 
@@ -144,26 +168,67 @@ class EstimatorConfig(_Section):
     every: int = CriticTraining.every
     patience: int = CriticTraining.patience
     critic: CriticConfig = CriticConfig()
+    search: SearchConfig = SearchConfig()
 
-    def training(self) -> CriticTraining:
-        """Return the settings as the estimator takes them."""
-        values = self.model_dump(exclude={"name", "critic"})
-        return CriticTraining(**values, shape=CriticShape(**self.critic.model_dump()))
+    def estimator(self) -> Estimator:
+        """Return the estimator with these settings."""
+        values = self.model_dump(exclude={"name", "critic", "search"})
+        training = CriticTraining(**values, shape=CriticShape(**self.critic.model_dump()))
+        return Mine(training, WorstCaseSearch(**self.search.model_dump()))
 
 
-class SearchConfig(_Section):
-    """How the worst case is searched; see `audit.vulnerability.WorstCaseSearch`."""
+class _PlainConfig(_Section):
+    """An estimator whose section is its own fields."""
 
-    made_of: ClassVar[type[Any] | None] = WorstCaseSearch
+    name: str
 
-    collapse_steps: int = WorstCaseSearch.collapse_steps
-    rounds: int = WorstCaseSearch.rounds
-    relative_step: Number = WorstCaseSearch.relative_step
-    critic_steps: int = WorstCaseSearch.critic_steps
+    def estimator(self) -> Estimator:
+        """Return the estimator with these settings."""
+        found: Estimator = replace(ESTIMATORS[self.name], **self.model_dump(exclude={"name"}))
+        return found
 
-    def search(self) -> WorstCaseSearch:
-        """Return the settings as the search takes them."""
-        return WorstCaseSearch(**self.model_dump())
+
+def _plain_section(name: str) -> type[_PlainConfig]:
+    """Return the section of an estimator: its simple fields with the defaults of `ESTIMATORS`."""
+    default = ESTIMATORS[name]
+    simple = [known for known in fields(default) if known.type in (int, float, bool, tuple[int, ...])]
+    typed = {known.name: (Number if known.type is float else known.type, getattr(default, known.name))
+             for known in simple if known.name not in _NAMED_BY}  # fmt: skip
+    made = create_model(f"{name} section", __base__=_PlainConfig, name=(Literal[name], name), **typed)  # type: ignore[call-overload]
+    made.made_of = type(default)
+    section: type[_PlainConfig] = made
+    return section
+
+
+_NAMED_BY = ("per_position",)  # what the estimator's name already says
+ESTIMATOR_SECTIONS: dict[str, type[MineConfig] | type[_PlainConfig]] = {
+    name: MineConfig if name == "mine" else _plain_section(name) for name in ESTIMATORS
+}
+
+
+def _as_estimator(value: object) -> object:
+    """A name or a mapping with one, validated by the section of that name."""
+    mapping = {"name": value} if isinstance(value, str) else value
+    if not isinstance(mapping, dict) or not isinstance(mapping.get("name"), str):
+        raise ValueError(f"an estimator is a name or a mapping with one; legal: {', '.join(ESTIMATORS)}")
+    if mapping["name"] not in ESTIMATORS:
+        _raised_as_value_error(lambda: _unknown_estimator(mapping["name"]))
+    return mapping
+
+
+def _unknown_estimator(name: str) -> None:
+    raise UnknownNameError("estimator", name, ESTIMATORS)
+
+
+def _section_name(value: object) -> str | None:
+    return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+
+
+AnyEstimator: Any = Annotated[
+    Union[*(Annotated[section, Tag(name)] for name, section in ESTIMATOR_SECTIONS.items())],
+    Discriminator(_section_name),
+    BeforeValidator(_as_estimator),
+]
 
 
 class AttackConfig(_Section):
@@ -192,14 +257,15 @@ class BenchmarkConfig(_Section):
     images: int | None = Field(default=None, ge=1)
     seeds: Seeds = AuditSettings().seeds
     reduce: Literal["flatten", "mean"] = "flatten"
-    estimator: EstimatorConfig = EstimatorConfig()
-    search: SearchConfig = SearchConfig()
+    estimators: Annotated[tuple[AnyEstimator, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
+        ESTIMATOR_SECTIONS["sandwich"](),  # type: ignore[call-arg]
+    )
     attack: AttackConfig = AttackConfig()
 
-    def settings(self) -> AuditSettings:
-        """Return everything that decides numbers beside model, images and threat model."""
-        estimator = Mine(self.estimator.training(), self.search.search())
-        return AuditSettings(estimator, self.attack.attack(), self.seeds, self.reduce)
+    def settings(self) -> list[AuditSettings]:
+        """Return, for each estimator, everything that decides numbers beside model, images and threat model."""
+        attack = self.attack.attack()
+        return [AuditSettings(each.estimator(), attack, self.seeds, self.reduce) for each in self.estimators]
 
     def canonical(self) -> str:
         """Return the one spelling of this configuration."""

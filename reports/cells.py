@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reports.table import KINDS, UNITS, split_flags
+from reports.columns import KINDS, UNITS
+from reports.table import contradictions, split_flags
 from reports.text import format_eps, plain_text, short_name
 
 Row = Mapping[str, Any]
@@ -80,6 +81,23 @@ def flags_text(row: Row) -> str:
     return plain_text("; ".join([*failure, *split_flags(row["flags"])])) or "none"
 
 
+NO_CLAIM = "This estimator does not claim to rank models: its values are shown for replication."
+
+
+def unranked_reason(row: Row) -> str:
+    """Return why a row is not ranked, with the figures by which it is contradicted; "" for one that is.
+
+    >>> row = {"rank": "unranked", "status": "valid", "flags": "contradicted: 0.3 under 0.5; noisy", "ranks": True}
+    >>> unranked_reason(row), unranked_reason({**row, "rank": "1"})
+    ('contradicted: 0.3 under 0.5', '')
+    """
+    if row["rank"] != "unranked":
+        return ""
+    failure = [] if row["status"] == "valid" else [row["status"]]
+    told = plain_text("; ".join([*failure, *contradictions(row["flags"])]))
+    return told or ("no claim to rank" if not row["ranks"] else "no RV")
+
+
 def _rank(row: Row) -> Cell:
     return Cell(row["rank"], row["rank"] if row["rank"].isdigit() else "")
 
@@ -117,5 +135,6 @@ HEADERS = (
     estimate("normal-case MI", "normal_nats"),
     estimate("worst-case MI", "worst_nats"),
     estimate("floor of the MI", "floor_nats"),
+    estimate("Fano accuracy bound", "fano_accuracy_bound"),
     estimate("adversarial accuracy bound", "adversarial_accuracy_bound"),
 )

@@ -93,7 +93,7 @@ def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None)
     if as_json:
         click.echo(json.dumps(frame_rows(table), allow_nan=False))
     else:
-        _print_table(table)
+        _print_table(table, runs)
 
 
 @cli.command("figures")
@@ -133,15 +133,16 @@ def _rebuild_leaderboards(runs: Sequence[Path]) -> None:
             click.echo(f"Note: {plain_text(str(error))}", err=True)
 
 
-def _print_table(table: Any) -> None:
+def _print_table(table: Any, runs: Sequence[Path]) -> None:
     from rich.console import Console
 
+    from reports.calibration import calibration_of
     from reports.terminal import fitting_table
 
     terminal = Console(highlight=False)
     width = terminal.width if terminal.is_terminal else max(terminal.width, _PIPE_WIDTH)
     console = Console(highlight=False, width=width)
-    for part in fitting_table(table, width):
+    for part in fitting_table(table, width, calibration_of(runs)):
         console.print(part)
 
 

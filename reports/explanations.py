@@ -3,8 +3,8 @@
 from reports.text import plain_text
 
 _MEANINGS = {
-    "contradicted": "a measurement refutes the estimate: the MI lies under a floor that the measured accuracy implies, "
-    "so the model is shown but not ranked",
+    "contradicted": "a measurement refutes the estimate, or a smaller ball's worst case does: the flag says by which "
+    "figures; the model is shown but not ranked",
     "saturated": "the estimate is close to its ceiling, the logarithm of the number of images: the MI may be larger",
     "not_converged": "the critic was still improving when training stopped: the estimate is likely too small",
     "unpinned": "the hash of the weights was not known beforehand, so they were taken as found",

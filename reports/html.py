@@ -6,43 +6,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 from jinja2 import DictLoader, Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from audit.records import AuditRecord
-from reports.cells import HEADERS, Cell, Row
+from audit.records import AuditRecord, CalibrationRow
+from reports.boards import concords, settings, trials
+from reports.calibration import calibration_sentence, failed_calibration
+from reports.cells import HEADERS
+from reports.contradictions import cross_check
+from reports.estimators import place
 from reports.explanations import explain, flag_name
-from reports.figures import figure1, figure2, figure_bytes
+from reports.figures import agreement_figure, calibration_figure, figure1, figure2, figure_bytes
 from reports.ranking import leaderboard
-from reports.sentences import caption, describe, family_order, order_sentence
-from reports.statistics import correlations
-from reports.table import Panel, contradicted, panels, split_flags, to_frame
-from reports.text import plain_text, plural, short_name
+from reports.sentences import family_order, summary
+from reports.table import setting_title, split_flags, to_frame
+from reports.text import plain_text, short_name
 
 # the parts of a record's details that have a place of their own, in reading order; others follow
 DETAIL_ORDER = ("notes", "per_seed", "curves", "identity", "provenance", "renames")
 _TEMPLATE = "report.html.j2"
+_ONE_PANEL = 6.0  # inches
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a data address, with what it shows in words."""
+    """A figure as a data address, with what it shows in words, and whether it is wide: more than one panel."""
 
     title: str
     source: str
     words: str
-
-
-@dataclass(frozen=True)
-class Board:
-    """One comparable group: its title, its table, and its correlations."""
-
-    title: str
-    rows: Sequence[tuple[str, Sequence[Cell]]]
-    correlations: Sequence[str]
+    wide: bool
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,8 @@ class ModelDetails:
     parts: dict[str, Any]
 
 
-def render_report(records: Sequence[AuditRecord]) -> str:
-    """Return the HTML report of records; the same records give the same bytes."""
+def render_report(records: Sequence[AuditRecord], calibration: Sequence[CalibrationRow] = ()) -> str:
+    """Return the HTML report of records and of their estimators' calibration; the same ones give the same bytes."""
     frame = leaderboard(to_frame(records))
     css, js = _asset("report.css"), _asset("report.js")
     template = _environment().get_template(_TEMPLATE)
@@ -66,34 +62,19 @@ def render_report(records: Sequence[AuditRecord]) -> str:
         js=js,
         headers=HEADERS,
         summary=summary(frame),
-        notices=_notices(records),
-        boards=[_board(panel) for panel in panels(frame)],
+        notices=[*_notices(records), *_uncalibrated(frame, calibration)],
+        settings=settings(frame, calibration),
         order=family_order(frame).to_dict(orient="records"),
         pictures=_pictures(frame),
+        concords=concords(frame),
+        agreement=_optional("Agreement of estimators", agreement_figure(frame), _AGREEMENT),
+        trials=trials(calibration),
+        calibrated=_optional("Calibration", calibration_figure(calibration), _CALIBRATION),
         flags=_flags(frame),
         failures=_failures(frame),
         attacks=sorted({plain_text(attack) for attack in frame["attack"]}),
         models=_details(records, frame),
     )
-
-
-def summary(frame: pd.DataFrame) -> list[str]:
-    """Return the report's opening: how many models, which are refuted or failed, the order, the correlation."""
-    refuted = frame[contradicted(frame)]
-    failed = frame[~frame["status"].eq("valid")]
-    counts = f"{plural(len(frame), 'audit')} of {plural(frame['model'].nunique(), 'model')}: "
-    counts += f"{int(frame['rank'].ne('unranked').sum())} ranked, {len(refuted)} contradicted, {len(failed)} failed."
-    reasons = [
-        f"{short_name(model)} is contradicted and not ranked{_why(cell)}."
-        for model, cell in zip(refuted["model"], refuted["flags"], strict=True)
-    ]
-    return [counts, *reasons, order_sentence(frame), caption(frame)]
-
-
-def _why(flags: str) -> str:
-    refuting = [flag for flag in split_flags(flags) if flag.startswith("contradicted")]
-    told = [plain_text(flag).partition(":")[2].strip() for flag in refuting]
-    return f": {'; '.join(filter(None, told))}" if any(told) else ""
 
 
 def _environment() -> Environment:
@@ -131,29 +112,46 @@ def _notices(records: Sequence[AuditRecord]) -> list[str]:
     return notices
 
 
-def _board(panel: Panel) -> Board:
-    rows = [
-        ("unranked" if row["rank"] == "unranked" else "ranked", [header.cell(cast(Row, row)) for header in HEADERS])
-        for row in panel.rows.to_dict(orient="records")
-    ]
-    return Board(panel.title, rows, [describe(correlation) for correlation in correlations(panel.rows)])
+_AGREEMENT = (
+    "Kendall's tau-b (estimate) of the RVs of every two estimators, with the number of models it is over; the table "
+    "under it says the same in words."
+)
+_CALIBRATION = (
+    "Estimate less truth (nats, measured) on channels whose information is known, normal and worst case; grey is the "
+    "tolerance, a cross a failure."
+)
 
 
 def _pictures(frame: pd.DataFrame) -> list[Picture]:
     return [
-        _picture("Figure 1. Representation vulnerability against adversarial gap", figure1(frame), caption(frame)),
         _picture(
-            "Figure 2. Mutual information against accuracy, normal and worst case",
+            "Figure 1. Representation vulnerability against adversarial gap",
+            figure1(frame),
+            "RV is an estimate, the gap measured. What each panel shows stands under its leaderboard.",
+        ),
+        _picture(
+            "Figure 2. Information against accuracy, normal and worst case",
             figure2(frame),
-            "Small markers: normal-case MI and natural accuracy; large ones: worst-case MI and adversarial accuracy. "
-            "Dashed: Theorem 3.4, an estimated bound because the MI is an estimate.",
+            "Small markers: normal-case information and natural accuracy; large ones: worst case and adversarial "
+            "accuracy. Solid: exact Fano, under label information. Dashed: Theorem 3.4 as printed. Both are estimated "
+            "bounds because the information is an estimate. Smoothed information and label-level entropy have no "
+            "place here.",
         ),
     ]
 
 
+def _uncalibrated(frame: pd.DataFrame, calibration: Sequence[CalibrationRow]) -> list[str]:
+    failed = [name for name in sorted(set(frame["estimator"]), key=place) if failed_calibration(calibration, name)]
+    return [f"{plain_text(name)}: {calibration_sentence(calibration, name)}." for name in failed]
+
+
+def _optional(title: str, figure: Figure | None, words: str) -> Picture | None:
+    return None if figure is None else _picture(title, figure, words)
+
+
 def _picture(title: str, figure: Figure, words: str) -> Picture:
     data = base64.b64encode(figure_bytes(figure, "svg")).decode()
-    return Picture(title, f"data:image/svg+xml;base64,{data}", words)
+    return Picture(title, f"data:image/svg+xml;base64,{data}", words, figure.get_figwidth() > _ONE_PANEL)
 
 
 def _flags(frame: pd.DataFrame) -> list[tuple[str, str]]:
@@ -168,17 +166,19 @@ def _failures(frame: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _details(records: Sequence[AuditRecord], frame: pd.DataFrame) -> list[ModelDetails]:
-    by_cell = {record.cell_id: record for record in records}
-    return [_model_details(by_cell[cell]) for cell in frame["cell_id"] if cell in by_cell]
+    by_cell = {record.cell_id: record for record in cross_check(records)}
+    titles = {row["cell_id"]: setting_title(row) for _, row in frame.iterrows()}
+    return [_model_details(by_cell[cell], titles[cell]) for cell in frame["cell_id"]]
 
 
-def _model_details(record: AuditRecord) -> ModelDetails:
+def _model_details(record: AuditRecord, setting: str) -> ModelDetails:
     data = record.to_dict()
     details = data.pop("details")
     later = sorted(set(details) - set(DETAIL_ORDER))
     parts = {name: details[name] for name in [*DETAIL_ORDER, *later] if details.get(name)}
     facts = {name: value for name, value in data.items() if value not in (None, "", ())}
-    return ModelDetails(f"{short_name(record.model)}, {plain_text(record.layer)}", record.model, facts, parts)
+    name = f"{short_name(record.model)}, {setting}, {plain_text(record.estimator)}"
+    return ModelDetails(name, record.model, facts, parts)
 
 
 def _plain(value: object) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from audit.records import read_records, write_atomically
+from reports.calibration import calibration_of
 from reports.figures import save_figures
 from reports.html import render_report
 from reports.ranking import leaderboard, write_leaderboard
@@ -19,12 +20,13 @@ def write_reports(folder: Path) -> list[Path]:
 
 
 def write_figures(folder: Path) -> list[Path]:
-    """Write figures/figure1 and figure2 as PNG and SVG into a run folder and return their paths."""
-    return save_figures(leaderboard(to_frame(read_records(Path(folder)))), Path(folder))
+    """Write the figures as PNG and SVG into `figures/` of a run folder and return their paths."""
+    table = leaderboard(to_frame(read_records(Path(folder))))
+    return save_figures(table, Path(folder), calibration_of([Path(folder)]))
 
 
 def write_html(folder: Path) -> Path:
     """Write report.html into a run folder and return its path."""
     path = Path(folder) / "report.html"
-    write_atomically(path, render_report(read_records(Path(folder))))
+    write_atomically(path, render_report(read_records(Path(folder)), calibration_of([Path(folder)])))
     return path

@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 
 from audit.records import read_records, write_atomically
+from reports.columns import columns_csv
+from reports.estimators import place
 from reports.table import GROUP, ranked, to_frame
 from reports.text import spreadsheet_text
 
@@ -16,13 +18,15 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the rows grouped by data set, layer, threat and estimator, and ranked by RV inside each group.
 
     Rank 1 has the lowest RV (nats), the least vulnerable representation; equal RVs share a rank. Failed and
-    contradicted rows come last in their group and are never ranked. Where a cell appears twice (several run
-    folders), the later row counts.
+    contradicted rows come last in their group and are never ranked, nor is any row of an estimator that does not
+    claim to rank. The default estimator comes first. Where a cell appears twice (several run folders), the later
+    row counts.
     """
     rows = frame.drop_duplicates("cell_id", keep="last")
-    keys = list(GROUP)
-    ranks = rows["rv"].where(ranked(rows)).groupby([rows[key] for key in keys]).rank(method="min")
-    ordered = rows.assign(rank=ranks).sort_values([*keys, "rank", "model", "cell_id"], na_position="last")
+    ranks = rows["rv"].where(ranked(rows)).groupby([rows[key] for key in GROUP]).rank(method="min")
+    places = rows["estimator"].map({name: i for i, name in enumerate(sorted(set(rows["estimator"]), key=place))})
+    keys = [*GROUP[:-1], "place", "rank", "model", "cell_id"]
+    ordered = rows.assign(rank=ranks, place=places).sort_values(keys, na_position="last").drop(columns="place")
     shown = [UNRANKED if pd.isna(rank) else str(int(rank)) for rank in ordered.pop("rank")]
     ordered.insert(0, "rank", pd.Series(shown, index=ordered.index, dtype="str"))
     return ordered.reset_index(drop=True)
@@ -46,9 +50,16 @@ def to_parquet(table: pd.DataFrame) -> bytes:
 
 
 def write_leaderboard(folder: Path) -> list[Path]:
-    """Write leaderboard.csv and leaderboard.parquet into a run folder and return their paths."""
+    """Write leaderboard.csv, leaderboard.parquet and columns.csv, which says the kind and unit of every column.
+
+    Returns their paths.
+    """
     table = leaderboard(to_frame(read_records(Path(folder))))
-    csv, parquet = Path(folder) / "leaderboard.csv", Path(folder) / "leaderboard.parquet"
-    write_atomically(csv, to_csv(table))
-    write_atomically(parquet, to_parquet(table))
-    return [csv, parquet]
+    contents: dict[str, str | bytes] = {
+        "leaderboard.csv": to_csv(table),
+        "leaderboard.parquet": to_parquet(table),
+        "columns.csv": columns_csv(),
+    }
+    for name, content in contents.items():
+        write_atomically(Path(folder) / name, content)
+    return [Path(folder) / name for name in contents]

@@ -4,24 +4,39 @@ from itertools import combinations
 
 import pandas as pd
 
-from reports.statistics import Correlation, correlations
+from reports.correlation import Correlation
+from reports.estimators import place
+from reports.statistics import UNKNOWN_FAMILIES, Relations, correlations
 from reports.table import contradicted, panels, ranked
-from reports.text import plural, short_name
-
-# models whose family nobody named have nothing in common
-UNKNOWN_FAMILIES = ("", "unknown", "other")
+from reports.text import plain_text, plural, short_name
 
 _ORDER_COLUMNS = ["family", "weaker", "stronger", "rv_weaker", "rv_stronger", "holds", "panel"]
 
 
 def caption(frame: pd.DataFrame) -> str:
-    """Return one sentence a panel: how RV (estimate, nats) goes with the adversarial gap (measured)."""
+    """Return a few short sentences a panel: how RV (estimate, nats) goes with the adversarial gap (measured)."""
     groups = panels(frame)
-    sentences = [_panel_caption(panel.rows) for panel in groups]
+    sentences = [panel_caption(panel.rows) for panel in groups]
     if len(groups) == 1:
         return sentences[0]
     told = [f"{panel.title}: {text}" for panel, text in zip(groups, sentences, strict=True) if " rho " in text]
     return " ".join(told) or "No group of comparable models is large enough for a correlation."
+
+
+def summary(frame: pd.DataFrame) -> list[str]:
+    """Return the opening of a report: how many audits, how many refuted or failed, the order, the correlations.
+
+    The last two are those of the default estimator; a leaderboard with its ranks is expected.
+    """
+    refuted, failed = int(contradicted(frame).sum()), int(frame["status"].ne("valid").sum())
+    counts = f"{plural(len(frame), 'audit')} of {plural(frame['model'].nunique(), 'model')}: "
+    counts += f"{int(frame['rank'].ne('unranked').sum())} ranked, {refuted} contradicted, {failed} failed"
+    silent = int((~frame["ranks"]).sum())
+    counts += f"; {silent} by an estimator that does not claim to rank." if silent else "."
+    names = sorted(set(frame[frame["ranks"]]["estimator"] if frame["ranks"].any() else frame["estimator"]), key=place)
+    leading = frame[frame["estimator"].isin(names[:1])]
+    by = f"By {plain_text(names[0])}: " if frame["estimator"].nunique() > 1 else ""
+    return [counts, by + order_sentence(leading), by + caption(leading)]
 
 
 def describe(correlation: Correlation) -> str:
@@ -32,10 +47,9 @@ def describe(correlation: Correlation) -> str:
     """
     if correlation.value is None:
         return f"{correlation.name}: {correlation.note}"
-    interval = "" if correlation.low is None else f" [{correlation.low:.2f}, {correlation.high:.2f}]"
     p = "" if correlation.p is None else f", p {_format_p(correlation.p)}"
     note = f" ({correlation.note})" if correlation.note else ""
-    return f"{correlation.name} {correlation.value:.2f}{interval}{p}{note}"
+    return f"{correlation.name} {correlation.value:.2f}{_interval(correlation)}{p}{note}"
 
 
 def family_order(frame: pd.DataFrame) -> pd.DataFrame:
@@ -62,25 +76,65 @@ def order_sentence(frame: pd.DataFrame) -> str:
     )
 
 
-def _panel_caption(rows: pd.DataFrame) -> str:
-    rho, _, _, within, *_ = correlations(rows)
-    out = int((contradicted(rows) & rows["status"].eq("valid")).sum())
-    left_out = f"; {plural(out, 'contradicted model')} left out" if out else ""
-    if rho.value is None:
-        reason = rho.note[0].upper() + rho.note[1:]
-        return f"{reason}{left_out}."
-    interval = "" if rho.low is None else f" [{rho.low:.2f}, {rho.high:.2f}]"
+def panel_caption(rows: pd.DataFrame) -> str:
+    """Return the sentences of one panel."""
+    return " ".join(panel_sentences(rows))
+
+
+def panel_sentences(rows: pd.DataFrame) -> list[str]:
+    """Return what one panel shows: overall, within training groups, given natural accuracy, and a footnote."""
+    if not rows["ranks"].any():
+        return ["This estimator does not claim to rank models: shown for replication, no correlation."]
+    found = correlations(rows)
+    if found.spearman.value is None:
+        told = [_capital(found.spearman.note)]
+    else:
+        told = [_overall(found), _within(found.within), _partial(found.partial), _footnote(found)]
+    return [f"{sentence}." for sentence in [*told, *_left_out(rows)]]
+
+
+def _overall(found: Relations) -> str:
+    rho, kin = found.spearman, found.by_family
     note = f", {rho.note}" if rho.note else ""
-    first = f"Spearman rho {rho.value:.2f}{interval} over {rho.n} models (estimate against measured{note})"
-    return f"{first}; {_within(within)}{left_out}."
+    drawn = f"; {_interval(kin).strip()} over {kin.note} drawn again" if kin.low is not None else ""
+    value = f"Spearman rho {rho.value:.2f}{_interval(rho)} over {rho.n} models (estimate against measured{note})"
+    return f"{value}{drawn}"
 
 
 def _within(within: Correlation) -> str:
     if within.value is None:
-        return f"within training groups: {within.note}"
-    interval = "" if within.low is None else f" [{within.low:.2f}, {within.high:.2f}]"
+        return f"Within training groups: {within.note}"
     p = "" if within.p is None else f", permutation p {_format_p(within.p)}"
-    return f"within training groups r {within.value:.2f}{interval}{p}"
+    return f"Within training groups r {within.value:.2f}{_interval(within)}{p}"
+
+
+def _partial(partial: Correlation) -> str:
+    if partial.value is None:
+        return f"Given natural accuracy: {partial.note}"
+    return f"Given natural accuracy, partial r {partial.value:.2f}{_interval(partial)}"
+
+
+def _footnote(found: Relations) -> str:
+    trust, clean, raw = found.reliability, found.disattenuated, found.pearson
+    if trust.value is None:
+        return f"No reliability of RV: {trust.note}"
+    reliable = f"Reliability of RV over {trust.note} {trust.value:.2f}"
+    if clean.value is None or raw.value is None:
+        return f"{reliable}; {clean.note}"
+    return f"{reliable}; Pearson r {raw.value:.2f}, {clean.value:.2f} without that noise"
+
+
+def _left_out(rows: pd.DataFrame) -> list[str]:
+    out = int((contradicted(rows) & rows["status"].eq("valid")).sum())
+    return [f"{plural(out, 'contradicted model')} left out"] if out else []
+
+
+def _interval(correlation: Correlation) -> str:
+    return "" if correlation.low is None else f" [{correlation.low:.2f}, {correlation.high:.2f}]"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _format_p(p: float) -> str:

@@ -6,54 +6,80 @@ groups without any relation inside give .93 in simulation: an overall correlatio
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import stats
 
+from reports.correlation import (
+    MODELS_FOR_INTERVAL,
+    MODELS_FOR_P,
+    Correlation,
+    Vector,
+    absent,
+    product_moment,
+    unusable,
+)  # fmt: skip
+from reports.reliability import disattenuated, reliability
+from reports.resampling import centred, concordance_p, shuffle_p, spearman_by_family
 from reports.table import ranked
 
-Vector = NDArray[np.float64]
-
-MODELS_FOR_VALUE, MODELS_FOR_P, MODELS_FOR_INTERVAL = 3, 5, 8
-_SHUFFLES = 9_999
+# models whose family nobody named have nothing in common
+UNKNOWN_FAMILIES = ("", "unknown", "other")
 _Z95 = 1.959963984540054
+_EXACT_UP_TO = 50
+_NO_P = f"no significance under {MODELS_FOR_P} models"
 
 
-@dataclass(frozen=True)
-class Correlation:
-    """One correlation coefficient over n models with its 95 % interval and two-sided p; None where not given."""
+class Relations(NamedTuple):
+    """Every correlation of RV with the adversarial gap over the ranked models of one panel.
 
-    name: str
-    value: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    n: int
-    note: str = ""
+    `lost` is with the second outcome, 1 - adversarial / natural accuracy; `by_family` has an interval over families
+    drawn again; `reliability` and `disattenuated` are a footnote.
+    """
+
+    spearman: Correlation
+    by_family: Correlation
+    pearson: Correlation
+    kendall: Correlation
+    within: Correlation
+    partial: Correlation
+    lost: Correlation
+    reliability: Correlation
+    disattenuated: Correlation
 
 
-def correlations(frame: pd.DataFrame, outcome: str = "adversarial_gap") -> tuple[Correlation, ...]:
+def correlations(frame: pd.DataFrame, outcome: str = "adversarial_gap") -> Relations:
     """Return the correlations of RV with an outcome over the ranked models of one panel.
 
-    In order: Spearman, Pearson, Kendall, within training groups, partial given natural accuracy, and Spearman
-    with the second outcome, 1 - adversarial / natural accuracy. No interval under 8 models, no p under 5.
+    No interval under 8 models, no p under 5; no bootstrap under 5 families, no reliability under 5 seeds.
     """
     # shuffles are seeded: a fixed order of the rows makes p the same whatever order they came in
     rows = frame[ranked(frame) & frame[outcome].notna()].sort_values(["model", "cell_id"])
     rv, gap = _vector(rows["rv"]), _vector(rows[outcome])
     natural, adversarial = _vector(rows["natural_accuracy"]), _vector(rows["adversarial_accuracy"])
     lost = 1.0 - adversarial / np.where(natural > 0, natural, np.nan)
-    return (
-        spearman(rv, gap),
-        pearson(rv, gap),
-        kendall(rv, gap),
-        within_groups(rv, gap, training_groups(rows)),
-        partial(rv, gap, natural),
-        spearman(rv, lost, "Spearman, share of accuracy lost"),
+    rho, trust = spearman(rv, gap), reliability(rows)
+    return Relations(
+        spearman=rho,
+        by_family=spearman_by_family(rv, gap, families(rows), rho),
+        pearson=pearson(rv, gap),
+        kendall=kendall(rv, gap),
+        within=within_groups(rv, gap, training_groups(rows)),
+        partial=partial(rv, gap, natural),
+        lost=spearman(rv, lost, "Spearman, share of accuracy lost"),
+        reliability=trust,
+        disattenuated=disattenuated(rv, gap, trust),
     )
+
+
+def families(frame: pd.DataFrame) -> list[str]:
+    """Return the family of each row; a model without one is a family of its own."""
+    return [
+        f"{family}#{index}" if family in UNKNOWN_FAMILIES else str(family)
+        for index, family in enumerate(frame["family"])
+    ]
 
 
 def training_groups(frame: pd.DataFrame) -> list[str]:
@@ -66,10 +92,10 @@ def pearson(x: Vector, y: Vector) -> Correlation:
 
     Source: Fisher (1921): atanh(r) has standard error 1/sqrt(n - 3).
     """
-    note = _unusable(x, y)
+    note = unusable(x, y)
     if note:
-        return _absent("Pearson r", len(x), note)
-    value = _r(x, y)
+        return absent("Pearson r", len(x), note)
+    value = product_moment(x, y)
     p = float(stats.pearsonr(x, y).pvalue)
     return _guarded("Pearson r", value, 1 / math.sqrt(max(len(x) - 3, 1)), p, len(x))
 
@@ -79,24 +105,29 @@ def spearman(x: Vector, y: Vector, name: str = "Spearman rho") -> Correlation:
 
     Source: Bonett & Wright (2000), Psychometrika 65: atanh(rho) has standard error sqrt((1 + rho^2/2)/(n - 3)).
     """
-    note = _unusable(x, y)
+    note = unusable(x, y)
     if note:
-        return _absent(name, len(x), note)
+        return absent(name, len(x), note)
     ranks_x, ranks_y = stats.rankdata(x), stats.rankdata(y)
-    value = _r(ranks_x, ranks_y)
+    value = product_moment(ranks_x, ranks_y)
     error = math.sqrt((1 + value**2 / 2) / max(len(x) - 3, 1))
-    return _guarded(name, value, error, _permutation_p(ranks_x, ranks_y, ["all"] * len(x)), len(x))
+    return _guarded(name, value, error, shuffle_p(ranks_x, ranks_y, ["all"] * len(x)), len(x))
 
 
 def kendall(x: Vector, y: Vector) -> Correlation:
-    """Return Kendall's tau-b, its p exact for few models without ties; no interval is given."""
-    note = _unusable(x, y)
+    """Return Kendall's tau-b; its p is exact without ties, by permutation with them, and asymptotic over 50 models."""
+    name, n = "Kendall tau-b", len(x)
+    note = unusable(x, y)
     if note:
-        return _absent("Kendall tau-b", len(x), note)
-    result = stats.kendalltau(x, y)
-    ties = len(set(x)) < len(x) or len(set(y)) < len(y)
-    p = float(result.pvalue) if len(x) >= MODELS_FOR_P else None
-    return Correlation("Kendall tau-b", float(result.statistic), None, None, p, len(x), "asymptotic p: ties" * ties)
+        return absent(name, n, note)
+    ties, many = len(set(x)) < n or len(set(y)) < n, n > _EXACT_UP_TO
+    result = stats.kendalltau(x, y, method="asymptotic" if ties or many else "exact")
+    if n < MODELS_FOR_P:
+        return Correlation(name, float(result.statistic), None, None, None, n, _NO_P)
+    p = concordance_p(x, y) if ties and not many else float(result.pvalue)
+    return Correlation(
+        name, float(result.statistic), None, None, p, n, "asymptotic p" if many else "permutation p: ties" * ties
+    )
 
 
 def within_groups(x: Vector, y: Vector, groups: Sequence[str]) -> Correlation:
@@ -108,16 +139,16 @@ def within_groups(x: Vector, y: Vector, groups: Sequence[str]) -> Correlation:
     labels = np.asarray(groups, dtype=object)
     keep = np.array([list(groups).count(label) > 1 for label in groups], dtype=bool)
     if not keep.any():
-        return _absent(name, 0, "no training group holds two models")
+        return absent(name, 0, "no training group holds two models")
     inside = [str(label) for label in labels[keep]]
-    dx, dy = _centred(x[keep], inside), _centred(y[keep], inside)
-    note = _unusable(dx, dy)
+    dx, dy = centred(x[keep], inside), centred(y[keep], inside)
+    note = unusable(dx, dy)
     if note:
-        return _absent(name, len(dx), note)
+        return absent(name, len(dx), note)
     freedom = len(dx) - len(set(inside)) - 2
     if freedom < 1:
-        return _absent(name, len(dx), "too few models a group")
-    return _guarded(name, _r(dx, dy), _error(freedom), _permutation_p(dx, dy, inside), len(dx))
+        return absent(name, len(dx), "too few models a group")
+    return _guarded(name, product_moment(dx, dy), _error(freedom), shuffle_p(dx, dy, inside), len(dx))
 
 
 def partial(x: Vector, y: Vector, given: Vector) -> Correlation:
@@ -127,19 +158,19 @@ def partial(x: Vector, y: Vector, given: Vector) -> Correlation:
     """
     name, n = "partial r given natural accuracy", len(x)
     if n < 4 or not np.isfinite(given).all() or np.ptp(given) == 0:
-        return _absent(name, n, f"too few models ({n}) or no spread in natural accuracy")
+        return absent(name, n, f"too few models ({n}) or no spread in natural accuracy")
     rest_x, rest_y = _residuals(x, given), _residuals(y, given)
-    note = _unusable(rest_x, rest_y)
+    note = unusable(rest_x, rest_y)
     if note:
-        return _absent(name, n, note)
-    value = _r(rest_x, rest_y)
+        return absent(name, n, note)
+    value = product_moment(rest_x, rest_y)
     t = value * math.sqrt((n - 3) / max(1 - value**2, 1e-300))
     return _guarded(name, value, _error(n - 4), 2 * float(stats.t.sf(abs(t), n - 3)), n)
 
 
 def _guarded(name: str, value: float, error: float, p: float, n: int) -> Correlation:
     if n < MODELS_FOR_P:
-        return Correlation(name, value, None, None, None, n, f"no significance under {MODELS_FOR_P} models")
+        return Correlation(name, value, None, None, None, n, _NO_P)
     if n < MODELS_FOR_INTERVAL:
         return Correlation(name, value, None, None, p, n, f"no interval under {MODELS_FOR_INTERVAL} models")
     if not math.isfinite(error):
@@ -149,43 +180,6 @@ def _guarded(name: str, value: float, error: float, p: float, n: int) -> Correla
     centre = math.atanh(value)
     low, high = math.tanh(centre - _Z95 * error), math.tanh(centre + _Z95 * error)
     return Correlation(name, value, low, high, p, n)
-
-
-def _absent(name: str, n: int, note: str) -> Correlation:
-    return Correlation(name, None, None, None, None, n, note)
-
-
-def _unusable(x: Vector, y: Vector) -> str:
-    if len(x) < MODELS_FOR_VALUE:
-        return f"too few models ({len(x)}) for a correlation"
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return "a value is missing"
-    # residuals of equal numbers are rounding noise, not spread
-    flat = [np.ptp(v) <= 1e-12 * max(1.0, float(np.abs(v).max())) for v in (x, y)]
-    return "all models have the same value" if any(flat) else ""
-
-
-def _r(x: Vector, y: Vector) -> float:
-    dx, dy = x - x.mean(), y - y.mean()
-    return float(np.clip(dx @ dy / math.sqrt(float(dx @ dx) * float(dy @ dy)), -1.0, 1.0))
-
-
-def _permutation_p(x: Vector, y: Vector, groups: Sequence[str]) -> float:
-    """Share of shuffles of y inside the groups whose |sum of products| reaches the observed one (seeded)."""
-    random = np.random.default_rng(0)
-    dx, dy = _centred(x, groups), _centred(y, groups)
-    sums = np.zeros(_SHUFFLES)
-    for label in dict.fromkeys(groups):
-        inside = np.array([group == label for group in groups])
-        shuffled = random.permuted(np.tile(dy[inside], (_SHUFFLES, 1)), axis=1)
-        sums += shuffled @ dx[inside]
-    reached = np.abs(sums) >= abs(float(dx @ dy)) * (1 - 1e-9)
-    return float((reached.sum() + 1) / (_SHUFFLES + 1))
-
-
-def _centred(values: Vector, groups: Sequence[str]) -> Vector:
-    series = pd.Series(values)
-    return _vector(series - series.groupby(list(groups)).transform("mean"))
 
 
 def _residuals(values: Vector, given: Vector) -> Vector:

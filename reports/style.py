@@ -64,40 +64,69 @@ class Look:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A figure of equal panels in a grid, all lengths in inches; captions and the key stand below."""
+    """A figure of equal panels in a grid, all lengths in inches; captions and the key stand below.
+
+    `groups` says how many panels belong together: each group starts a row of its own, unless all are single.
+    `left`, `head` and `foot` are the room beside, over and under a plot for its labels.
+    """
 
     panels: int
     captions: Sequence[str] = ()
     width: float = 3.5
     plot_height: float = 2.45
     keys: tuple[int, int] = (0, 0)
+    groups: Sequence[int] = ()
+    left: float = 0.56
+    head: float = 0.3
+    foot: float = 0.42
 
     @property
     def columns(self) -> int:
-        """How many panels stand side by side."""
-        return max(1, min(self.panels, 3))
+        """How many panels stand side by side: at most three, and rows of a group of about equal length."""
+        largest = max(self._blocks)
+        return max(1, math.ceil(largest / max(1, math.ceil(largest / 3))))
 
     def draw(self) -> tuple[Figure, list[Axes]]:
         """Return the empty figure and one axes a panel."""
-        rows = math.ceil(self.panels / self.columns)
+        places = self._places()
+        rows = max((row for row, _ in places), default=0) + 1
         key = 0.17 + _KEY_INCHES * math.ceil(max(self.keys) / self.columns)
         size = (self.width * self.columns, rows * self._row_height + key)
         figure = Figure(figsize=size, facecolor="white")
-        axes = [figure.add_axes(self._box(index, size)) for index in range(self.panels)]
+        axes = [figure.add_axes(self._box(place, size)) for place in places]
         for panel, text in zip(axes, self.captions, strict=False):
-            place_caption(panel, text, self.plot_height)
+            self._caption(panel, text)
         return figure, axes
 
     @property
-    def _row_height(self) -> float:
-        lines = max((caption_lines(text) for text in self.captions), default=0)
-        return 0.3 + self.plot_height + 0.42 + lines * _LINE_INCHES + 0.06 * bool(lines)
+    def _blocks(self) -> Sequence[int]:
+        return self.groups if max(self.groups, default=1) > 1 else (self.panels,)
 
-    def _box(self, index: int, size: tuple[float, float]) -> tuple[float, float, float, float]:
-        row, column = divmod(index, self.columns)
-        left, top = self.width * column + 0.56, size[1] - row * self._row_height - 0.3
-        width, height = self.width - 0.56 - 0.14, self.plot_height
+    def _places(self) -> list[tuple[int, int]]:
+        places, first = list[tuple[int, int]](), 0
+        for block in self._blocks:
+            places += [(first + i // self.columns, i % self.columns) for i in range(block)]
+            first += math.ceil(block / self.columns)
+        return places
+
+    @property
+    def _row_height(self) -> float:
+        lines = max((len(_wrapped(text)) for text in self.captions), default=0)
+        return self.head + self.plot_height + self.foot + lines * _LINE_INCHES + 0.06 * bool(lines)
+
+    def _box(self, place: tuple[int, int], size: tuple[float, float]) -> tuple[float, float, float, float]:
+        row, column = place
+        left, top = self.width * column + self.left, size[1] - row * self._row_height - self.head
+        width, height = self.width - self.left - 0.14, self.plot_height
         return left / size[0], (top - height) / size[1], width / size[0], height / size[1]
+
+    def _caption(self, axes: Axes, text: str) -> None:
+        """Write a caption under the axis label, wrapped to the panel's width."""
+        across = -0.9 * (self.left - 0.14) / (self.width - self.left - 0.14)
+        axes.text(
+            across, -(self.foot + 0.05) / self.plot_height, "\n".join(_wrapped(text)), transform=axes.transAxes,
+            va="top", ha="left", fontsize=6.8, linespacing=1.35, color="#333333",
+        )  # fmt: skip
 
 
 @contextmanager
@@ -145,22 +174,9 @@ def label(text: str, width: int = 34) -> str:
     'aaaaa…aaa'
     """
     plain = shorten(plain_text(text).strip(), width) or "(no name)"
-    drawable = "".join(c if ord(c) < 0x250 or c in "…ℓ∞" else "?" for c in plain)
+    shown = _drawable(plain)
     # matplotlib leaves labels that start with an underscore out of the key
-    return f" {drawable}" if drawable.startswith("_") else drawable
-
-
-def place_caption(axes: Axes, text: str, plot_height: float) -> None:
-    """Write a caption under the axis label, wrapped to the panel's width."""
-    axes.text(
-        -0.15, -0.47 / plot_height, "\n".join(_wrapped(text)), transform=axes.transAxes, va="top", ha="left",
-        fontsize=6.8, linespacing=1.35, color="#333333",
-    )  # fmt: skip
-
-
-def caption_lines(text: str) -> int:
-    """Return how many lines a caption takes."""
-    return len(_wrapped(text))
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def place_key(figure: Figure, families: Sequence[Line2D], rest: Sequence[Line2D], columns: int) -> None:
@@ -191,5 +207,10 @@ def limits(values: Iterable["pd.Series[float]"], margin: float = 0.07) -> tuple[
     return low - room, high + room
 
 
+def _drawable(text: str) -> str:
+    return "".join(c if ord(c) < 0x250 or c in "…ℓ∞" else "?" for c in text)
+
+
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(plain_text(text), width=68)
+    sentences = [_drawable(plain_text(sentence)) for sentence in text.split("\n")]
+    return [line for sentence in sentences for line in textwrap.wrap(sentence, width=68)]

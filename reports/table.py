@@ -1,4 +1,4 @@
-"""Records as one tidy table: the columns, their order, their units and their kinds."""
+"""Records as one tidy table, and which of its rows may be compared and ranked."""
 
 import math
 from collections.abc import Iterable
@@ -8,57 +8,35 @@ from typing import Any
 import pandas as pd
 
 from audit.records import AuditRecord
+from reports.columns import COLUMNS, KINDS, UNITS
+from reports.contradictions import cross_check
+from reports.estimators import place
 from reports.text import format_eps, format_norm, plain_text, short_name, shorten
 
 __all__ = [
-    "COLUMNS", "GROUP", "KINDS", "UNITS", "Panel", "contradicted", "format_eps", "frame_rows", "panels",
-    "ranked", "split_flags", "to_frame", "to_rows",
+    "COLUMNS", "GROUP", "KINDS", "SETTING", "UNITS", "Panel", "contradicted", "contradictions", "format_eps",
+    "frame_rows", "panels", "ranked", "setting_title", "sound", "split_flags", "to_frame", "to_rows",
 ]  # fmt: skip
-
-COLUMNS = (
-    "model", "source", "family", "training", "trained_eps", "dataset", "layer", "norm", "eps",
-    "num_classes", "seeds", "images", "estimator",
-    "normal_nats", "normal_nats_se", "worst_nats", "worst_nats_se", "rv", "rv_se", "ceiling_nats", "floor_nats",
-    "adversarial_accuracy_bound", "adversarial_risk_bound",
-    "natural_accuracy", "natural_accuracy_low", "natural_accuracy_high",
-    "adversarial_accuracy", "adversarial_accuracy_low", "adversarial_accuracy_high", "adversarial_gap",
-    "attack", "flags", "status", "weights_sha256", "cell_id",
-)  # fmt: skip
 
 # models are compared only where all of these agree: an RV of another layer, radius or estimator is another quantity
 GROUP = ("dataset", "layer", "norm", "eps", "estimator")
 
-# the floor follows from measured accuracies alone, which is why it can refute an estimate
-KINDS = {
-    **dict.fromkeys(
-        ("normal_nats", "normal_nats_se", "worst_nats", "worst_nats_se", "rv", "rv_se", "ceiling_nats",
-         "adversarial_accuracy_bound", "adversarial_risk_bound"), "estimate",
-    ),
-    **dict.fromkeys(
-        ("natural_accuracy", "natural_accuracy_low", "natural_accuracy_high", "adversarial_accuracy",
-         "adversarial_accuracy_low", "adversarial_accuracy_high", "adversarial_gap", "floor_nats"), "measured",
-    ),
-}  # fmt: skip
+# models are compared by RV with the same estimator, and estimators with one another inside a setting
+SETTING = GROUP[:-1]
 
-UNITS = {
-    **{name: "nats" if "nats" in name or name.startswith("rv") else "fraction" for name in KINDS},
-    **{"eps": "pixel units", "trained_eps": "pixel units"},
-}
-
-_TEXT = (
-    "model", "source", "family", "training", "dataset", "layer", "norm", "estimator", "attack", "flags", "status",
-    "weights_sha256", "cell_id",
-)  # fmt: skip
-_COUNTS = ("num_classes", "seeds", "images")
-_NO_FLAGS = "none"
+_DTYPES = {"text": "str", "count": "Int64", "yes or no": "bool"}
+_AS_TEXT = ("rv_by_seed",)
+_NO_FLAGS = NO_SEEDS = "none"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The rows that may be compared with one another, and a short title for them."""
+    """The rows that may be compared with one another, and short titles: of the whole, its setting, its estimator."""
 
     title: str
     rows: pd.DataFrame
+    setting: str
+    estimator: str
 
 
 def to_frame(records: Iterable[AuditRecord]) -> pd.DataFrame:
@@ -66,11 +44,11 @@ def to_frame(records: Iterable[AuditRecord]) -> pd.DataFrame:
 
     MI values are in nats, accuracies and bounds fractions in [0, 1], eps in pixel units; what could not be
     measured is missing. `flags` reads "none" where there is none, `status` "failed: <reason>" where it failed.
+    Records that contradict one another are flagged here, so every table, ranking and figure sees it.
     """
-    rows = [_cells(record) for record in records]
+    rows = [_cells(record) for record in cross_check(records)]
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    dtypes = {name: "str" if name in _TEXT else "Int64" if name in _COUNTS else "float64" for name in COLUMNS}
-    return frame.astype(dtypes)
+    return frame.astype({name: "str" if name in _AS_TEXT else _DTYPES.get(UNITS[name], "float64") for name in COLUMNS})
 
 
 def to_rows(records: Iterable[AuditRecord]) -> list[dict[str, Any]]:
@@ -93,36 +71,62 @@ def split_flags(flags: str) -> list[str]:
     return [] if flags == _NO_FLAGS else flags.split("; ")
 
 
+def contradictions(flags: str) -> list[str]:
+    """Return the flags of a cell of the table by which an estimate is refuted."""
+    return [flag for flag in split_flags(flags) if flag.startswith("contradicted")]
+
+
 def contradicted(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows hold an estimate that a measurement refutes."""
-    marks = [any(flag.startswith("contradicted") for flag in split_flags(cell)) for cell in frame["flags"]]
-    return pd.Series(marks, index=frame.index, dtype=bool)
+    """Return which rows hold an estimate that a measurement or another record refutes."""
+    return pd.Series([bool(contradictions(cell)) for cell in frame["flags"]], index=frame.index, dtype=bool)
 
 
-def ranked(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows may be ranked: valid, with an RV, and not contradicted."""
+def sound(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows hold an RV that nothing refutes: valid, and not contradicted."""
     return frame["status"].eq("valid") & frame["rv"].notna() & ~contradicted(frame)
 
 
+def ranked(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows may be ranked: sound, and of an estimator that claims to rank models."""
+    return sound(frame) & frame["ranks"]
+
+
 def panels(frame: pd.DataFrame) -> list[Panel]:
-    """Return the comparable groups of a frame, in the leaderboard's order."""
+    """Return the comparable groups of a frame, in the leaderboard's order: the default estimator first."""
     several = frame["estimator"].nunique() > 1
-    groups = frame.groupby(list(GROUP), sort=True)
-    return [Panel(_title(rows.iloc[0], several), rows) for _, rows in groups]
+    groups = [(key, rows) for key, rows in frame.groupby(list(GROUP), sort=False)]
+    return [_panel(rows, several) for _, rows in sorted(groups, key=lambda group: _order(group[0]))]
 
 
-def _title(row: "pd.Series[Any]", name_estimator: bool) -> str:
+def setting_title(row: "pd.Series[Any]") -> str:
+    """Return a short title of data set, layer and threat."""
     threat = f"{format_norm(row['norm'])} {format_eps(row['eps'])}"
-    parts = [shorten(short_name(row["dataset"]), 24), shorten(plain_text(row["layer"]), 22), threat]
-    return ", ".join([*parts, shorten(plain_text(row["estimator"]), 20)] if name_estimator else parts)
+    return ", ".join([shorten(short_name(row["dataset"]), 24), shorten(plain_text(row["layer"]), 22), threat])
+
+
+def _order(key: Any) -> tuple[Any, ...]:
+    *setting, estimator = key
+    return (*setting, place(estimator))
+
+
+def _panel(rows: pd.DataFrame, name_estimator: bool) -> Panel:
+    setting, estimator = setting_title(rows.iloc[0]), shorten(plain_text(rows.iloc[0]["estimator"]), 20)
+    return Panel(f"{setting}, {estimator}" if name_estimator else setting, rows, setting, estimator)
 
 
 def _cells(record: AuditRecord) -> dict[str, object]:
     status = f"failed: {record.reason}" if record.status == "failed" and record.reason else record.status
     flags = "; ".join(flag.replace("; ", ", ") for flag in record.flags) or _NO_FLAGS
-    derived: dict[str, object] = {"status": status, "flags": flags}
+    derived: dict[str, object] = {"status": status, "flags": flags, "rv_by_seed": _by_seed(record)}
     cells = {name: derived[name] if name in derived else getattr(record, name) for name in COLUMNS}
     return {name: _encodable(value) if isinstance(value, str) else value for name, value in cells.items()}
+
+
+def _by_seed(record: AuditRecord) -> str:
+    seeds = record.details.get("per_seed") or []
+    told = [(seed.get("seed"), seed.get("rv")) for seed in seeds if isinstance(seed, dict)]
+    known = [(seed, rv) for seed, rv in told if isinstance(seed, int) and isinstance(rv, int | float)]
+    return "; ".join(f"{seed}={float(rv)!r}" for seed, rv in known) or NO_SEEDS
 
 
 def _encodable(text: str) -> str:

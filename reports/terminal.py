@@ -7,7 +7,9 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from reports.cells import HEADERS, Header, Row, flags_text
+from audit.records import CalibrationRow
+from reports.calibration import calibration_sentence
+from reports.cells import HEADERS, NO_CLAIM, Header, Row, flags_text, unranked_reason
 from reports.explanations import flag_name
 from reports.table import panels, split_flags
 from reports.text import short_name, shorten
@@ -15,22 +17,38 @@ from reports.text import short_name, shorten
 # by what a reader needs first; the table keeps the report's order whatever fits
 _WANTED = (
     "rank", "model", "RV", "adversarial gap", "flags", "training", "adversarial accuracy", "natural accuracy",
-    "worst-case MI", "normal-case MI", "adversarial accuracy bound", "family",
+    "worst-case MI", "normal-case MI", "Fano accuracy bound", "adversarial accuracy bound", "family",
 )  # fmt: skip
 _WIDEST = 34
 _PADDING = 3
 
 
-def fitting_table(table: pd.DataFrame, width: int) -> list[Table | Text]:
-    """Return a rich table for each comparable group, at most `width` characters wide, and why rows are unranked."""
+def fitting_table(table: pd.DataFrame, width: int, calibration: Sequence[CalibrationRow] = ()) -> list[Table | Text]:
+    """Return a rich table for each comparable group, at most `width` characters wide, and why rows are unranked.
+
+    Each title says how the estimator did in calibration.
+    """
     parts: list[Table | Text] = []
     for panel in panels(table):
         rows = [{str(name): value for name, value in row.items()} for row in panel.rows.to_dict(orient="records")]
         columns = {header.title: [_shown(header, row) for row in rows] for header in HEADERS}
-        parts.append(_table(panel.title, _fitting(columns, width), columns))
-        unranked = [row for row in rows if row["rank"] == "unranked"]
-        parts.extend(Text(f"{short_name(row['model'])}: {flags_text(row)}") for row in unranked)
+        title = f"{panel.setting}, {panel.estimator}\n{calibration_sentence(calibration, rows[0]['estimator'])}"
+        parts.append(_table(title, _fitting(columns, width), columns))
+        parts.extend(_unranked(rows))
     return parts
+
+
+def _unranked(rows: Sequence[Row]) -> list[Text]:
+    claim = any(row["ranks"] for row in rows)
+    told = [row for row in rows if row["rank"] == "unranked" and (claim or unranked_reason(row) != "no claim to rank")]
+    # the table names flags only, their particulars stand here
+    lines = [Text(f"{short_name(row['model'])}: {_particulars(row)}") for row in told]
+    return lines if claim else [Text(NO_CLAIM), *lines]
+
+
+def _particulars(row: Row) -> str:
+    flags = flags_text(row)
+    return unranked_reason(row) if flags == "none" else flags
 
 
 def _shown(header: Header, row: Row) -> str:

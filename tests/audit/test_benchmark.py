@@ -18,8 +18,10 @@ from audit.critics import CriticShape
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
 from audit.information import CriticTraining
 from audit.measurement import AuditSettings, Layer, LayerAudit
+from audit.mine import Mine
 from audit.pgd import PGD
 from audit.records import AuditRecord, RecordStore
+from audit.reference import Reference
 from audit.threat import L2, Linf
 from audit.vulnerability import WorstCaseSearch
 from model_zoo.datasets import ImageRequest, load_images
@@ -28,8 +30,9 @@ from reports.cli import main
 
 REF = "bundled:digits-vgg-robust"
 QUICK = """
-estimator: {steps: 6, every: 3, critic: {width: 8, embedding: 4, channels: 2}}
-search: {collapse_steps: 1, rounds: 1, critic_steps: 1}
+estimators:
+  - {name: mine, steps: 6, every: 3, critic: {width: 8, embedding: 4, channels: 2},
+     search: {collapse_steps: 1, rounds: 1, critic_steps: 1}}
 attack: {steps: 2}
 seeds: [0]
 images: 60
@@ -58,9 +61,12 @@ REQUIRED = [
     "flags",
     "weights_sha256",
 ]
-SETTINGS = AuditSettings(
+MINE = Mine(
     CriticTraining(steps=6, every=3, shape=CriticShape(width=8, embedding=4, channels=2)),
     WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1),
+)
+SETTINGS = AuditSettings(
+    MINE,
     LabelAttack(PGD(steps=2), PGD(steps=2, random_start=False)),
     seeds=(0,),
 )
@@ -220,6 +226,15 @@ def test_identity_is_what_decides_numbers_and_nothing_else() -> None:
         replace(CELL, settings=replace(SETTINGS, seeds=(1,))),
         replace(CELL, settings=replace(SETTINGS, reduce="mean")),
         _with_attack(CELL, harder),
+        *(
+            replace(CELL, settings=replace(SETTINGS, estimator=estimator))
+            for estimator in (
+                replace(MINE, search=replace(MINE.search, rounds=2)),
+                replace(MINE, training=replace(MINE.training, bound="donsker-varadhan")),
+                Reference(per_position=True),
+                Reference(per_position=False),
+            )
+        ),
     ]
     ids = [benchmark.digest(benchmark._identity(cell, images, entry)) for cell in changed]
     fewer = load_images("digits", ImageRequest(count=59))

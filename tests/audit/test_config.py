@@ -1,5 +1,6 @@
 """benchmark.yaml: every fault at once with its place, and cells from what is legal."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import pytest
 from audit.benchmark import expand
 from audit.config import cells, read_config
 from audit.errors import ConfigError, EnvironmentFault, UnknownNameError
+from audit.estimators import ESTIMATORS
+from audit.mine import Mine
+from audit.reference import Reference
 from audit.sections import BenchmarkConfig, parse_number
 from audit.threat import L2, Linf
 
@@ -41,12 +45,17 @@ threats:
   - eps: 8/0
   - {norm: linf, eps: [2/255, 3]}
 layers: []
-estimator:
-  bond: x
-  bound: infonze
-  critic: {widht: 3, dropout: 1}
-  learning_rate: fast
-search: {rounds: 0}
+estimators:
+  - name: mine
+    bond: x
+    bound: infonze
+    critic: {widht: 3, dropout: 1}
+    learning_rate: fast
+    search: {rounds: 0, colapse_steps: 1}
+  - sandwhich
+  - 7
+  - {name: ref-mean, width: 0, per_position: true}
+  - {steps: 3}
 attack: {steps: 0, relative_step: 9}
 seeds: [1, 1]
 reduce: sum
@@ -62,16 +71,22 @@ PLACES_AND_WORDS = [
     ("10:5", "threats.1.eps.0: not a number or fraction such as 8/255: '8/0'"),
     ("11:31", "threats.2.eps.1: eps 3.0 is outside [0, 1]"),
     ("12:1", "layers: Value should have at least 1 item"),
-    ("14:3", "estimator: unknown key 'bond'; did you mean 'bound'"),
-    ("15:3", "estimator.bound: unknown bound 'infonze'; did you mean 'infonce'"),
-    ("16:12", "estimator.critic: unknown key 'widht'; did you mean 'width'"),
-    ("16:22", "estimator.critic.dropout: critic dropout 1.0 is outside [0, 1)"),
-    ("17:3", "estimator.learning_rate: not a number or fraction such as 8/255: 'fast'"),
-    ("18:10", "search.rounds: search rounds 0 must be at least 1"),
-    ("19:10", "attack.steps: steps 0"),
-    ("19:20", "attack.relative_step: relative_step 9.0 is outside (0, 2]"),
-    ("20:1", "seeds: seeds [1, 1] must be at least one, each named once"),
-    ("21:1", "reduce: Input should be 'flatten' or 'mean'"),
+    ("15:5", "estimators.0.mine: unknown key 'bond'; did you mean 'bound'"),
+    ("16:5", "estimators.0.mine.bound: unknown bound 'infonze'; did you mean 'infonce'"),
+    ("17:14", "estimators.0.mine.critic: unknown key 'widht'; did you mean 'width'"),
+    ("17:24", "estimators.0.mine.critic.dropout: critic dropout 1.0 is outside [0, 1)"),
+    ("18:5", "estimators.0.mine.learning_rate: not a number or fraction such as 8/255: 'fast'"),
+    ("19:14", "estimators.0.mine.search.rounds: search rounds 0 must be at least 1"),
+    ("19:25", "estimators.0.mine.search: unknown key 'colapse_steps'; did you mean 'collapse_steps'"),
+    ("20:5", "estimators.1: unknown estimator 'sandwhich'; did you mean 'sandwich'"),
+    ("21:5", "estimators.2: an estimator is a name or a mapping with one; legal: "),
+    ("22:22", "estimators.3.ref-mean.width: reference width 0 must be at least 1"),
+    ("22:32", "estimators.3.ref-mean: unknown key 'per_position'"),
+    ("23:5", "estimators.4: an estimator is a name or a mapping with one; legal: "),
+    ("24:10", "attack.steps: steps 0"),
+    ("24:20", "attack.relative_step: relative_step 9.0 is outside (0, 2]"),
+    ("25:1", "seeds: seeds [1, 1] must be at least one, each named once"),
+    ("26:1", "reduce: Input should be 'flatten' or 'mean'"),
 ]
 
 
@@ -185,6 +200,29 @@ def test_a_model_may_differ_from_the_benchmark(tmp_path: Path) -> None:
     assert first.settings == last.settings
 
 
+def test_every_estimator_makes_cells_of_its_own(tmp_path: Path) -> None:
+    text = LEGAL.replace("eps: 8/255", "eps: [8/255, 0.1]") + (
+        "estimators:\n  - {name: mine, steps: 5, learning_rate: 1/100, critic: {width: 3}, search: {rounds: 2}}\n"
+        "  - {name: ref-mean, width: 7, step_size: 1/50}\n"
+    )
+    made = cells(_read(tmp_path, text))
+    assert [(cell.settings.estimator.name, cell.threat.eps) for cell in made] == [
+        (name, eps) for name in ("mine-infonce", "ref-mean") for eps in (8 / 255, 0.1)
+    ]
+    mine = Mine()
+    training = replace(mine.training, steps=5, learning_rate=0.01, shape=replace(mine.training.shape, width=3))
+    assert made[0].settings.estimator == Mine(training, replace(mine.search, rounds=2))
+    assert made[-1].settings.estimator == Reference(per_position=False, width=7, step_size=0.02)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimator_by_its_name_alone_is_the_default_one(name: str, tmp_path: Path) -> None:
+    (cell,) = cells(_read(tmp_path, LEGAL + f"estimators: {name}\n"))
+    assert cell.settings.estimator == ESTIMATORS[name]
+    with pytest.raises(ConfigError, match="unknown key 'nme'"):
+        _read(tmp_path, LEGAL + f"estimators: {{name: {name}, nme: 1}}\n")
+
+
 def test_two_spellings_are_one_configuration(tmp_path: Path) -> None:
     first = _read(tmp_path, LEGAL)
     second = _read(
@@ -209,5 +247,10 @@ def test_patterns_become_the_bundled_models_they_match(tmp_path: Path) -> None:
 
 def test_the_benchmark_that_comes_with_the_project() -> None:
     made = expand(read_config(ROOT / "benchmark.yaml"))
-    assert len({cell.ref for cell in made}) == len(made) >= 12
+    models, estimators = {cell.ref for cell in made}, {cell.settings.estimator.name for cell in made}
+    assert len(models) >= 12
+    assert len(estimators) >= 2
+    assert (
+        len({(cell.ref, cell.settings.estimator.name) for cell in made}) == len(made) == len(models) * len(estimators)
+    )
     assert {cell.threat for cell in made} == {Linf(0.2)}

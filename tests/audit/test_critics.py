@@ -1,11 +1,12 @@
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audit.critics import CriticShape, build_critic
+from audit.critics import CRITICS, CriticShape, build_critic
 from audit.errors import UnknownNameError, UsageError
 from audit.types import keyed_generator
 
@@ -19,7 +20,13 @@ def pairs(count=12, shape=(1, 8, 8), dimension=3):
 
 
 def built(images, features, seed=0, **shape):
-    return build_critic(images, features, CriticShape(**shape), keyed_generator(seed))
+    """A critic with its last layers as loud as the others: a fresh one says next to nothing."""
+    critic = build_critic(images, features, CriticShape(**shape), keyed_generator(seed))
+    with torch.no_grad():
+        for part in (critic.rest[-1],) if hasattr(critic, "rest") else (critic.of_image.embed, critic.of_image.skip):
+            for weight in part.parameters():
+                weight.mul_(100)
+    return critic
 
 
 @torch.no_grad()
@@ -38,9 +45,11 @@ def test_every_pair_has_a_score(shape, dimension):
         assert scores.isfinite().all()
 
 
-def test_a_score_depends_on_its_own_image_and_feature_only():
-    images, features = pairs()
-    critic = built(images, features)
+@pytest.mark.parametrize("name", CRITICS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 1, 5)])
+def test_a_score_depends_on_its_own_image_and_feature_only(name, shape):
+    images, features = pairs(shape=shape)
+    critic = built(images, features, name=name)
     whole = scores_of(critic, images, features)
     torch.testing.assert_close(scores_of(critic, images[3:7], features[3:7]), whole[3:7, 3:7])
     assert len(whole.flatten().unique()) == whole.numel()
@@ -164,3 +173,51 @@ def test_shapes_that_are_refused(change, message):
 def test_an_unknown_critic_answers_with_the_nearest():
     with pytest.raises(UnknownNameError, match="unknown critic 'dotproduct'; did you mean 'dot-product'"):
         CriticShape(name="dotproduct")
+
+
+@pytest.mark.parametrize("name", CRITICS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 1, 5)])
+def test_a_fresh_critic_says_next_to_nothing(name, shape):
+    images, features = pairs(50, shape, 40)
+    fresh = build_critic(images, features, CriticShape(name=name), keyed_generator(0))
+    assert 0 < float(scores_of(fresh, images, features).std()) < 0.05
+
+
+def test_a_vector_has_no_neighbours():
+    # the same entries in another order are the same vector: with convolutions they were not
+    images, features = pairs(12, (1, 1, 9))
+    critic = built(images, features)
+    assert not any(isinstance(part, nn.Conv2d) for part in critic.modules())
+    with torch.no_grad():
+        assert torch.equal(critic.train()(images, features), scores_of(critic, images, features))  # nothing is varied
+    assert any(isinstance(part, nn.Conv2d) for part in built(*pairs(12, (1, 3, 3))).modules())
+
+
+def test_one_far_off_sample_decides_no_score():
+    images, features = pairs()
+    critic = built(images, features)
+    near, far = (scores_of(critic, images, features * factor).abs().max() for factor in (10.0, 1e6))
+    assert float(far) < 10 * float(near)
+
+
+@pytest.mark.parametrize("at_once", [1, 30, 10**6])
+def test_the_concatenated_critic_is_the_same_in_pieces(at_once):
+    images, features = pairs()
+    critic = built(images, features, name="concatenated", dropout=0.0)
+    wanted = critic(images, features)
+    wanted.square().sum().backward()
+    gradients = [weight.grad.clone() for weight in critic.parameters()]
+    critic.zero_grad()
+    with patch("audit.critics.PAIRS_AT_ONCE", at_once):
+        found = critic(images, features)
+        found.square().sum().backward()
+        torch.testing.assert_close(scores_of(critic, images[:3], features), wanted[:3])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close([weight.grad for weight in critic.parameters()], gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_the_concatenated_critic_sees_what_no_sum_of_both_sides_shows():
+    images, features = pairs()
+    scores = scores_of(built(images, features, name="concatenated"), images, features)
+    centred = scores - scores.mean(0) - scores.mean(1, keepdim=True) + scores.mean()
+    assert float(centred.abs().max()) > 1e-4

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from audit.bounds import BOUNDS
 from audit.critics import CriticShape
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
 from audit.information import (
     CriticTraining,
     EncodedSplits,
     Splits,
+    _Course,
+    _training_flags,
     encode,
     estimate_mi,
     fit_critic,
@@ -57,7 +60,8 @@ def fitted(images, features, seed=0, training=None):
         (1, 1.0, (8, 8), 0.12),
         (1, 2.0, (8, 8), 0.20),
         (1, 1.0, (1, 1), 0.15),
-        (1, 2.0, (1, 1), 0.30),
+        (1, 2.0, (1, 1), 0.20),
+        (5, 2.0, (1, 5), 0.25),
         (5, 0.5, (8, 8), 0.25),
         (5, 1.0, (8, 8), 0.35),
         (5, 2.0, (8, 8), 0.45),
@@ -104,8 +108,8 @@ def test_what_an_estimate_carries_beside_its_value():
     found = fitted(*gaussian(1, 1.0, 1000, 0), training=CriticTraining(steps=40, every=8))
     assert found.images == 300
     assert found.ceiling == pytest.approx(log(300))
-    assert found.critic_nats == found.nats
-    assert found.label_nats == 0
+    assert found.parts["critic"] == found.nats
+    assert found.parts["labels"] == 0
     assert [step for step, _ in found.history] == [0, 8, 16, 24, 32, 40]
     assert [step for step, _ in found.training_history] == [0, 8, 16, 24, 32]
     assert found.validated == max(value for _, value in found.history)
@@ -113,10 +117,76 @@ def test_what_an_estimate_carries_beside_its_value():
     assert abs(found.history[0][1]) < 0.1
 
 
-def test_both_bounds_agree_where_it_is_easy():
-    channel = gaussian(1, 1.0, 2000, 0)
-    found = {name: fitted(*channel, training=CriticTraining(bound=name)) for name in ("infonce", "donsker-varadhan")}
-    assert found["infonce"].nats == pytest.approx(found["donsker-varadhan"].nats, abs=0.1)
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_every_bound_trains_a_critic_where_it_is_easy(bound):
+    # the value read held out is InfoNCE's, and Donsker-Varadhan's beside it, whichever trained the critic
+    found = fitted(*gaussian(2, 1.0, 2000, 0, (1, 2)), training=CriticTraining(bound=bound, steps=200))
+    assert found.nats == pytest.approx(1.0, abs=3 * found.stderr + 0.1)
+    assert found.parts["donsker-varadhan"] == pytest.approx(found.nats, abs=0.15)
+
+
+def test_the_concatenated_critic_finds_it_too():
+    shape = CriticShape(name="concatenated", width=32)
+    training = CriticTraining(steps=100, every=20, batch_size=128, shape=shape)
+    found = fitted(*gaussian(1, 1.0, 600, 0, (1, 1)), training=training)
+    assert found.nats == pytest.approx(1.0, abs=3 * found.stderr + 0.1)
+
+
+@pytest.mark.parametrize(("dimension", "nats"), [(1, 2.0), (2, 1.0), (5, 1.0)])
+def test_five_thousand_vectors_give_the_truth(dimension, nats):
+    """1,500 held out. Measured over two seeds: -.05 at 2 nats in 1-d, -.03 and -.09 at 1 nat in 5-d, where the true
+    log ratio itself scores +.03 and -.04 on those samples; in 20-d -.23 and -.24 at 1 nat.
+    """
+    draws = seeded(3)
+    x = torch.randn(5000, dimension, generator=draws)
+    z = x + torch.randn(5000, dimension, generator=draws) / sqrt(exp(2 * nats / dimension) - 1)
+    found = fitted(x[:, None, None], z)
+    assert nats - 0.1 < found.nats < nats + 2 * found.stderr
+
+
+def smooth_channel(count, nats, seed):
+    """Smooth 28 x 28 Gaussian images, and one projection of them plus noise of `nats`."""
+    draws = seeded(seed)
+    coarse = torch.randn(count, 1, 7, 7, generator=draws)
+    images = torch.nn.functional.interpolate(coarse, size=(28, 28), mode="bilinear")
+    told = (coarse[:, 0] * torch.randn(7, 7, generator=seeded(98))).sum((1, 2))
+    return images, (told / told.std() + torch.randn(count, generator=draws) / sqrt(exp(2 * nats) - 1))[:, None]
+
+
+def test_a_projection_of_smooth_images():
+    found = fitted(*smooth_channel(2000, 1.0, 0), training=CriticTraining(steps=150))
+    assert 0.75 < found.nats < 1 + 2 * found.stderr
+
+
+def course(validation, training, ended=True, error=0.01, best_step=None):
+    steps = [10 * i for i in range(len(validation))]
+    best = max(range(len(validation)), key=validation.__getitem__)
+    return _Course(
+        best=validation[best], best_error=error, best_step=steps[best], ended=ended,
+        history=list(zip(steps, validation, strict=True)), trained=list(zip(steps, training, strict=True)),
+    )  # fmt: skip
+
+
+GOOD, HELD = [0.0, 0.5, 0.8, 1.0, 1.1, 1.0, 0.9], 1.0 + 0.1 * torch.linspace(-1, 1, 100)
+
+
+@pytest.mark.parametrize(
+    ("found", "held_out", "flags"),
+    [
+        (course(GOOD, GOOD), HELD, []),
+        (course(GOOD, GOOD, ended=False), HELD, ["not_converged: training ended at step 60, too soon after its best"]),
+        (course(sorted(GOOD), GOOD, ended=False), HELD, ["not_converged: the critic was still improving"]),
+        (course([0.0, 0.1, 0.0, -1.0, -2.0], [0, 0.2, 0.5, 1.0, 2.0]), 0 * HELD, ["over_fitted: the critic was at its best at step 10"]),
+        (course([0.0, 0.1, 0.0, -1.0, -2.0], [0, 0.1, 0.1, 0.2, 0.3]), 0.1 + 0 * HELD, []),
+        (course(GOOD, GOOD), HELD - 0.3, ["over_fitted: the held-out value 0.70 is far below the validation value 1.10"]),
+        (course(GOOD, GOOD, error=0.2), HELD - 0.3, []),
+        (course([0.0, float("nan")], [0.0, 0.0]), HELD, ["not_converged: the critic's value stopped being finite"]),
+    ],
+)  # fmt: skip
+def test_flags_that_a_fit_earns(found, held_out, flags):
+    earned = _training_flags(found, held_out)
+    assert len(earned) == len(flags)
+    assert all(flag.startswith(start) for flag, start in zip(earned, flags, strict=True))
 
 
 def test_the_best_validation_step_is_reported_and_patience_ends_the_training():
@@ -152,6 +222,8 @@ def test_a_critic_that_blows_up_says_so():
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate nan must be above 0"),
         ({"learning_rate": float("inf")}, "learning_rate inf must be above 0 and finite"),
+        ({"averaging": 1.0}, r"averaging 1.0 is outside \[0, 1\)"),
+        ({"averaging": -0.1}, r"averaging -0.1 is outside \[0, 1\)"),
         ({"weight_decay": -1.0}, "weight_decay -1.0 must be at least 0"),
     ],
 )
@@ -273,10 +345,10 @@ def test_an_estimate_is_never_below_the_entropy_of_the_answers(layer, carries, f
     share = network(splits.test).argmax(1).bincount().double() / 36
     entropy = float(-(share[share > 0] * share[share > 0].log()).sum())
     assert entropy > 0.3
-    assert found.critic_nats < entropy
-    assert found.label_nats == pytest.approx(entropy if carries else 0.0)
+    assert found.parts["critic"] < entropy
+    assert found.parts["labels"] == pytest.approx(entropy if carries else 0.0)
     # without answers the critic speaks alone, under zero too
-    assert found.nats == (max(found.critic_nats, found.label_nats) if carries else found.critic_nats)
+    assert found.nats == (max(found.parts["critic"], found.parts["labels"]) if carries else found.parts["critic"])
     assert found.stderr > 0 or not carries
     assert found.validated >= max(value for _, value in found.history)
 
@@ -296,5 +368,5 @@ def test_the_critic_wins_over_the_floor_where_it_knows_more():
         return Encoded(values, torch.cat([values, 1 - values], 1).log_softmax(1))
 
     found = estimate_mi(encoder, split_images(images, 0), CriticTraining(), 0)
-    assert found.label_nats == pytest.approx(log(2), abs=0.01)
-    assert found.nats == found.critic_nats > 1.5
+    assert found.parts["labels"] == pytest.approx(log(2), abs=0.01)
+    assert found.nats == found.parts["critic"] > 1.5

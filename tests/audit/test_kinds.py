@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, label_entropy, largest_share
+from audit.theory import information_floor
 
 
 def test_label_entropy():
@@ -18,11 +19,35 @@ def test_largest_share():
 
 def test_the_floor_is_the_larger_of_entropy_and_accuracy():
     balanced = torch.arange(10).repeat(10)
-    assert floor(balanced, 0.95, 0.1) == pytest.approx(log(10))
-    assert floor(balanced, 0.0, 0.1) == pytest.approx(log(10))
+    right = torch.arange(100) < 95
+    mostly = torch.where(right, balanced, (balanced + 1) % 10)
+    for labels in (balanced, (balanced + 1) % 10):  # all right, all wrong: the answers tell as much
+        assert floor(balanced, labels, 0.1, "answers") == pytest.approx(log(10))
+    assert floor(mostly, balanced, 0.1, "answers") == pytest.approx(label_entropy(mostly))
     # answers of one kind tell nothing themselves
-    assert floor(torch.zeros(100, dtype=torch.int64), 0.1, 0.1) == 0
-    assert floor(torch.tensor([0, 1]), 0.8633, 0.1) == pytest.approx(1.603, abs=1e-3)
+    constant = torch.zeros(100, dtype=torch.int64)
+    assert floor(constant, balanced, 0.1, "answers") == 0
+    # two answers, ln 2 at most, but right more often than the largest class allows a head that knows so little
+    halves = torch.arange(100) % 2
+    assert floor(halves, halves, 0.1, "answers") == pytest.approx(log(10))
+
+
+def test_without_the_answers_only_the_accuracy_speaks():
+    balanced = torch.arange(10).repeat(100_000)
+    right = torch.arange(1_000_000) < 863_300
+    mostly = torch.where(right, balanced, (balanced + 1) % 10)
+    # 86.33 % of very many images need 1.603 nats
+    assert floor(mostly, balanced, 0.1, "labels") == pytest.approx(1.603, abs=3e-3)
+    assert floor(mostly, balanced, 0.1, "answers") == pytest.approx(log(10), abs=1e-3)
+    assert floor((balanced + 1) % 10, balanced, 0.1, "labels") == 0
+
+
+def test_the_accuracy_enters_by_the_low_end_of_its_interval():
+    labels = torch.zeros(100, dtype=torch.int64)
+    answers = (torch.arange(100) >= 90).long()
+    least = information_floor(0.9 - 1.96 * 0.03, 0.1)
+    assert floor(answers, labels, 0.1, "labels") == pytest.approx(least, abs=0.02) != information_floor(0.9, 0.1)
+    assert floor(answers, labels, 0.1, "labels") < information_floor(0.9, 0.1) - 0.2
 
 
 FLOORS = Floors(2.0, 1.0)

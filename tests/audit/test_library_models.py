@@ -15,6 +15,7 @@ from audit.config import Cell
 from audit.critics import CriticShape
 from audit.information import CriticTraining
 from audit.measurement import AuditSettings
+from audit.mine import Mine
 from audit.pgd import PGD
 from audit.records import RecordStore
 from audit.threat import Linf
@@ -25,8 +26,10 @@ from model_zoo.downloads import file_sha256
 from model_zoo.load import SourceSettings
 
 SETTINGS = AuditSettings(
-    CriticTraining(steps=6, every=3, shape=CriticShape(width=16, embedding=8, channels=4, view=8)),
-    WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1),
+    Mine(
+        CriticTraining(steps=6, every=3, shape=CriticShape(width=16, embedding=8, channels=4, view=8)),
+        WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1),
+    ),
     LabelAttack(PGD(steps=1), PGD(steps=1, random_start=False)),
     seeds=(0,),
 )
@@ -39,6 +42,7 @@ NUMBERS = [
     "rv_se",
     "ceiling_nats",
     "adversarial_accuracy_bound",
+    "fano_accuracy_bound",
     "natural_accuracy",
     "adversarial_accuracy",
     "adversarial_gap",

@@ -1,6 +1,6 @@
 """Whole audits of a bare `nn.Module`, trained in a second on scikit-learn's digits."""
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from math import log
 
 import pytest
@@ -12,17 +12,22 @@ from torch import nn
 import audit.measurement as measurement
 from audit.accuracy import LabelAttack, measure_accuracy
 from audit.errors import InvalidModelError, MismatchError, UsageError
+from audit.estimates import Estimator, MIEstimate, Subject, Vulnerability
 from audit.information import CriticTraining
 from audit.kinds import Floors
 from audit.measurement import AuditSettings, audit_model
+from audit.mine import Mine
 from audit.pgd import PGD
 from audit.records import AuditRecord, RecordStore
+from audit.theory import information_floor
 from audit.threat import L1, L2, Linf
 from audit.vulnerability import WorstCaseSearch
 
 QUICK = AuditSettings(
-    estimator=CriticTraining(steps=40, every=10),
-    search=WorstCaseSearch(collapse_steps=4, rounds=4, critic_steps=1, relative_step=0.5),
+    estimator=Mine(
+        CriticTraining(steps=40, every=10),
+        WorstCaseSearch(collapse_steps=4, rounds=4, critic_steps=1, relative_step=0.5),
+    ),
     attack=LabelAttack(PGD(3, 0.5), PGD(3, 0.5, random_start=False)),
     seeds=(0, 1),
 )
@@ -91,6 +96,8 @@ def check(record, threat, layer, images=200, classes=10):
     assert record.adversarial_gap == record.natural_accuracy - record.adversarial_accuracy
     assert 1 / classes <= record.adversarial_accuracy_bound <= 1
     assert record.adversarial_risk_bound == 1 - record.adversarial_accuracy_bound
+    assert 1 / classes <= record.fano_accuracy_bound <= 1
+    assert (record.quantity, record.ranks) == ("I(X; g(X))", True)
     assert record.rv == pytest.approx(record.normal_nats - record.worst_nats, abs=1e-9)
     assert record.normal_nats <= record.ceiling_nats == pytest.approx(log(record.critic_images))
     assert all(getattr(record, name) > 0 for name in ("normal_nats_se", "worst_nats_se", "rv_se"))
@@ -220,11 +227,9 @@ def test_two_classes():
 
 def planted(normal, worst, floors=None, ceiling=4.0, flags=()):
     def said(nats):
-        return measurement.Vulnerability.__annotations__["normal"](
-            nats, 0.01, 60, ceiling, nats, 0.0, nats, ((0, 0.0),), (), flags
-        )
+        return MIEstimate(nats, 0.01, 60, ceiling, nats, history=((0, 0.0),), flags=flags)
 
-    run = measurement.Vulnerability(said(normal), said(worst), torch.zeros(1, 1, 8, 8), 1.0)
+    run = Vulnerability(said(normal), said(worst), torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), 1.0)
     return measurement.Layer((run,), floors, 10)
 
 
@@ -234,7 +239,8 @@ def planted(normal, worst, floors=None, ceiling=4.0, flags=()):
         (planted(1.0, 0.5, Floors(2.2, 0.1)), "contradicted: normal_nats 1.00 is under its measured floor 2.20"),
         (planted(2.3, 0.5, Floors(2.2, 2.0)), "contradicted: worst_nats 0.50 is under its measured floor 2.00"),
         (planted(2.3, 2.5), "contradicted: worst_nats 2.50 is above normal_nats 2.30"),
-        (planted(2.3, 0.0), "contradicted: the bound 0.301 is under the measured adversarial accuracy's"),
+        # at zero nats exact Fano leaves the largest class: 26 of the 200 images
+        (planted(2.3, 0.0), "contradicted: the bound 0.130 is under the measured adversarial accuracy's"),
         (planted(3.95, 2.0), "saturated: normal_nats 3.95 is at its ceiling"),
         (planted(2.3, -0.5), "negative: worst_nats -0.50 is under zero"),
         (planted(2.3, 2.0, flags=("not_converged: x",)), "not_converged: x"),
@@ -246,6 +252,65 @@ def test_planted_faults_are_flagged(network, held_out, monkeypatch, layer, flag)
     assert sum(found.startswith(flag) for found in record.flags) == 1
     assert record.contradicted == any(found.startswith("contradicted") for found in record.flags)
     assert record.contradicted or not flag.startswith("contradicted")
+
+
+def test_an_accuracy_between_the_two_limits_refutes_the_sharper_one(network, held_out, monkeypatch):
+    found = measure_accuracy(network, *held_out, Linf(0.001), QUICK.attack, 0)
+    nats = information_floor(found.adversarial.low - 0.01, found.largest_share)
+    monkeypatch.setattr(measurement.LayerAudit, "under", lambda *_: planted(2.3, nats))
+    record = audit_model(network, *held_out, "logits", Linf(0.001), replace(QUICK, seeds=(0,)))
+    assert record.fano_accuracy_bound < record.adversarial_accuracy_low < record.adversarial_accuracy_bound
+    assert record.contradicted
+
+
+@dataclass(frozen=True)
+class Told(Estimator):
+    """Says 0.5 nats, whatever it is asked about, and 0.4 of its first 20 images in the worst case."""
+
+    quantity = "I(nothing)"
+    ranks = False
+    name = "told"
+
+    def normal(self, subject, seed):
+        return MIEstimate(0.5, 0.01, 20, 3.0, 0.5)
+
+    def vulnerability(self, subject, threat, seed, normal=None):
+        worst = MIEstimate(0.4, 0.01, 20, 3.0, 0.4)
+        return Vulnerability(normal, worst, subject.images[:20], torch.arange(20), 20.0)
+
+
+class ToldOfLabels(Told):
+    floor_kind = "labels"
+
+
+class ToldOfNothing(Told):
+    limits_heads = False
+    floor_kind = "none"
+
+
+def test_what_an_estimator_says_of_itself_decides_what_is_held_against_it(network, held_out):
+    def audited(estimator):
+        return audit_model(network, *held_out, "logits", Linf(0.0), replace(QUICK, estimator=estimator))
+
+    answers, labels, nothing = (audited(estimator()) for estimator in (Told, ToldOfLabels, ToldOfNothing))
+    assert (answers.estimator, answers.quantity, answers.ranks) == ("told", "I(nothing)", False)
+    assert 0.5 < labels.floor_nats < answers.floor_nats <= log(10)
+    assert answers.contradicted
+    assert labels.contradicted
+    assert nothing.floor_nats is nothing.details["worst_floor_nats"] is None
+    assert nothing.adversarial_accuracy_bound is nothing.fano_accuracy_bound is nothing.adversarial_risk_bound is None
+    assert not nothing.contradicted
+
+
+def test_the_worst_cases_floor_is_of_its_own_images(network, held_out):
+    images, _ = held_out
+    which = torch.tensor([7, 3, 50])
+    run = Vulnerability(*[MIEstimate(0.0, 0.01, 3, 1.0, 0.0)] * 2, images[which], which, 1.0)
+    settings = replace(QUICK, estimator=ToldOfLabels())
+    subject = Subject(None, images, network(images).argmax(1))
+    assert measurement._floors(network, subject, (run,), settings).worst > 1  # all three right
+    astray = run._replace(which=torch.tensor([3, 50, 7]))
+    assert measurement._floors(network, subject, (astray,), settings).worst == 0
 
 
 def test_the_error_over_seeds_is_never_less_than_sampling_gives():

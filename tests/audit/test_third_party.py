@@ -11,6 +11,7 @@ from audit.attacks import cross_entropy_objective, margin
 from audit.benchmark import RunOptions, expand, run
 from audit.config import read_config
 from audit.information import CriticTraining
+from audit.mine import Mine
 from audit.pgd import PGD, minimise
 from audit.records import AuditRecord
 from audit.threat import Linf
@@ -52,22 +53,16 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AuditRecord]:
     text = (ROOT / "tests" / "third_party.yaml").read_text()
     nets = "tests/third_party_nets.py"
     (folder / "b.yaml").write_text(text.replace("../shared", str(FOLDER)).replace(nets, str(ROOT / nets)))
-    cells = [
-        replace(
-            cell,
-            settings=replace(
-                cell.settings,
-                seeds=cell.settings.seeds[:1],
-                estimator=CriticTraining(steps=20),
-                search=WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1),
-            ),
-        )
+    effort = Mine(CriticTraining(steps=20), WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1))
+    # one estimator, whatever the file names: accuracies do not depend on it
+    cells = {
+        cell.ref: replace(cell, settings=replace(cell.settings, seeds=cell.settings.seeds[:1], estimator=effort))
         for cell in expand(read_config(folder / "b.yaml"))
-    ]
+    }
     options = RunOptions(SourceSettings(trust_code=True, offline=True), device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vulnerability, "_TRIAL_IMAGES", 5)
-        return {record.model: record for record in run(cells, folder / "run", options)}
+        return {record.model: record for record in run(list(cells.values()), folder / "run", options)}
 
 
 def test_all_ten_are_audited(records: dict[str, AuditRecord]) -> None:

@@ -63,8 +63,8 @@ def vulnerability(norm, eps, layer="logits", training=SHORT, seed=0):
 def test_no_value_is_above_the_logarithm_of_the_held_out_images(count):
     images = channel(count)[0]
     found = fitted(images, images.flatten(1))  # a representation that keeps everything
-    assert found.critic_nats <= found.ceiling == pytest.approx(log(count - 7 * count // 10))
-    assert found.critic_nats > 0.8 * found.ceiling
+    assert found.parts["critic"] <= found.ceiling == pytest.approx(log(count - 7 * count // 10))
+    assert found.parts["critic"] > 0.8 * found.ceiling
     assert all(value <= log(count // 5 + 1) + 1e-5 for _, value in found.history)
 
 

@@ -126,6 +126,27 @@ def test_hostile_names_add_no_element(hostile):
     assert "\u202e" not in page.text
 
 
+def test_every_estimator_has_its_board_quantity_and_place(suite):
+    page = Page(render_report(suite(models=4)))
+    assert page.attributes.count(("table", "class", "sortable")) == 6
+    assert "By sandwich: 2 of 2 comparisons hold" in page.text
+    assert "24 audits of 4 models: 16 ranked, 0 contradicted, 0 failed; 8 by an estimator" in page.text
+    assert "sandwich I(X; g(X) + noise)" in page.text
+    assert "This estimator does not claim to rank models" in page.text
+    assert "Fano accuracy bound" in page.text
+    assert "sandwich and label-information, 4 models: Kendall tau-b" in page.text
+    images = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")]
+    assert len(images) == 3
+
+
+def test_two_estimators_in_any_order_give_the_same_page(suite, calibrated):
+    records, rows = suite(models=2, estimators=["sandwich", "mine-infonce"]), calibrated()
+    details = "<h2>Details of every audit</h2>"
+    pages = [render_report(list(given), list(rows)) for given in (records, records[::-1])]
+    assert details in pages[0]
+    assert pages[0] == pages[1]
+
+
 def test_the_same_records_give_the_same_page(zoo):
     assert render_report(zoo[:2]) == render_report(zoo[:2])
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from audit.errors import EnvironmentFault, IntegrityError
-from audit.records import AuditRecord
+from audit.records import AuditRecord, write_calibration
 from reports.publish import write_reports
 
 HEAVY = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "seaborn", "scipy", "rich", "jinja2")
@@ -18,6 +18,7 @@ def test_everything_is_written_and_a_rebuild_gives_the_same_bytes(mixed_zoo, wri
     assert [str(path.relative_to(folder)) for path in paths] == [
         "leaderboard.csv",
         "leaderboard.parquet",
+        "columns.csv",
         "figures/figure1.png",
         "figures/figure1.svg",
         "figures/figure2.png",
@@ -30,14 +31,27 @@ def test_everything_is_written_and_a_rebuild_gives_the_same_bytes(mixed_zoo, wri
     assert not [path for path in folder.rglob(".*") if path.is_file()]
 
 
+def test_figures_come_and_go_with_what_they_show(suite, calibrated, write_run):
+    folder = write_run(suite(models=3, estimators=["sandwich", "mine-infonce"]))
+    stored = write_calibration(folder, "key", calibrated())
+    paths = write_reports(folder)
+    drawn = {path.name for path in paths if path.suffix == ".svg"}
+    assert drawn == {"figure1.svg", "figure2.svg", "agreement.svg", "calibration.svg"}
+    before = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in write_reports(folder)] == before
+    stored.unlink()
+    assert not [path for path in write_reports(folder) if path.stem == "calibration"]
+    assert not (folder / "figures" / "calibration.svg").exists()
+
+
 def test_the_promised_columns_are_there_and_filled(zoo, write_run):
     folder = write_run(zoo)
     write_reports(folder)
     rows = list(csv.DictReader(io.StringIO((folder / "leaderboard.csv").read_text())))
     promised = (
         "model, source, training, dataset, layer, norm, eps, seeds, images, normal_nats, normal_nats_se, worst_nats, "
-        "worst_nats_se, rv, rv_se, adversarial_accuracy_bound, natural_accuracy, adversarial_accuracy, "
-        "adversarial_gap, flags, weights_sha256"
+        "worst_nats_se, rv, rv_se, adversarial_accuracy_bound, fano_accuracy_bound, quantity, ranks, "
+        "natural_accuracy, adversarial_accuracy, adversarial_gap, flags, weights_sha256"
     )
     assert set(promised.split(", ")) <= set(rows[0])
     assert all(value for row in rows for value in row.values())

@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -5,8 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from reports.correlation import Correlation
+from reports.reliability import disattenuated, intraclass, reliability
+from reports.resampling import _weighted_rhos, spearman_by_family
 from reports.sentences import caption, describe, family_order, order_sentence
-from reports.statistics import correlations, kendall, partial, pearson, spearman, within_groups
+from reports.statistics import correlations, families, kendall, partial, pearson, spearman, within_groups
 from reports.table import to_frame
 
 
@@ -42,8 +46,103 @@ def test_spearman_of_few_models_has_an_honest_p():
 def test_kendall_is_exact_without_ties(pairs):
     ours = kendall(*pairs)
     assert ours.p == pytest.approx(stats.kendalltau(*pairs, method="exact").pvalue)
-    tied = kendall(np.array([1.0, 1, 2, 3, 4, 5]), np.array([1.0, 2, 3, 4, 5, 5]))
-    assert "ties" in tied.note
+
+
+def test_kendall_with_ties_has_the_p_of_every_order():
+    x, y = np.array([1.0, 1, 2, 3, 4, 5]), np.array([1.0, 3, 2, 4, 5, 5])
+    tied = kendall(x, y)
+    observed = stats.kendalltau(x, y).statistic
+    every = [abs(stats.kendalltau(x, y[list(order)]).statistic) for order in itertools.permutations(range(6))]
+    assert tied.value == pytest.approx(observed)
+    assert tied.p == np.mean(np.array(every) >= observed - 1e-12)
+    assert tied.note == "permutation p: ties"
+
+
+def test_kendall_of_many_models_with_ties(pairs):
+    x, y = (np.round(v, 1) for v in pairs)
+    assert len(set(x)) < 20
+    assert kendall(x, y).p == pytest.approx(stats.kendalltau(x, y).pvalue, abs=0.01)
+    many = kendall(np.arange(60.0), np.arange(60.0) // 2)
+    assert many.note == "asymptotic p"
+
+
+def test_reliability_is_the_published_intraclass_correlation():
+    # Shrout & Fleiss (1979), Table 2: ICC(3, k) = .91 for six targets and four judges
+    ratings = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float)
+    assert intraclass(ratings) == pytest.approx(0.91, abs=0.005)
+    assert intraclass(ratings + np.array([0, 5, -3, 9])) == pytest.approx(intraclass(ratings))
+
+
+def test_disattenuation_undoes_planted_noise(suite):
+    random = np.random.default_rng(0)
+    truth = random.normal(size=400)
+    noise = random.normal(size=(400, 5))
+    records = [
+        replace(
+            suite(models=1, estimators=["sandwich"])[0],
+            cell_id=f"c{i}",
+            rv=float(truth[i] + noise[i].mean()),
+            details={"per_seed": [{"seed": s, "rv": float(truth[i] + noise[i, s])} for s in range(5)]},
+        )
+        for i in range(400)
+    ]
+    frame = to_frame(records)
+    trust = reliability(frame)
+    assert trust.value == pytest.approx(1 / (1 + 1 / 5), abs=0.03)
+    observed = pearson(frame["rv"].to_numpy(), truth).value
+    assert observed < 0.93
+    assert disattenuated(frame["rv"].to_numpy(), truth, trust).value == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(("seeds", "given"), [(3, False), (4, False), (5, True)])
+def test_no_reliability_under_five_seeds(suite, seeds, given):
+    found = correlations(to_frame(suite(estimators=["mine-infonce"], seeds=seeds)))
+    assert (found.reliability.value is not None) == (found.disattenuated.value is not None) == given
+    if not given:
+        assert found.reliability.note == found.disattenuated.note == f"{seeds} shared seeds, 5 are needed"
+
+
+def test_only_shared_seeds_count(suite):
+    records = suite(estimators=["mine-infonce"], seeds=5)
+    shifted = [{**row, "seed": row["seed"] + 1} for row in records[0].details["per_seed"]]
+    found = correlations(to_frame([replace(records[0], details={"per_seed": shifted}), *records[1:]]))
+    assert found.reliability.note == "4 shared seeds, 5 are needed"
+
+
+def test_seeds_that_differ_as_much_as_models_give_no_corrected_correlation():
+    trust = Correlation("reliability", -0.2, None, None, None, 5)
+    refused = disattenuated(np.arange(5.0), np.arange(5.0), trust)
+    assert (refused.value, refused.note) == (None, "the seeds differ as much as the models")
+
+
+def test_families_drawn_again_are_wider_where_kin_are_alike():
+    random = np.random.default_rng(2)
+    centre = np.repeat(random.normal(size=8), 6)
+    x = centre + 0.05 * random.normal(size=48)
+    y = centre + np.repeat(random.normal(size=8), 6) + 0.05 * random.normal(size=48)
+    rho = spearman(x, y)
+    apart = spearman_by_family(x, y, [str(i) for i in range(48)], rho)
+    kin = spearman_by_family(x, y, [str(i // 6) for i in range(48)], rho)
+    assert kin.value == apart.value == rho.value
+    assert kin.low < rho.value < kin.high
+    assert kin.high - kin.low > 1.5 * (apart.high - apart.low)
+    assert spearman_by_family(x, y, [str(i // 6) for i in range(48)], rho) == kin
+
+
+def test_a_bootstrap_draw_is_spearman_of_what_was_drawn(pairs):
+    x, y = (np.round(v, 1) for v in pairs)
+    counts = np.random.default_rng(4).integers(0, 3, size=20)
+    drawn = np.repeat(np.arange(20), counts)
+    ours = _weighted_rhos(x, y, counts[None].astype(float))[0]
+    assert ours == pytest.approx(stats.spearmanr(x[drawn], y[drawn]).statistic)
+
+
+def test_no_bootstrap_under_five_families_and_strangers_are_families_of_their_own(zoo):
+    refused = correlations(to_frame(zoo)).by_family
+    assert (refused.low, refused.note) == (None, "no bootstrap interval under 5 families, here 4")
+    strangers = to_frame([replace(record, family="unknown") for record in zoo])
+    assert len(set(families(strangers))) == 12
+    assert correlations(strangers).by_family.note == "12 families"
 
 
 def test_partial_agrees_with_the_closed_form(pairs):
@@ -111,9 +210,9 @@ def test_constant_and_missing_values_have_no_correlation():
 
 
 def test_contradicted_and_failed_models_do_not_count(mixed_zoo):
-    assert correlations(to_frame(mixed_zoo))[0].n == 10
+    assert correlations(to_frame(mixed_zoo)).spearman.n == 10
     assert "10 models" in caption(to_frame(mixed_zoo))
-    assert caption(to_frame(mixed_zoo)).endswith("; 1 contradicted model left out.")
+    assert caption(to_frame(mixed_zoo)).endswith(" 1 contradicted model left out.")
 
 
 def test_the_order_of_the_rows_does_not_matter(zoo):
@@ -123,13 +222,25 @@ def test_the_order_of_the_rows_does_not_matter(zoo):
 def test_captions(zoo):
     text = caption(to_frame(zoo))
     assert text.startswith("Spearman rho 0.85 [0.47, 0.97] over 12 models (estimate against measured)")
-    assert "within training groups r -0.37" in text
+    assert ". Within training groups r -0.37 [-0.81, 0.34], permutation p 0.31. " in text
+    assert ". Given natural accuracy, partial r 0.96 [0.86, 0.99]. " in text
+    assert text.endswith("No reliability of RV: 3 shared seeds, 5 are needed.")
     assert caption(to_frame(zoo[:1])) == "Too few models (1) for a correlation."
     assert "no interval under 8 models" in caption(to_frame(zoo[:6]))
     halves = [replace(record, layer="fc" if i < 8 else "input") for i, record in enumerate(zoo)]
     assert "digits, fc, ℓ∞ 0.2: Spearman rho" in caption(to_frame(halves))
     apart = [replace(record, layer=f"layer{i}") for i, record in enumerate(zoo)]
     assert caption(to_frame(apart)) == "No group of comparable models is large enough for a correlation."
+
+
+def test_captions_state_the_reliability_the_families_and_who_makes_no_claim(suite):
+    text = caption(to_frame(suite(models=12, estimators=["mine-infonce"], seeds=5)))
+    found = correlations(to_frame(suite(models=12, estimators=["mine-infonce"], seeds=5)))
+    kin, trust = found.by_family, found.reliability
+    assert f"; [{kin.low:.2f}, {kin.high:.2f}] over 6 families drawn again." in text
+    assert f"Reliability of RV over 5 seeds {trust.value:.2f}; Pearson r {found.pearson.value:.2f}, " in text
+    assert text.endswith(f"{found.disattenuated.value:.2f} without that noise.")
+    assert "does not claim to rank" in caption(to_frame(suite(estimators=["ref-local"])))
 
 
 def test_describe_says_why_there_is_nothing():

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 
 import reports
+from reports.columns import NO_RESULT, UNITS, columns_csv
+from reports.estimators import curve_of
 from reports.ranking import leaderboard, to_csv, to_parquet
-from reports.table import COLUMNS, KINDS, panels, split_flags, to_frame, to_rows
+from reports.table import COLUMNS, KINDS, panels, ranked, sound, split_flags, to_frame, to_rows
 
 
 def test_one_row_a_record_in_the_promised_columns(zoo):
@@ -64,6 +66,39 @@ def test_estimators_are_never_ranked_together(zoo):
     assert {panel.title.rsplit(", ", 1)[1] for panel in panels(to_frame(mixed))} == {"mine", "sandwich"}
 
 
+def test_an_estimator_that_does_not_claim_to_rank_is_shown_and_never_ranked(suite):
+    table = leaderboard(to_frame(suite(estimators=["sandwich", "ref-local"])))
+    assert set(table[table["estimator"] == "ref-local"]["rank"]) == {"unranked"}
+    assert set(table[table["estimator"] == "sandwich"]["rank"]) == {str(place) for place in range(1, 9)}
+    assert sound(table).all()
+    assert list(ranked(table)) == [True] * 8 + [False] * 8
+
+
+def test_the_default_estimator_comes_first_and_replications_last(suite):
+    frame = to_frame(suite(models=2, estimators=["ref-mean", "mine-infonce", "label-level", "sandwich"]))
+    names = ["sandwich", "label-level", "mine-infonce", "ref-mean"]
+    assert [panel.estimator for panel in panels(frame)] == names
+    assert list(leaderboard(frame)["estimator"].unique()) == names
+
+
+def test_what_limits_no_head_is_empty_and_what_was_estimated_is_named(suite):
+    rows = to_rows(suite(models=1, estimators=["label-level", "label-information"]))
+    assert rows[0]["fano_accuracy_bound"] is None
+    assert rows[0]["quantity"] == "H(argmax g(X))"
+    assert rows[0]["ranks"] is True
+    assert 0.1 < rows[1]["fano_accuracy_bound"] < rows[1]["adversarial_accuracy_bound"]
+
+
+def test_the_rv_of_each_seed_is_kept_exactly(suite, zoo):
+    (record,) = suite(models=1, estimators=["sandwich"], seeds=5)
+    pairs = [pair.split("=") for pair in to_frame([record])["rv_by_seed"][0].split("; ")]
+    assert [(int(seed), float(rv)) for seed, rv in pairs] == [
+        (row["seed"], row["rv"]) for row in record.details["per_seed"]
+    ]
+    strange = {"per_seed": [{"seed": 0}, "text", {"rv": 1.0}, {"seed": "=1", "rv": 2.0}]}
+    assert list(to_frame([replace(zoo[0], details={}), replace(zoo[0], details=strange)])["rv_by_seed"]) == ["none"] * 2
+
+
 def test_the_later_folder_counts_where_a_cell_appears_twice(zoo):
     table = leaderboard(to_frame([zoo[0], replace(zoo[0], rv=0.1)]))
     assert table["rv"].tolist() == [0.1]
@@ -88,6 +123,34 @@ def test_kinds_never_claim_a_certificate():
     assert KINDS["rv"] == KINDS["adversarial_accuracy_bound"] == "estimate"
     assert KINDS["adversarial_gap"] == KINDS["natural_accuracy"] == "measured"
     assert set(KINDS) <= set(COLUMNS)
+
+
+def test_every_number_that_is_published_has_a_kind_and_a_unit(suite):
+    table = leaderboard(to_frame(suite(models=2)))
+    described = {row["column"]: row for row in csv.DictReader(io.StringIO(columns_csv()))}
+    assert list(described) == ["rank", *COLUMNS]
+    assert set(table.columns) == set(described)
+    given = {"trained_eps", "eps", "num_classes", "seeds", "images", "ranks"}
+    for name in table.columns:
+        numeric = pd.api.types.is_numeric_dtype(table[name]) or name in ("rank", "rv_by_seed")
+        expected = {"estimate", "measured", "certified"} if numeric and name not in given else {NO_RESULT}
+        assert described[name]["kind"] in expected, name
+        assert described[name]["unit"]
+        assert described[name]["meaning"]
+    assert all(UNITS[name] in ("nats", "fraction") for name in KINDS)
+
+
+def test_only_estimates_that_limit_heads_have_a_curve(suite):
+    curves = {record.estimator: curve_of(record.estimator, record.quantity) for record in suite(models=1)}
+    assert curves == {
+        "sandwich": "",
+        "label-information": "fano",
+        "label-level": "",
+        "mine-infonce": "theorem",
+        "ref-local": "theorem",
+        "ref-mean": "theorem",
+    }
+    assert curve_of("own", "I(X; g(X) + noise)") == ""
 
 
 def test_parquet_round_trip(mixed_zoo):

@@ -1,0 +1,84 @@
+"""The leaderboard's columns: what each holds, in which unit, and of which kind its numbers are. Stdlib only."""
+
+import csv
+from dataclasses import dataclass
+from io import StringIO
+
+NO_RESULT = "no result"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its name, unit, what it means, and the kind of the result it holds ("" where it holds none)."""
+
+    name: str
+    unit: str
+    meaning: str
+    kind: str = ""
+
+
+def _estimate(name: str, unit: str, meaning: str) -> Column:
+    return Column(name, unit, meaning, "estimate")
+
+
+def _measured(name: str, unit: str, meaning: str) -> Column:
+    return Column(name, unit, meaning, "measured")
+
+
+RANK = _estimate("rank", "place", "place by RV in its group, 1 the least vulnerable; or unranked")
+
+# the floor follows from measured accuracies alone, which is why it can refute an estimate
+_COLUMNS = (
+    Column("model", "text", "name or reference of the model"),
+    Column("source", "text", "where the model comes from"),
+    Column("family", "text", "architecture family"),
+    Column("training", "text", "how the model was trained: standard, robust, certified or unknown"),
+    Column("trained_eps", "pixel units", "radius the model was trained for, 0 where none"),
+    Column("dataset", "text", "images audited on"),
+    Column("layer", "text", "the representation g"),
+    Column("norm", "text", "norm of the ball"),
+    Column("eps", "pixel units", "radius of the ball, images in [0, 1]"),
+    Column("num_classes", "count", "classes K"),
+    Column("seeds", "count", "seeds averaged over"),
+    Column("images", "count", "images the accuracies were measured on"),
+    Column("estimator", "text", "how the information was estimated"),
+    Column("quantity", "text", "what the nats are nats of"),
+    Column("ranks", "yes or no", "whether the estimator claims to rank models"),
+    _estimate("normal_nats", "nats", "the quantity on the images as they are"),
+    _estimate("normal_nats_se", "nats", "standard error of normal_nats over seeds and samples"),
+    _estimate("worst_nats", "nats", "the quantity on the worst images found in the balls"),
+    _estimate("worst_nats_se", "nats", "standard error of worst_nats over seeds and samples"),
+    _estimate("rv", "nats", "representation vulnerability, normal_nats - worst_nats"),
+    _estimate("rv_se", "nats", "standard error of rv over seeds and samples"),
+    _estimate("rv_by_seed", "nats", "rv of each seed, as seed=nats pairs"),
+    _estimate("ceiling_nats", "nats", "the most the estimator could have said of so many images"),
+    _measured("floor_nats", "nats", "the least normal_nats that measured answers allow"),
+    _estimate("adversarial_accuracy_bound", "fraction", "Theorem 3.4 as printed, from worst_nats: an estimated bound"),
+    _estimate("fano_accuracy_bound", "fraction", "exact Fano bound on any head, from worst_nats: an estimated bound"),
+    _estimate("adversarial_risk_bound", "fraction", "1 - adversarial_accuracy_bound"),
+    _measured("natural_accuracy", "fraction", "share of the images answered rightly"),
+    _measured("natural_accuracy_low", "fraction", "low end of its 95 % interval"),
+    _measured("natural_accuracy_high", "fraction", "high end of its 95 % interval"),
+    _measured("adversarial_accuracy", "fraction", "share answered rightly under the attack"),
+    _measured("adversarial_accuracy_low", "fraction", "low end of its 95 % interval"),
+    _measured("adversarial_accuracy_high", "fraction", "high end of its 95 % interval"),
+    _measured("adversarial_gap", "fraction", "natural_accuracy - adversarial_accuracy"),
+    Column("attack", "text", "the attack of adversarial_accuracy"),
+    Column("flags", "text", "what speaks against the row, with the numbers that say so"),
+    Column("status", "text", "valid, or failed with the reason"),
+    Column("weights_sha256", "text", "hash of the weights"),
+    Column("cell_id", "text", "name of the record"),
+)
+
+COLUMNS = tuple(column.name for column in _COLUMNS)
+KINDS = {column.name: column.kind for column in _COLUMNS if column.kind}
+UNITS = {column.name: column.unit for column in _COLUMNS}
+
+
+def columns_csv() -> str:
+    """Return the description of leaderboard.csv: column, kind, unit and meaning, one line a column."""
+    buffer = StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(("column", "kind", "unit", "meaning"))
+    writer.writerows((c.name, c.kind or NO_RESULT, c.unit, c.meaning) for c in (RANK, *_COLUMNS))
+    return buffer.getvalue()
