@@ -34,7 +34,7 @@ class Calibration:
 PLANS: dict[type[Estimator], Calibration] = {
     Sandwich: Calibration(2000, 0.05, 0.03),
     Mine: Calibration(5000, 0.1, None, most_nats=2.0, most_dimensions=5),
-    LabelLevel: Calibration(5000, 0.03, 0.03),
+    LabelLevel: Calibration(5000, 0.01, 0.01),
     LabelInformation: Calibration(5000, 0.05, 0.05),
     Reference: Calibration(1000, None, None),
 }

@@ -98,7 +98,7 @@ def _sign_channel(mean: float, spread: float, shift: float) -> Channel:
 
     def draw(count: int, generator: torch.Generator) -> Sample:
         labels = torch.arange(count) % 2
-        values = (2.0 * labels - 1) * mean + spread * _normal_quantiles(count // 2, generator).repeat_interleave(2)
+        values = (2.0 * labels - 1) * mean + spread * _paired_quantiles(count, generator)
         return _shuffled(Sample(as_images(values[:, None]), labels), generator)
 
     parameters = f"mean {mean:g}, spread {spread:g}, shift {shift:g}"
@@ -233,7 +233,7 @@ def _labelled_channel(sigma: float, shift: float) -> Channel:
 
     def draw(count: int, generator: torch.Generator) -> Sample:
         labels = torch.arange(count) % 2
-        noise = _normal_quantiles(count // 2, generator).repeat_interleave(2)
+        noise = _paired_quantiles(count, generator)
         return _shuffled(Sample(as_images((2.0 * labels - 1 + sigma * noise)[:, None]), labels), generator)
 
     parameters = f"sigma {sigma:g}, shift {shift:g}"
@@ -249,6 +249,11 @@ def _normal_quantiles(count: int, generator: torch.Generator) -> Tensor:
     """One standard normal draw from each of `count` equally likely cells."""
     cells = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return torch.special.ndtri(cells.double().clamp(1e-12, 1 - 1e-12)).float()
+
+
+def _paired_quantiles(count: int, generator: torch.Generator) -> Tensor:
+    """The same quantiles for two classes that take turns."""
+    return _normal_quantiles((count + 1) // 2, generator).repeat_interleave(2)[:count]
 
 
 def _uniform_quantiles(count: int, generator: torch.Generator) -> Tensor:

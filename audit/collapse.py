@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from audit.errors import InvalidModelError
+from audit.gradients import input_gradient
 from audit.threat import ThreatModel
 from audit.types import Encoder, Features, Images
 
@@ -58,15 +58,7 @@ class Mover:
     def _gradient(self, images: Images, direction: Features) -> tuple[Tensor, Features]:
         leaf = images.detach().requires_grad_()
         features = self.encoder(leaf).features
-        found = None
-        if features.requires_grad:
-            (found,) = torch.autograd.grad(features, leaf, direction, allow_unused=True)
-        if found is None:
-            raise InvalidModelError("the layer gives no gradient to its input: something on the way to it cuts it off")
-        bad = int((~found.isfinite()).flatten(1).any(1).sum())
-        if bad:
-            raise InvalidModelError(f"the gradient to the input is not finite for {bad} of {len(leaf)} images")
-        return found, features.detach()
+        return input_gradient(features, leaf, direction), features.detach()
 
 
 def towards(targets: Features) -> Pull:

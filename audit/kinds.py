@@ -4,11 +4,12 @@ Accuracies are *measured*; MI values, RV and the bounds computed from them are *
 estimate: an estimate under its floor is flagged `contradicted`, shown, and never ranked.
 """
 
-from math import log, sqrt
+from math import log
 from typing import NamedTuple
 
 from torch import Tensor
 
+from audit.accuracy import wilson
 from audit.estimates import FloorKind
 from audit.theory import information_floor
 
@@ -53,9 +54,8 @@ def floor(predictions: Tensor, labels: Tensor, class_share: float, kind: FloorKi
     d(accuracy || largest class share), the accuracy by the low end of its interval; for `answers`, which are a function
     of the features, the larger of that and the entropy of the predictions.
     """
-    right = float((predictions == labels).double().mean())
-    low = max(0.0, right - 1.96 * sqrt(right * (1 - right) / len(labels)))
-    known = information_floor(low, class_share)
+    right = wilson(int((predictions == labels).sum()), len(labels))
+    known = information_floor(right.low, class_share)
     return max(known, label_entropy(predictions)) if kind == "answers" else known
 
 

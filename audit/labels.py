@@ -27,8 +27,8 @@ _OTHER_FOLDS = 1_000_003  # added to a seed: folds that no reported value uses
 class LabelLevel(Estimator):
     """The entropy of the network's answers, less the least that targeted attacks leave of it: exact and discrete.
 
-    Each of the `targets` likeliest answers is tried on a few images; the `kept` ones that these reach best are
-    aimed at with all.
+    Each of the `targets` likeliest answers is tried on a few images; the `kept` ones that these reach best (all, where
+    there are no more) are aimed at with all.
     """
 
     targets: int = 10
@@ -42,10 +42,9 @@ class LabelLevel(Estimator):
     memory_only: ClassVar[tuple[str, ...]] = ("batch_size",)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.kept <= self.targets:
-            raise UsageError(
-                f"label-level targets {self.targets!r} and kept {self.kept!r}: keep at least 1, at most all"
-            )
+        for name in ("targets", "kept"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"label-level {name} {getattr(self, name)!r} must be at least 1")
         PGD(self.steps, self.relative_step, batch_size=self.batch_size)  # which says what is legal
 
     @property

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
-from math import isfinite, sqrt
+from math import inf, isfinite, log, sqrt
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from audit.accuracy import Accuracy, LabelAttack, logits_of, measure_accuracy
 from audit.errors import MismatchError, UsageError
 from audit.estimates import Estimator, History, MIEstimate, Subject, Vulnerability
 from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, largest_share
-from audit.mine import Mine
 from audit.records import AuditRecord, digest
 from audit.representation import Reduction, Representation
+from audit.sandwich import Sandwich
 from audit.theory import max_accuracy, max_adversarial_accuracy, min_adversarial_risk
 from audit.threat import ThreatModel
 from audit.types import Images, Labels, keyed_generator
@@ -30,7 +30,7 @@ VERSION = 2  # raised by hand when a change of the method changes numbers
 class AuditSettings:
     """Everything that decides an audit's numbers beside the model, the images and the threat model."""
 
-    estimator: Estimator = field(default_factory=Mine)
+    estimator: Estimator = field(default_factory=Sandwich)
     attack: LabelAttack = field(default_factory=LabelAttack)
     seeds: tuple[int, ...] = (0, 1, 2)
     reduce: Reduction = "flatten"
@@ -140,7 +140,8 @@ def assemble(
     worst = _spread([run.worst.nats for run in runs], [run.worst.stderr for run in runs])
     rv = _spread([run.nats for run in runs], [run.stderr for run in runs])
     ceiling, classes = runs[0].normal.ceiling, accuracy.num_classes
-    flags = estimate_flags(normal, worst, floors, ceiling)
+    # a ceiling such as ln K, that no further images would raise, is no sign of saturation
+    flags = estimate_flags(normal, worst, floors, ceiling if ceiling == log(runs[0].normal.images) else inf)
     limits = _limits(worst.nats, accuracy) if estimator.limits_heads else {}
     if limits:
         flags += bound_flags(limits["fano_accuracy_bound"], accuracy.adversarial.low)

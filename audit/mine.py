@@ -6,6 +6,7 @@ Source: Zhu, Zhang & Evans 2020, section 4.1; Belghazi et al. 2018 (MINE).
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from audit.critics import CriticShape
 from audit.estimates import Estimator, MIEstimate, Subject, Vulnerability
 from audit.information import CriticTraining, estimate_mi, split_images, split_indices
 from audit.threat import ThreatModel
@@ -24,7 +25,8 @@ class Mine(Estimator):
     @property
     def name(self) -> str:
         """Return the estimator as tables show it, such as `mine-infonce`."""
-        return f"mine-{self.training.bound}"
+        critic = self.training.shape.name
+        return f"mine-{self.training.bound}" + (f"-{critic}" if critic != CriticShape.name else "")
 
     def normal(self, subject: Subject, seed: int) -> MIEstimate:
         """Return the held-out value on the images as they are."""

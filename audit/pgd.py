@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from audit.errors import InvalidModelError, UsageError
+from audit.errors import UsageError
+from audit.gradients import input_gradient
 from audit.threat import ThreatModel
 from audit.types import Images, Judged, Objective
 
@@ -111,18 +112,7 @@ def _value_and_gradient(
     for x, i in zip(images.split(batch_size), index.split(batch_size), strict=True):
         leaf = x.detach().requires_grad_()
         judged = objective(leaf, i)
-        gradients.append(_gradient(judged.value, leaf))
+        gradients.append(input_gradient(judged.value.sum(), leaf))
         parts.append(Judged(judged.value.detach(), judged.done.detach()))
     whole = Judged(torch.cat([p.value for p in parts]), torch.cat([p.done for p in parts]))
     return whole, torch.cat(gradients)
-
-
-def _gradient(value: Tensor, leaf: Tensor) -> Tensor:
-    # autograd.grad, not backward: parameters keep no gradient and cost nothing
-    found = torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0] if value.requires_grad else None
-    if found is None:
-        raise InvalidModelError("the network gives no gradient to its input: something in its forward pass cuts it off")
-    bad = int((~found.isfinite()).flatten(1).any(1).sum())
-    if bad:
-        raise InvalidModelError(f"the gradient to the input is not finite for {bad} of {len(leaf)} images")
-    return found

@@ -14,8 +14,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from audit.errors import InvalidModelError, UsageError
+from audit.errors import UsageError
 from audit.estimates import Estimator, History, MIEstimate, Subject, Vulnerability
+from audit.gradients import input_gradient
 from audit.information import encode_splits, split_images, split_indices
 from audit.reference_critic import ReferenceCritic, reference_ceiling, reference_influence, reference_value
 from audit.threat import ThreatModel
@@ -136,18 +137,8 @@ class _Search:
             if (found := float(value.detach())) < lowest:
                 lowest, best = found, _Sample(current, features.detach())
             if not last:
-                current = self.threat.step(current, _gradient(value, leaf), clean.images, self.settings.step_size)
+                current = self.threat.step(current, input_gradient(value, leaf), clean.images, self.settings.step_size)
         return best
-
-
-def _gradient(value: Tensor, leaf: Images) -> Tensor:
-    found = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
-    if found is None:
-        raise InvalidModelError("the layer gives no gradient to its input: something on the way to it cuts it off")
-    bad = int((~found.isfinite()).flatten(1).any(1).sum())
-    if bad:
-        raise InvalidModelError(f"the gradient to the input is not finite for {bad} of {len(leaf)} images")
-    return found
 
 
 def _fit(settings: Reference, samples: _Samples, mover: _Mover, seed: int) -> tuple[MIEstimate, Images]:

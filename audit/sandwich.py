@@ -140,7 +140,7 @@ class Sandwich(Estimator):
         search = _Search(self, mover, unmoved, scale, seed)
         starts = search.starts()
         best = sorted(starts, key=search.value)[: self.kept]
-        candidates = [unmoved, *(search.settled(start) for start in best)]
+        candidates = [unmoved, *best, *(search.settled(start) for start in best)]
         found = min(candidates, key=search.value)
         worst = self._read(found.features, scale, seed)
         return Vulnerability(normal, worst, found.images, which, unmoved.passes + search.passes)

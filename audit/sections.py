@@ -167,6 +167,7 @@ class MineConfig(_Section):
     weight_decay: Number = CriticTraining.weight_decay
     every: int = CriticTraining.every
     patience: int = CriticTraining.patience
+    averaging: Number = CriticTraining.averaging
     critic: CriticConfig = CriticConfig()
     search: SearchConfig = SearchConfig()
 
@@ -261,6 +262,15 @@ class BenchmarkConfig(_Section):
         ESTIMATOR_SECTIONS["sandwich"](),  # type: ignore[call-arg]
     )
     attack: AttackConfig = AttackConfig()
+
+    @field_validator("estimators")
+    @classmethod
+    def _distinct(cls, estimators: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [each.estimator().name for each in estimators]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named twice: tables tell estimators apart by name only")
+        return estimators
 
     def settings(self) -> list[AuditSettings]:
         """Return, for each estimator, everything that decides numbers beside model, images and threat model."""

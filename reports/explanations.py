@@ -5,8 +5,9 @@ from reports.text import plain_text
 _MEANINGS = {
     "contradicted": "a measurement refutes the estimate, or a smaller ball's worst case does: the flag says by which "
     "figures; the model is shown but not ranked",
-    "saturated": "the estimate is close to its ceiling, the logarithm of the number of images: the MI may be larger",
-    "not_converged": "the critic was still improving when training stopped: the estimate is likely too small",
+    "saturated": "the estimate is limited by the number of images: with more it would be larger",
+    "not_converged": "the critic was not at its best when training stopped: the estimate is likely too small",
+    "over_fitted": "the critic knows its training or validation images better than others: the estimate is likely off",
     "unpinned": "the hash of the weights was not known beforehand, so they were taken as found",
     "code_trusted": "user code built the network",
     "weak_attack": "a second attack found more errors than the named one: the adversarial accuracy is too high",

@@ -225,12 +225,21 @@ def test_two_classes():
     assert log(2) >= record.floor_nats > 0.5
 
 
-def planted(normal, worst, floors=None, ceiling=4.0, flags=()):
+LN_60 = log(60)
+
+
+def planted(normal, worst, floors=None, ceiling=LN_60, flags=()):
     def said(nats):
         return MIEstimate(nats, 0.01, 60, ceiling, nats, history=((0, 0.0),), flags=flags)
 
     run = Vulnerability(said(normal), said(worst), torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), 1.0)
     return measurement.Layer((run,), floors, 10)
+
+
+def test_a_ceiling_that_more_images_would_not_raise_is_no_doubt(network, held_out, monkeypatch):
+    monkeypatch.setattr(measurement.LayerAudit, "under", lambda *_: planted(2.3, 2.0, ceiling=log(10)))
+    record = audit_model(network, *held_out, "logits", Linf(0.001), replace(QUICK, seeds=(0,)))
+    assert not any(flag.startswith("saturated") for flag in record.flags)
 
 
 @pytest.mark.parametrize(
@@ -283,33 +292,39 @@ class ToldOfLabels(Told):
     floor_kind = "labels"
 
 
-class ToldOfNothing(Told):
+class ToldOfNoise(Told):
     limits_heads = False
-    floor_kind = "none"
+    floor_kind = "smoothed"
+
+    def normal(self, subject, seed):
+        return MIEstimate(0.5, 0.01, 20, 3.0, 0.5, parts={"noise": 1000.0})
 
 
 def test_what_an_estimator_says_of_itself_decides_what_is_held_against_it(network, held_out):
-    def audited(estimator):
-        return audit_model(network, *held_out, "logits", Linf(0.0), replace(QUICK, estimator=estimator))
+    def audited(estimator, layer="logits"):
+        return audit_model(network, *held_out, layer, Linf(0.0), replace(QUICK, estimator=estimator))
 
-    answers, labels, nothing = (audited(estimator()) for estimator in (Told, ToldOfLabels, ToldOfNothing))
+    answers, labels, noise = (audited(estimator()) for estimator in (Told, ToldOfLabels, ToldOfNoise))
     assert (answers.estimator, answers.quantity, answers.ranks) == ("told", "I(nothing)", False)
     assert 0.5 < labels.floor_nats < answers.floor_nats <= log(10)
     assert answers.contradicted
     assert labels.contradicted
-    assert nothing.floor_nats is nothing.details["worst_floor_nats"] is None
-    assert nothing.adversarial_accuracy_bound is nothing.fano_accuracy_bound is nothing.adversarial_risk_bound is None
-    assert not nothing.contradicted
+    # through noise that drowns the logits, answers prove next to nothing; before the logits, nothing at all
+    assert noise.floor_nats < 0.1
+    assert noise.adversarial_accuracy_bound is noise.fano_accuracy_bound is noise.adversarial_risk_bound is None
+    assert not noise.contradicted
+    assert audited(ToldOfNoise(), "input").floor_nats is None
 
 
 def test_the_worst_cases_floor_is_of_its_own_images(network, held_out):
     images, _ = held_out
-    which = torch.tensor([7, 3, 50])
-    run = Vulnerability(*[MIEstimate(0.0, 0.01, 3, 1.0, 0.0)] * 2, images[which], which, 1.0)
+    which = torch.tensor([7, 3, 50, 90, 120, 11])
+    run = Vulnerability(*[MIEstimate(0.0, 0.01, 6, 1.0, 0.0)] * 2, images[which], which, 1.0)
     settings = replace(QUICK, estimator=ToldOfLabels())
     subject = Subject(None, images, network(images).argmax(1))
-    assert measurement._floors(network, subject, (run,), settings).worst > 1  # all three right
-    astray = run._replace(which=torch.tensor([3, 50, 7]))
+    assert measurement._floors(network, subject, (run,), settings).worst > 0.2  # all six right
+    answers = subject.labels
+    astray = run._replace(which=torch.stack([(answers != answers[i]).nonzero()[0, 0] for i in which]))
     assert measurement._floors(network, subject, (astray,), settings).worst == 0
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from audit import sandwich
+from audit.channels import channels
 from audit.closed_forms import atoms, gaussian, gaussian_vector, two_points
 from audit.errors import InvalidModelError, UsageError
 from audit.estimates import Subject
@@ -250,6 +251,16 @@ def test_the_search_finds_the_atoms_that_a_local_one_misses():
     # for little noise merging into a few atoms beats soft-thresholding, the local optimum: 1.28 against 1.65 nats
     found = Sandwich(noise=0.1, absolute=True).vulnerability(subject(quantiles(400)), Linf(0.5 / 16), 0)
     assert found.worst.nats < gaussian(0.1, 0.5).worst - 0.25
+
+
+@pytest.mark.parametrize(("mean", "shift"), [(0.6, 0.5), (1.0, 1.0)])
+def test_a_start_is_kept_where_mean_shift_only_spoils_it(mean, shift):
+    # atoms far apart pull by rounding alone: steps along that lost .04 and .08 of the hub that had been reached
+    wanted = f"mean {mean:g}, spread 1, shift {shift:g}"
+    (channel,) = [c for c in channels() if c.name == "sign of a Gaussian mixture" and c.parameters == wanted]
+    given = Subject(channel.noiseless(), *channel.sample(600, 0))
+    found = Sandwich(noise=0.1, absolute=True).vulnerability(given, Linf(channel.eps), 0)
+    assert found.worst.nats == pytest.approx(channel.worst_nats, abs=0.01)
 
 
 def test_the_value_is_read_with_other_draws_than_the_worst_case_is_chosen_by():

@@ -1,0 +1,231 @@
+"""Moving groups of images, each inside its own ball, until their features are the same vector to the last digits.
+
+A group is one image that goes to a given vector, or two images that go to each other. Signed gradient steps bring the
+features near, in float32; Gauss-Newton steps close the gap that a float64 copy of the network measures.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from audit.errors import InvalidModelError
+from audit.gauss_newton import Problem, box_step
+from audit.threat import ThreatModel
+from audit.types import Features, Images
+
+FeatureMap = Callable[[Tensor], Tensor]
+"""Maps images (N, C, H, W) to features (N, D) in the images' own precision."""
+
+_INSIDE = 1 - 1e-9  # the ball is searched a hair inside, so that rounding leaves nobody outside
+_CLOSE = 1e-12  # of the features' length: where Gauss-Newton has nothing left to gain
+
+
+class Layer(NamedTuple):
+    """One layer as it is used, in float32, and a float64 copy of the same network for the last digits."""
+
+    working: FeatureMap
+    precise: FeatureMap
+
+    @classmethod
+    def of(cls, representation: nn.Module) -> "Layer":
+        """Return the layer of a representation, with its float64 copy."""
+        return cls(representation, copy.deepcopy(representation).double())
+
+
+@dataclass(frozen=True)
+class SearchEffort:
+    """How hard to look. More never makes a certificate wrong, less never does either.
+
+    `sign_steps` and `pair_steps` are signed gradient steps towards a hub and within a pair, `newton_steps` the most
+    Jacobians an image may cost, `hubs` how many hubs are tried, `neighbours` how many partners each image left over
+    tries, `memory_mib` what the Jacobians of one batch may take.
+    """
+
+    sign_steps: int = 8
+    pair_steps: int = 8
+    newton_steps: int = 12
+    relative_step: float = 0.2
+    hubs: int = 2
+    neighbours: int = 8
+    memory_mib: int = 256
+
+
+class Hub(NamedTuple):
+    """A feature vector (D,) to bring images to, and the metric (D, D) in which signed steps go there."""
+
+    target: Features
+    metric: Tensor
+
+
+@dataclass
+class Search:
+    """Clean images (N, C, H, W), what may be done to them, and the layer they are to meet at.
+
+    `scale` is the features' typical length, measured where it is not given. `passes` counts forward+backward passes
+    of single images, a forward or a backward alone as a half.
+    """
+
+    layer: Layer
+    clean: Images
+    threat: ThreatModel
+    effort: SearchEffort = field(default_factory=SearchEffort)
+    batch_size: int = 128
+    scale: float = 0.0
+    passes: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.encoded = self.features(self.clean, self.layer.working)
+        self.scale = self.scale or float(self.encoded.double().square().sum(1).mean().sqrt())
+        start, eps = self.clean.double(), self.threat.eps * _INSIDE
+        self.low = (start - eps).clamp_min(self.threat.pixel_range[0])
+        self.high = (start + eps).clamp_max(self.threat.pixel_range[1])
+
+    @torch.no_grad()
+    def features(self, images: Images, of: FeatureMap) -> Features:
+        """Return the features (N, D) of images (N, C, H, W), batch by batch."""
+        self.passes += len(images) / 2
+        return torch.cat([of(batch) for batch in images.split(self.batch_size)])
+
+    def meet(self, groups: Tensor, hub: Hub, steps: int) -> tuple[Tensor, Tensor]:
+        """Return where groups of images (G, M) got to, (G, M, C, H, W) float64, and how far apart (G,) they stayed.
+
+        M = 1: every image goes to the hub's target. M = 2: the two go to each other, and the target is not used.
+        """
+        moved, apart = [], []
+        for batch in groups.split(max(1, self.batch_size // groups.shape[1])):
+            near = self.approach(batch, hub, steps)
+            for rows in torch.arange(len(batch), device=batch.device).split(self._room(hub, batch)):
+                images, left = self._finish(batch[rows], hub.target, near[rows])
+                moved.append(images)
+                apart.append(left)
+        return torch.cat(moved), torch.cat(apart)
+
+    def _room(self, hub: Hub, groups: Tensor) -> int:
+        """Return how many groups' Jacobians fit the memory: each is held twice, in float64."""
+        entries = len(hub.target) * groups.shape[1] * self.clean[0].numel()
+        return max(1, self.effort.memory_mib * 2**20 // (16 * entries))
+
+    def approach(self, groups: Tensor, hub: Hub, steps: int) -> Tensor:
+        """Take signed steps in float32 down the squared distance, in the hub's metric."""
+        low, high = self.low[groups], self.high[groups]
+        moved, kind = self.clean[groups].double(), self.clean.dtype
+        target, metric = hub.target.to(kind), hub.metric.to(kind)
+        for done in range(steps):
+            leaf = moved.to(kind).flatten(0, 1).requires_grad_()
+            features = self.layer.working(leaf)
+            residual = _residual(features.detach(), target, groups.shape) @ metric
+            direction = torch.stack([residual, -residual], 1)[:, : groups.shape[1]].flatten(0, 1)
+            gradient = _pull_back(features, leaf, direction)
+            size = self.threat.eps * self.effort.relative_step * (1 - 0.9 * done / steps)
+            moved = (moved - size * gradient.sign().view_as(moved)).clamp(low, high)
+            self.passes += len(leaf)
+        return moved
+
+    def _finish(self, groups: Tensor, target: Features, near: Tensor) -> tuple[Tensor, Tensor]:
+        """Take Gauss-Newton steps; groups that met or that gain too little are left alone."""
+        moved, low, high = near.clone(), self.low[groups], self.high[groups]
+        apart = self._precise(moved, target)
+        close = _CLOSE * self.scale
+        going = (apart.norm(dim=1) > close).nonzero().flatten()
+        damping = torch.full((len(groups),), 1e-6).to(moved)
+        slow = torch.zeros(len(groups), dtype=torch.int64, device=moved.device)
+        for _ in range(self.effort.newton_steps):
+            if len(going) == 0:
+                break
+            start = apart[going].norm(dim=1)
+            held = _Held(self._jacobian(moved[going]), low[going], high[going], damping[going])
+            moved[going], apart[going] = self._chords(held, moved[going], apart[going], target, close)
+            gained = apart[going].norm(dim=1) / start
+            damping[going] = torch.where(gained < 0.5, damping[going] / 10, damping[going] * 10).clamp(1e-9, 1e-1)
+            slow[going] = torch.where(gained > 0.7, slow[going] + 1, 0)
+            going = going[(apart[going].norm(dim=1) > close) & (slow[going] < 2)]
+        return moved, apart.norm(dim=1)
+
+    def _chords(
+        self, held: "_Held", moved: Tensor, apart: Tensor, target: Features, close: float
+    ) -> tuple[Tensor, Tensor]:
+        """Use one Jacobian as long as it serves: the network is nearly linear close to a meeting."""
+        for _ in range(4):
+            before = apart.norm(dim=1)
+            step = held.step(moved, apart)
+            moved, apart = self._searched(step, moved, apart, target, held)
+            left = apart.norm(dim=1)
+            if not bool(((left > close) & (left < 0.5 * before)).any()):
+                break
+        return moved, apart
+
+    def _searched(
+        self, step: Tensor, moved: Tensor, apart: Tensor, target: Features, held: "_Held"
+    ) -> tuple[Tensor, Tensor]:
+        """Go 1, 1/2, 1/4 or 1/8 of a step, the first that brings a group nearer; else stay."""
+        open_ = torch.arange(len(moved), device=moved.device)
+        moved, apart = moved.clone(), apart.clone()
+        for length in (1.0, 0.5, 0.25, 0.125):
+            tried = (moved[open_] + length * step[open_]).clamp(held.low[open_], held.high[open_])
+            left = self._precise(tried, target)
+            better = left.norm(dim=1) < (1 - 0.1 * length) * apart[open_].norm(dim=1)
+            moved[open_[better]], apart[open_[better]] = tried[better], left[better]
+            open_ = open_[~better]
+            if len(open_) == 0:
+                break
+        return moved, apart
+
+    def _precise(self, moved: Tensor, target: Features) -> Tensor:
+        features = self.features(moved.flatten(0, 1), self.layer.precise)
+        return _residual(features, target.double(), moved.shape[:2])
+
+    def _jacobian(self, moved: Tensor) -> Tensor:
+        """Return d residual / d pixels (G, D, M * P) in float64, computed by the float32 network."""
+        shape = moved.shape[:2]
+        leaf = moved.to(self.clean.dtype).flatten(0, 1).requires_grad_()
+        features = self.layer.working(leaf)
+        width = features.shape[1]
+        rows = [
+            _pull_back(features, leaf, _unit(features, k), keep=k + 1 < width).unflatten(0, shape) for k in range(width)
+        ]
+        self.passes += len(leaf) * (1 + width) / 2
+        jacobian = torch.stack(rows, 1).double()
+        if shape[1] == 2:
+            jacobian[:, :, 1] *= -1
+        return jacobian.flatten(2)
+
+
+class _Held(NamedTuple):
+    """A Jacobian (G, D, M * P) with the images' own bounds (G, M, C, H, W) and damping (G,), relative to it."""
+
+    jacobian: Tensor
+    low: Tensor
+    high: Tensor
+    damping: Tensor
+
+    def step(self, moved: Tensor, apart: Tensor) -> Tensor:
+        low, high = (self.low - moved).flatten(1), (self.high - moved).flatten(1)
+        scale = self.jacobian.square().sum(2).mean(1).clamp_min(1e-30)
+        return box_step(Problem(self.jacobian, apart, low, high, self.damping * scale)).view_as(moved)
+
+
+def _residual(features: Features, target: Features, groups: tuple[int, ...]) -> Tensor:
+    """Return how far groups (G, M) are from meeting, (G, D), from the features (G * M, D) of their images."""
+    grouped = features.unflatten(0, groups)
+    return grouped[:, 0] - (target if groups[1] == 1 else grouped[:, 1])
+
+
+def _unit(features: Features, column: int) -> Tensor:
+    return torch.zeros_like(features).index_fill(1, torch.tensor(column, device=features.device), 1.0)
+
+
+def _pull_back(features: Features, leaf: Tensor, direction: Tensor, *, keep: bool = False) -> Tensor:
+    """Return the gradient at the images (N, C, H, W) of features (N, D) along a direction (N, D)."""
+    found = None
+    if features.requires_grad:
+        (found,) = torch.autograd.grad(features, leaf, direction, retain_graph=keep, allow_unused=True)
+    if found is None:
+        raise InvalidModelError("the layer gives no gradient to its input: something on the way to it cuts it off")
+    bad = int((~found.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise InvalidModelError(f"the gradient to the input is not finite for {bad} of {len(leaf)} images")
+    return found
