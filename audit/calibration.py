@@ -7,6 +7,7 @@ from math import log
 from audit.channels import Channel, channels
 from audit.estimates import Estimator, Subject
 from audit.labels import LabelInformation, LabelLevel
+from audit.measurement import VERSION
 from audit.mine import Mine
 from audit.records import CalibrationRow, digest
 from audit.reference import Reference
@@ -72,8 +73,8 @@ def _fits(estimator: Estimator, channel: Channel) -> bool:
 
 
 def settings_key(estimator: Estimator) -> str:
-    """Return a name for an estimator's settings: the same settings calibrate the same."""
-    return f"{estimator.name}-{digest(asdict(estimator))[:12]}"
+    """Return a name for an estimator's settings: the same settings of the same version calibrate the same."""
+    return f"{estimator.name}-{digest({'version': VERSION, **asdict(estimator)})[:12]}"
 
 
 def _plainest(found: list[Channel]) -> Iterator[Channel]:

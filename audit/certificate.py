@@ -39,6 +39,7 @@ TIERS: tuple[Tier, ...] = (
 )  # fmt: skip
 
 _PURPOSE = 8  # the key that separates this module's random streams from others'
+_LARGE = 0.25  # share of the images: members of smaller hubs look for partners too, they may still lose them
 _FEW = 16  # images that a layer's fitness and noise are judged by
 _ARRIVED = 1e-9  # of the features' length: what the search counts as met before the tier has its say
 
@@ -130,7 +131,7 @@ def certify(
     near = max(noise / 2, _ARRIVED * search.scale)
     _, hubs = find_hubs(search, near, settings.seed)
     left = torch.ones(len(clean), dtype=torch.bool, device=clean.device)
-    left[hubs.members] = False
+    left[hubs.members[hubs.at.bincount()[hubs.at] >= _LARGE * len(clean)]] = False
     pairs = pair_meetings(search, labels, left.nonzero().flatten(), near)
     meetings = _standing(search, join([hubs, pairs], search), settings.tier, noise)
     bound = bound_of(meetings, labels, settings.seconds)

@@ -51,7 +51,7 @@ def run_command(config: Path, out: Path | None, as_json: bool, **where: Any) -> 
     cells = expand(benchmark)
     claim(folder, benchmark, config.read_text(encoding="utf-8"))
     records = _run_cells(cells, folder, where)
-    _calibrate_briefly(benchmark, folder)
+    _calibrate_briefly(benchmark, records, folder)
     _publish(records, folder, as_json)
     return 0 if all(record.valid for record in records) else 1
 
@@ -83,7 +83,7 @@ def audit_command(model: str, dataset: str, out: Path | None, as_json: bool, **r
     folder = out or Path("runs") / f"{config.name}-{digest(config.canonical())[:8]}"
     claim(folder, config, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
     records = _run_cells(expand(config), folder, where)
-    _calibrate_briefly(config, folder)
+    _calibrate_briefly(config, records, folder)
     _publish(records, folder, as_json)
     return max((int(record.details.get("exit_code", 1)) for record in records if not record.valid), default=0)
 
@@ -209,13 +209,26 @@ def _calibrated(estimator: Any, folder: Path, brief: bool) -> list[Any]:
     return rows
 
 
-def _calibrate_briefly(benchmark: Any, folder: Path) -> None:
-    """Every leaderboard carries its calibration; one that is there already, brief or full, is kept."""
-    from audit.calibration import settings_key
-    from audit.records import is_calibrated
+def _calibrate_briefly(benchmark: Any, records: list[Any], folder: Path) -> None:
+    """Every leaderboard carries its calibration; one that is there already, brief or full, is kept.
 
+    The same settings calibrate the same, so a brief round is remembered between runs, in the cache folder.
+    """
+    from audit.calibration import settings_key
+    from audit.errors import EnvironmentFault
+    from audit.records import is_calibrated, read_calibration, write_calibration
+    from model_zoo.prepared import default_cache
+
+    used = {record.estimator for record in records if record.valid}
     for settings in benchmark.settings():
-        if not is_calibrated(folder, settings_key(settings.estimator)):
+        key = settings_key(settings.estimator)
+        if settings.estimator.name not in used or is_calibrated(folder, key):
+            continue
+        try:
+            if not is_calibrated(default_cache(), key):
+                _calibrated(settings.estimator, default_cache(), brief=True)
+            write_calibration(folder, key, read_calibration(default_cache(), key))
+        except EnvironmentFault:  # no cache may be written here
             _calibrated(settings.estimator, folder, brief=True)
 
 

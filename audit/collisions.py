@@ -17,6 +17,7 @@ from audit.meeting import Hub, Search
 from audit.types import Features, Labels, keyed_generator
 
 _PURPOSE = 7  # the key that separates this module's random streams from others'
+_RIDGE = 1e-3
 
 
 class Meetings(NamedTuple):
@@ -59,7 +60,7 @@ def metric_of(features: Features) -> Tensor:
     """Return the inverse covariance (D, D) of features (N, D): distances in it do not depend on the features' scale."""
     centred = (features - features.mean(0)).double()
     covariance = centred.T @ centred / len(features)
-    ridge = 1e-3 * covariance.diagonal().mean().clamp_min(1e-30)
+    ridge = _RIDGE * covariance.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(len(covariance)).to(covariance)
     return torch.linalg.inv(covariance + ridge * eye) * (covariance.diagonal().mean() + ridge)
 
@@ -106,10 +107,7 @@ def find_hubs(search: Search, near: float, seed: int) -> tuple[tuple[Hub, ...], 
 
 
 def meet_at(search: Search, hubs: Sequence[Hub], near: float) -> Meetings:
-    """Return who meets at given hubs: every image tries them in order until it arrives at one.
-
-    No image has a say in another's way, so with hubs fixed before, each image arrives independently of the others.
-    """
+    """Return who meets at given hubs: every image tries them in order until it arrives at one."""
     found = []
     left = torch.arange(len(search.clean), device=search.clean.device)
     for hub in hubs:

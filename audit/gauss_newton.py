@@ -28,19 +28,33 @@ def box_step(problem: Problem, rounds: int = 16) -> Tensor:
 
     Source: Hintermüller, Ito & Kunisch 2003, "The primal-dual active set strategy as a semismooth Newton method".
     """
-    multipliers = torch.zeros_like(problem.residual)
-    pushed = torch.zeros_like(problem.low)  # J^T u
+    start = torch.zeros_like(problem.residual), torch.zeros_like(problem.low)  # u and J^T u
+    multipliers, pushed = _round(problem, *start)
+    if bool(_solved(problem, multipliers, pushed).all()):  # close to the end no pixel meets its bound
+        return pushed.clamp(problem.low, problem.high)
+    multipliers, pushed = start
     scale = problem.jacobian.square().sum(2).mean(1)
     for done in range(rounds):
         # from strong damping to weak: where the box leaves little room, a cold start at the end would not get there
-        damped = problem._replace(damping=torch.maximum(problem.damping, scale * 0.1**done))
-        multipliers, pushed = _round(damped, multipliers, pushed)
+        damping = torch.maximum(problem.damping, scale * 0.1**done)
+        multipliers, pushed = _round(problem._replace(damping=damping), multipliers, pushed)
+        if bool((damping == problem.damping).all()) and bool(_solved(problem, multipliers, pushed).all()):
+            break
     return pushed.clamp(problem.low, problem.high)
 
 
-def _round(problem: Problem, multipliers: Tensor, pushed: Tensor) -> tuple[Tensor, Tensor]:
+def _solved(problem: Problem, multipliers: Tensor, pushed: Tensor) -> Tensor:
+    slope = _slope(problem, multipliers, pushed)
+    return slope.norm(dim=1) <= 1e-9 * problem.residual.norm(dim=1)
+
+
+def _slope(problem: Problem, multipliers: Tensor, pushed: Tensor) -> Tensor:
     step = pushed.clamp(problem.low, problem.high)
-    slope = _times(problem.jacobian, step) + problem.damping[:, None] * multipliers + problem.residual
+    return _times(problem.jacobian, step) + problem.damping[:, None] * multipliers + problem.residual
+
+
+def _round(problem: Problem, multipliers: Tensor, pushed: Tensor) -> tuple[Tensor, Tensor]:
+    slope = _slope(problem, multipliers, pushed)
     free = (pushed > problem.low) & (pushed < problem.high)
     gram = (problem.jacobian * free[:, None]) @ problem.jacobian.mT
     gram.diagonal(dim1=1, dim2=2).add_(problem.damping[:, None])

@@ -23,6 +23,7 @@ from audit.threat import ThreatModel
 from audit.types import Images, Labels, keyed_generator
 
 _NOISE = 81
+_FEWEST = 50
 VERSION = 2  # raised by hand when a change of the method changes numbers
 
 
@@ -83,6 +84,8 @@ def check_input(network: nn.Module, images: Images, labels: Labels) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise UsageError(f"images range from {low:.3g} to {high:.3g}, not within [0, 1]: normalisation belongs inside")
+    if len(images) < _FEWEST:
+        raise UsageError(f"{len(images)} images are too few: an audit needs {_FEWEST}, or its errors mean nothing")
     if len(images) != len(labels):
         raise MismatchError(f"{len(images)} images, but {len(labels)} labels")
     with torch.no_grad():

@@ -45,9 +45,9 @@ class SearchEffort:
     tries, `memory_mib` what the Jacobians of one batch may take.
     """
 
-    sign_steps: int = 8
-    pair_steps: int = 8
-    newton_steps: int = 12
+    sign_steps: int = 4
+    pair_steps: int = 4
+    newton_steps: int = 20
     relative_step: float = 0.2
     hubs: int = 2
     neighbours: int = 8
@@ -140,8 +140,8 @@ class Search:
             held = _Held(self._jacobian(moved[going]), low[going], high[going], damping[going])
             moved[going], apart[going] = self._chords(held, moved[going], apart[going], target, close)
             gained = apart[going].norm(dim=1) / start
-            damping[going] = torch.where(gained < 0.5, damping[going] / 10, damping[going] * 10).clamp(1e-9, 1e-1)
-            slow[going] = torch.where(gained > 0.7, slow[going] + 1, 0)
+            damping[going] = torch.where(gained < 0.95, damping[going] / 10, damping[going] * 10).clamp(1e-8, 1e-2)
+            slow[going] = torch.where(gained > 0.9, slow[going] + 1, 0)
             going = going[(apart[going].norm(dim=1) > close) & (slow[going] < 2)]
         return moved, apart.norm(dim=1)
 

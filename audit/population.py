@@ -54,10 +54,11 @@ def sample_limit(kept: float, images: int, confidence: float = 0.95) -> float:
 def frozen_limit(kept: int, images: int, confidence: float = 0.95) -> float:
     """Return the upper limit of the best deterministic head's population accuracy from hubs chosen on other images.
 
-    `kept` of `images` is the bound from those hubs alone, without pairs: an image is lost if it reaches a hub whose
-    answer is not its class. For the answers that are best on the population the number kept is binomial, and `kept`,
-    the best of all answers on the sample, is no less. So the Clopper-Pearson limit of `kept` holds at the full
-    level: there is no division by the number of classes, since one lower limit that holds limits the smallest.
+    `kept` of `images` is the bound from those hubs alone, without pairs. An image is lost if it can be moved to a hub
+    whose answer is not its class: once the hubs are fixed, that is the image's own affair. For the answers that are
+    best on the population the number kept is therefore binomial, and `kept` is no less: it is the best of all answers,
+    and a search that misses ways to a hub only raises it. So the Clopper-Pearson limit of `kept` holds at the full
+    level. There is no division by the number of classes: the limit of the best answer alone has to hold.
 
     Raises UsageError for counts or a confidence that are none.
 

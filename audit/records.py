@@ -156,10 +156,13 @@ def is_calibrated(folder: Path, key: str) -> bool:
     return (Path(folder) / "calibration" / f"{key}.json").exists()
 
 
-def read_calibration(folder: Path) -> list[CalibrationRow]:
-    """Return every calibration row of a run folder, none where it was never calibrated; raises IntegrityError."""
+def read_calibration(folder: Path, key: str = "*") -> list[CalibrationRow]:
+    """Return the calibration rows of a folder, of all settings or of one; none where there are none.
+
+    Raises IntegrityError for a file that holds something else.
+    """
     rows: list[CalibrationRow] = []
-    for path in sorted((Path(folder) / "calibration").glob("*.json")):
+    for path in sorted((Path(folder) / "calibration").glob(f"{key}.json")):
         try:
             data = json.loads(path.read_text())
             if data["schema"] != CALIBRATION_SCHEMA:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from audit.certificate import TIERS, Certificate, Tier, bound_of, holds, noise_floor
+from audit.certificate import TIERS, Certificate, Tier, bound_of, holds, inapplicable, noise_floor
 from audit.collisions import Meetings
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
 from audit.meeting import Layer
@@ -115,6 +115,8 @@ def verify(path: Path, layer: Layer, clean: Images, labels: Labels, weights_sha2
     if header.weights_sha256 != weights_sha256:
         raise IntegrityError(f"{path} is of weights {header.weights_sha256}, these are {weights_sha256}")
     _check_data(witness, clean, labels)
+    if reason := inapplicable(layer, clean, labels, header.threat):
+        raise IntegrityError(f"no witness can hold for this layer: {reason}")
     device = clean.device
     meetings = Meetings(*(part.to(device) for part in meetings))
     _check_balls(meetings, clean, header.threat)

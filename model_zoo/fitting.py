@@ -98,7 +98,7 @@ def _compare(network: nn.Module, tensors: dict[str, Tensor], strips: tuple[str, 
         kept=tuple(kept),
         ignored=tuple(ignored),
         missing=tuple(name for name in absent if name not in kept),
-        unexpected=tuple(name for name in extra if name not in ignored),
+        unexpected=tuple(sorted(name for name in extra if name not in ignored)),  # a file may list names in any order
     )
 
 

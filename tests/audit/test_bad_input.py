@@ -176,10 +176,10 @@ def test_a_typo_in_the_benchmark(refused: Refused, tmp_path: Path) -> None:
     )
     assert refused(2, "run", "b.yaml").startswith("b.yaml:5:5: threats.0.eps: Field required")
     (tmp_path / "b.yaml").write_text(
-        f"name: a\ndataset: digits\nmodels: [{REF}]\nthreats: {{eps: 0.1}}\nsearch:\n  ronds: 4\n"
+        f"name: a\ndataset: digits\nmodels: [{REF}]\nthreats: {{eps: 0.1}}\nattack:\n  stesp: 4\n"
     )
     said = refused(2, "run", "b.yaml")
-    assert said.startswith("b.yaml:6:3: search: unknown key 'ronds'; did you mean 'rounds'")
+    assert said.startswith("b.yaml:6:3: attack: unknown key 'stesp'; did you mean 'steps'")
     assert "cannot read none.yaml" in refused(3, "run", "none.yaml")
     assert not (tmp_path / "runs").exists()
 

@@ -14,7 +14,7 @@ from reports.cli import main
 from reports.table import COLUMNS
 
 REF = "bundled:digits-vgg-robust"
-QUICK = ("--dataset", "digits", "--eps", "0", "--images", "60", "--seeds", "1")
+QUICK = ("--dataset", "digits", "--eps", "0", "--images", "60", "--seeds", "1", "--estimator", "sandwich")
 
 
 def test_an_audit_prints_one_json_array_and_nothing_else(
@@ -64,6 +64,48 @@ def test_a_failed_audit_still_prints_strict_json(
     assert row["status"].startswith("failed: unknown layer 'logit'")
     assert row["rv"] is None
     assert captured.err.count("unknown layer") == 1
+
+
+def test_estimators_side_by_side_and_their_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["audit", REF, *QUICK[:-1], "label-level", "--estimator", "label-information", "--out", "run"]
+    assert main(words) == 0
+    assert "label-level" in capsys.readouterr().out
+    frame = (tmp_path / "run" / "leaderboard.csv").read_text()
+    assert frame.count("label-information") == 1
+    keys = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "run" / "calibration").iterdir())
+    assert keys == ["label-information", "label-level"]
+    assert main(["leaderboard", "run"]) == 0
+    assert "calibration: passed on" in capsys.readouterr().out
+
+
+def test_calibrating_one_estimator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["calibrate", "--estimator", "label-level", "--brief", "--json", "--out", "run"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["channel"] for row in rows} == {"sign of a Gaussian mixture", "2 noiseless bits"}
+    assert all(row["passed"] and row["estimator"] == "label-level" for row in rows)
+    assert len(list((tmp_path / "run" / "calibration").iterdir())) == 1
+    assert main(["calibrate", "--estimator", "label-levle"]) == 2
+    assert "unknown estimator 'label-levle'; did you mean 'label-level'" in capsys.readouterr().err
+
+
+def test_an_estimator_that_fails_calibration_is_an_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b.yaml").write_text(
+        "name: a\ndataset: digits\nmodels: bundled:*\nthreats: {eps: 0.1}\n"
+        "estimators: {name: label-level, steps: 1, relative_step: 0.01}\n"
+    )
+    words = ["calibrate", "--config", str(tmp_path / "b.yaml"), "--brief", "--out", str(tmp_path / "run")]
+    assert main(words) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED" in shown
+    assert "1 of 2 channels with a verdict passed" in shown
 
 
 def test_layers_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:

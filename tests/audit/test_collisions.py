@@ -56,7 +56,7 @@ def test_box_step_is_the_box_constrained_least_squares_solution():
     assert bool(((step >= low) & (step <= high)).all())
 
 
-@pytest.mark.parametrize("eps", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("eps", [0.01, 0.02, 0.05])
 def test_a_linear_layer_meets_exactly_where_its_intervals_do(eps):
     """Two features of disjoint pixels: a feature moves by at most eps |w|_1 on either side."""
     clean, labels = drawn(14, 1, 4, 4), torch.arange(14) % 3
@@ -101,7 +101,7 @@ def test_a_hub_of_a_linear_layer_is_reached_by_those_it_is_in_reach_of():
 def test_what_meets_is_legal_and_equal_to_the_last_digits():
     layer, clean, labels = network(), drawn(24, 1, 6, 6, low=0, high=1), torch.arange(24) % 4
     search = Search(layer, clean, Linf(0.1), SearchEffort(hubs=1, neighbours=4))
-    hubs, met = find_hubs(search, NEAR, seed=0)
+    _, met = find_hubs(search, NEAR, seed=0)
     left = torch.tensor([i for i in range(24) if i not in met.members])
     pairs = pair_meetings(search, labels, left, NEAR)
     assert len(met.members) >= 8
@@ -119,7 +119,7 @@ def test_what_meets_is_legal_and_equal_to_the_last_digits():
 
 
 def test_an_image_finds_its_way_alone():
-    """What the population limit from frozen hubs rests on: the others in the batch do not matter."""
+    """Who else is in the batch decides nothing here."""
     layer, clean = network(), drawn(12, 1, 6, 6, low=0, high=1)
     search = Search(layer, clean, Linf(0.08))
     hub = choose_hub(search, torch.arange(12), seed=0)
