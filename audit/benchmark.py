@@ -43,7 +43,10 @@ class Watcher:
 
 
 def expand(config: BenchmarkConfig) -> list[Cell]:
-    """Return the benchmark's cells with patterns such as `bundled:digits-*` replaced by the models they match."""
+    """Return the benchmark's cells with patterns such as `bundled:digits-*` replaced by the models they match.
+
+    The cells of one model stay together: it is loaded and attacked once.
+    """
     found: list[Cell] = []
     for cell in cells(config):
         source, _, pattern = cell.ref.partition(":")
@@ -54,7 +57,8 @@ def expand(config: BenchmarkConfig) -> list[Cell]:
         if not names:
             raise UnknownNameError("bundled pattern", pattern, bundled_names())
         found += [replace(cell, ref=f"bundled:{name}") for name in names]
-    return found
+    first = {cell.ref: number for number, cell in reversed(list(enumerate(found)))}
+    return sorted(found, key=lambda cell: first[cell.ref])
 
 
 def claim(folder: Path, config: BenchmarkConfig, text: str) -> None:

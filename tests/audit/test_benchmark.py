@@ -338,3 +338,14 @@ def test_the_same_weights_with_another_normalisation_are_another_cell():
     assert network(ref.format("a.pth", ".5,.5,.5", "one")) == network(ref.format("b.pth", ".5,.5,.5", "two"))
     assert network(ref.format("a.pth", ".5,.5,.5", "one")) != network(ref.format("a.pth", ".4,.4,.4", "one"))
     assert network("timm:resnet18") == "timm:resnet18"
+
+
+def test_the_cells_of_one_model_stay_together(tmp_path):
+    (tmp_path / "b.yaml").write_text(
+        "name: a\ndataset: digits\nmodels: [bundled:digits-vgg-*, bundled:digits-resnet-standard]\n"
+        "threats: {eps: [0.1, 0.2]}\nestimators: [sandwich, label-level]\n"
+    )
+    refs = [cell.ref for cell in expand(read_config(tmp_path / "b.yaml"))]
+    runs = [ref for ref, before in zip(refs, ["", *refs], strict=False) if ref != before]
+    assert len(refs) == 16
+    assert len(runs) == len(set(runs)) == 4
