@@ -22,7 +22,7 @@ class Calibration:
     """How an estimator is held against the channels: samples of each, and the errors that pass, in nats.
 
     Errors pass on channels of at most `most_nats` and `most_dimensions`; the others are shown without a verdict.
-    `search` says whether the worst case gets one: an estimator for replication only claims none.
+    Without a tolerance a case is shown, never judged.
     """
 
     samples: int

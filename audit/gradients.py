@@ -7,16 +7,16 @@ from audit.errors import InvalidModelError
 from audit.types import Images
 
 
-def input_gradient(value: Tensor, images: Images, weights: Tensor | None = None) -> Tensor:
+def input_gradient(value: Tensor, images: Images, weights: Tensor | None = None, *, keep: bool = False) -> Tensor:
     """Return the gradient (N, C, H, W) of a value, or of features weighted by `weights`, at the leaf images.
 
-    Raises InvalidModelError where there is none or it is not finite: a search that follows it would find nothing and
-    say so to nobody.
+    `keep` leaves the graph for another gradient of it. Raises InvalidModelError where there is no gradient or it is
+    not finite: a search that follows it would find nothing and say so to nobody.
     """
     found = None
     if value.requires_grad:
         # autograd.grad, not backward: parameters keep no gradient and cost nothing
-        (found,) = torch.autograd.grad(value, images, weights, allow_unused=True)
+        (found,) = torch.autograd.grad(value, images, weights, retain_graph=keep, allow_unused=True)
     if found is None:
         raise InvalidModelError("the network gives no gradient to its input: something in its forward pass cuts it off")
     bad = int((~found.isfinite()).flatten(1).any(1).sum())

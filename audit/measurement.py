@@ -71,7 +71,12 @@ def audit_model(
     measured = LayerAudit(network, images, labels, layer, settings).under(threat)
     record = assemble(accuracy, measured, layer, threat, settings)
     weights = _fingerprint(network)
-    identity = {"weights_sha256": weights, "data_sha256": _hash(images, labels), "layer": layer, "norm": threat.norm}
+    identity = {
+        "weights_sha256": weights,
+        "data_sha256": tensors_sha256(images, labels),
+        "layer": layer,
+        "norm": threat.norm,
+    }
     return _named(record, network, {**identity, "eps": threat.eps, "settings": repr(settings)}, started)
 
 
@@ -244,10 +249,11 @@ def _named(record: AuditRecord, network: nn.Module, identity: dict[str, Any], st
 
 def _fingerprint(network: nn.Module) -> str:
     state = network.state_dict()
-    return _hash(*(state[name] for name in sorted(state)))
+    return tensors_sha256(*(state[name] for name in sorted(state)))
 
 
-def _hash(*tensors: Tensor) -> str:
+def tensors_sha256(*tensors: Tensor) -> str:
+    """Return the sha256 of tensors: their types, shapes and bytes."""
     seen = sha256()
     for tensor in tensors:
         plain = tensor.detach().cpu().contiguous()

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.errors import InvalidModelError
 from audit.gauss_newton import Problem, box_step
+from audit.gradients import input_gradient
 from audit.threat import ThreatModel
 from audit.types import Features, Images
 
@@ -119,7 +119,7 @@ class Search:
             features = self.layer.working(leaf)
             residual = _residual(features.detach(), target, groups.shape) @ metric
             direction = torch.stack([residual, -residual], 1)[:, : groups.shape[1]].flatten(0, 1)
-            gradient = _pull_back(features, leaf, direction)
+            gradient = input_gradient(features, leaf, direction)
             size = self.threat.eps * self.effort.relative_step * (1 - 0.9 * done / steps)
             moved = (moved - size * gradient.sign().view_as(moved)).clamp(low, high)
             self.passes += len(leaf)
@@ -185,7 +185,8 @@ class Search:
         features = self.layer.working(leaf)
         width = features.shape[1]
         rows = [
-            _pull_back(features, leaf, _unit(features, k), keep=k + 1 < width).unflatten(0, shape) for k in range(width)
+            input_gradient(features, leaf, _unit(features, k), keep=k + 1 < width).unflatten(0, shape)
+            for k in range(width)
         ]
         self.passes += len(leaf) * (1 + width) / 2
         jacobian = torch.stack(rows, 1).double()
@@ -216,16 +217,3 @@ def _residual(features: Features, target: Features, groups: tuple[int, ...]) -> 
 
 def _unit(features: Features, column: int) -> Tensor:
     return torch.zeros_like(features).index_fill(1, torch.tensor(column, device=features.device), 1.0)
-
-
-def _pull_back(features: Features, leaf: Tensor, direction: Tensor, *, keep: bool = False) -> Tensor:
-    """Return the gradient at the images (N, C, H, W) of features (N, D) along a direction (N, D)."""
-    found = None
-    if features.requires_grad:
-        (found,) = torch.autograd.grad(features, leaf, direction, retain_graph=keep, allow_unused=True)
-    if found is None:
-        raise InvalidModelError("the layer gives no gradient to its input: something on the way to it cuts it off")
-    bad = int((~found.isfinite()).flatten(1).any(1).sum())
-    if bad:
-        raise InvalidModelError(f"the gradient to the input is not finite for {bad} of {len(leaf)} images")
-    return found

@@ -18,6 +18,7 @@ from torch import Tensor
 from audit.certificate import TIERS, Certificate, Tier, bound_of, holds, inapplicable, noise_floor
 from audit.collisions import Meetings
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
+from audit.measurement import tensors_sha256
 from audit.meeting import Layer
 from audit.programme import Bound
 from audit.records import write_atomically
@@ -53,12 +54,7 @@ class Witness:
 
 def data_sha256(clean: Images, labels: Labels) -> str:
     """Return the sha256 of images and labels: their types, shapes and bytes."""
-    seen = sha256()
-    for tensor in (clean, labels):
-        plain = tensor.detach().cpu().contiguous()
-        seen.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        seen.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-    return seen.hexdigest()
+    return tensors_sha256(clean, labels)
 
 
 def write(path: Path, certificate: Certificate, header: Header, labels: Labels) -> str:
