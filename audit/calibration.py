@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from math import log
+from math import hypot, log
+from statistics import fmean
 
 from audit.channels import Channel, channels
-from audit.estimates import Estimator, Subject
+from audit.estimates import Estimator, MIEstimate, Subject, Vulnerability
 from audit.labels import LabelInformation, LabelLevel
 from audit.measurement import VERSION
 from audit.mine import Mine
@@ -86,25 +87,34 @@ def _plainest(found: list[Channel]) -> Iterator[Channel]:
             yield channel
 
 
-def _row(estimator: Estimator, channel: Channel, plan: Calibration, seed: int = 0) -> CalibrationRow:
-    sample = channel.sample(plan.samples, seed)
-    encoder = channel.noisy(seed)
-    if isinstance(estimator, Sandwich):  # it brings the channel's noise itself
-        encoder, estimator = channel.noiseless(), replace(estimator, noise=channel.sigma or _NOISELESS, absolute=True)
-    subject = Subject(encoder, sample.images, sample.labels)
-    found = estimator.vulnerability(subject, Linf(channel.eps), seed)
+def _row(estimator: Estimator, channel: Channel, plan: Calibration) -> CalibrationRow:
+    found = [_found(estimator, channel, plan.samples, seed) for seed in range(channel.repeats)]
+    normal, normal_error = _mean([each.normal for each in found])
+    worst, worst_error = _mean([each.worst for each in found]) if channel.eps else (None, None)
     judged = (
         channel.normal_nats <= min(plan.most_nats, log(plan.samples)) and _dimension(channel) <= plan.most_dimensions
     )
     worst_known = channel.worst_nats is not None and channel.exact
     return CalibrationRow(
         channel=channel.name, parameters=channel.parameters, estimator=estimator.name, samples=plan.samples,
-        true_normal_nats=channel.normal_nats, normal_nats=found.normal.nats, normal_nats_se=found.normal.stderr,
-        true_worst_nats=channel.worst_nats,
-        worst_nats=found.worst.nats if channel.eps else None, worst_nats_se=found.worst.stderr if channel.eps else None,
+        true_normal_nats=channel.normal_nats, normal_nats=normal, normal_nats_se=normal_error,
+        true_worst_nats=channel.worst_nats, worst_nats=worst, worst_nats_se=worst_error,
         normal_tolerance=plan.normal_tolerance if judged else None,
         worst_tolerance=plan.worst_tolerance if judged and worst_known else None,
     )  # fmt: skip
+
+
+def _found(estimator: Estimator, channel: Channel, samples: int, seed: int) -> Vulnerability:
+    sample = channel.sample(samples, seed)
+    encoder = channel.noisy(seed)
+    if isinstance(estimator, Sandwich):  # it brings the channel's noise itself
+        encoder, estimator = channel.noiseless(), replace(estimator, noise=channel.sigma or _NOISELESS, absolute=True)
+    return estimator.vulnerability(Subject(encoder, sample.images, sample.labels), Linf(channel.eps), seed)
+
+
+def _mean(estimates: list[MIEstimate]) -> tuple[float, float]:
+    """Return the mean of estimates on independent samples and its standard error, in nats."""
+    return fmean(each.nats for each in estimates), hypot(*(each.stderr for each in estimates)) / len(estimates)
 
 
 def _dimension(channel: Channel) -> int:

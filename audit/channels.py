@@ -33,7 +33,8 @@ class Channel:
 
     `eps` is in pixels. `classes` is 0 where the features answer no question; else features are logits of so many
     classes. `tells` says whether the truth is I(X; Z) of the image or I(Y; Z) of its label; `exact` whether the closed
-    form of the worst case is the infimum, not only an upper bound of it.
+    form of the worst case is the infimum, not only an upper bound of it. `repeats` is how many samples to average
+    over where one cannot be stratified.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Channel:
     classes: int = 0
     exact: bool = True
     tells: Literal["image", "label"] = "image"
+    repeats: int = 1
 
     def sample(self, count: int, seed: int) -> Sample:
         """Return a seeded sample of the channel's inputs."""
@@ -164,7 +166,8 @@ def _vector(dimensions: int, nats: float, sigma: float) -> Channel:
         values = torch.randn(count, dimensions, generator=generator)
         return Sample(as_images(values), torch.zeros(count, dtype=torch.long))
 
-    return Channel(f"{dimensions}-d Gaussian", f"sigma {sigma:.4g}", draw, as_values, sigma, 0.0, nats, None)
+    return Channel(f"{dimensions}-d Gaussian", f"sigma {sigma:.4g}", draw, as_values, sigma, 0.0, nats, None,
+                   repeats=4)  # fmt: skip
 
 
 def _bits() -> list[Channel]:

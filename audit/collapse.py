@@ -95,6 +95,6 @@ def hub(mover: Mover, start: Moved, centres: Features, trial: int = 100, steps: 
     left = []
     for centre in centres:
         reached = few.along(towards(centre), first, steps)
-        # by the typical image: a few that cannot be moved at all must not decide
-        left.append(float((reached.features - centre).square().sum(1).median()))
+        # plain distances: squares let a few that cannot be moved decide, a median the half that sits there already
+        left.append(float((reached.features - centre).square().sum(1).sqrt().mean()))
     return centres[left.index(min(left))], float(len(centres) * steps * len(first.images))

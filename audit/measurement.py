@@ -24,7 +24,7 @@ from audit.types import Images, Labels, keyed_generator
 
 _NOISE = 81
 _FEWEST = 50
-VERSION = 2  # raised by hand when a change of the method changes numbers
+VERSION = 3  # raised by hand when a change of the method changes numbers
 
 
 @dataclass(frozen=True)

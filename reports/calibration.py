@@ -28,7 +28,7 @@ def calibration_sentence(rows: Sequence[CalibrationRow], estimator: str) -> str:
     worst = max(failed or judged, key=_largest)
     if not failed:
         passed = f"passed on {len(judged)} of {plural(len(judged), 'channel')}"
-        return f"calibration: {passed}, largest error {_largest(worst):.2f} nats"
+        return f"calibration: {passed}, largest error {_largest(worst):.2f} nats{_unjudged(judged)}"
     return (
         f"FAILED calibration on {len(failed)} of {plural(len(judged), 'channel')} "
         f"(largest error {_largest(worst):.2f} nats on {channel_name(worst)})"
@@ -63,6 +63,12 @@ def verdict(row: CalibrationRow) -> str:
 def channel_name(row: CalibrationRow) -> str:
     """Return a channel with its parameters."""
     return plain_text(f"{row.channel} {row.parameters}".strip())
+
+
+def _unjudged(rows: Sequence[CalibrationRow]) -> str:
+    """A passed estimator must not seem to have passed what it was never judged on."""
+    judged = {case for row in rows for case in errors(row, judged_only=True)}
+    return "".join(f" ({case} case only)" for case in judged) if len(judged) == 1 else ""
 
 
 def _largest(row: CalibrationRow) -> float:

@@ -139,3 +139,13 @@ def test_a_key_names_the_settings():
     keys += [settings_key(replace(LabelInformation(), probes=replace(LabelInformation().probes, folds=4)))]
     assert len(set(keys)) == len(keys)
     assert settings_key(Sandwich(quantisers=(2, 8))) == settings_key(Sandwich(quantisers=(2, 8)))
+
+
+def test_channels_that_cannot_be_stratified_are_averaged_over_samples():
+    (channel,) = [each for each in applicable(Sandwich()) if each.normal_nats == 1.0 and each.name == "5-d Gaussian"]
+    plan = PLANS[Sandwich]
+    row = calibration._row(Sandwich(), channel, plan)
+    alone = [calibration._found(Sandwich(), channel, plan.samples, seed).normal for seed in range(4)]
+    assert row.normal_nats == pytest.approx(sum(each.nats for each in alone) / 4)
+    assert len({each.nats for each in alone}) == 4
+    assert 0.4 < row.normal_nats_se / alone[0].stderr < 0.6

@@ -35,6 +35,11 @@ def test_an_estimator_that_fails_is_named_with_the_channel(calibrated):
     assert not failed_calibration(rows, "sandwich")
 
 
+def test_a_case_that_was_never_judged_has_not_passed(calibrated):
+    rows = [replace(row, worst_tolerance=None) for row in calibrated("mine-infonce", 0.02)]
+    assert calibration_sentence(rows, "mine-infonce").endswith("largest error 0.02 nats (normal case only)")
+
+
 def test_the_worst_case_alone_can_fail(calibrated):
     rows = calibrated("sandwich", 0.02)
     rows[1] = replace(rows[1], worst_nats=rows[1].true_worst_nats - 0.2)
