@@ -1,12 +1,12 @@
 """The measuring commands; `reports.cli` mounts them. Heavy imports wait until a command runs."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from audit.cli_options import FOLDER, image_shape, run_options, source_options
 from audit.errors import ConfigError, UsageError
 
 COMMANDS = {
@@ -18,29 +18,14 @@ COMMANDS = {
     "train": "Train a bundled model again from its recipe.",
 }
 
-Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 _ESTIMATORS = ("sandwich", "label-information")
-_FOLDER = click.Path(file_okay=False, path_type=Path)
-
-
-def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    options: list[Option] = [
-        click.option("--trust-code", is_flag=True, help="Allow factories named in file: references to run their code."),
-        click.option("--offline", is_flag=True, help="Open no socket: use what is here."),
-        click.option("--data-dir", type=_FOLDER, default=Path("data"), show_default=True, help="Where data sets lie."),
-        click.option("--model-dir", type=_FOLDER, default=None, help="RobustBench's folder of weights. [./models]"),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.command("run")
 @click.argument("config", type=click.Path(path_type=Path), default=Path("benchmark.yaml"))
-@click.option("--out", type=_FOLDER, default=None, help="The run folder. [runs/<name of the benchmark>]")
+@click.option("--out", type=FOLDER, default=None, help="The run folder. [runs/<name of the benchmark>]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON array, nothing else.")
-@_source_options
+@source_options
 def run_command(config: Path, out: Path | None, as_json: bool, **where: Any) -> int:
     """Run the benchmark that CONFIG describes; finished cells of its run folder are not computed again."""
     from audit.benchmark import claim, expand
@@ -66,9 +51,9 @@ def run_command(config: Path, out: Path | None, as_json: bool, **where: Any) -> 
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many seeds.")
 @click.option("--estimator", "estimators", multiple=True, default=_ESTIMATORS, show_default=True, help="Repeatable.")
 @click.option("--reduce", default="flatten", show_default=True, help="flatten, or mean over positions.")
-@click.option("--out", type=_FOLDER, default=None, help="The run folder. [runs/<model>-<hash of the request>]")
+@click.option("--out", type=FOLDER, default=None, help="The run folder. [runs/<model>-<hash of the request>]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON array, nothing else.")
-@_source_options
+@source_options
 def audit_command(model: str, dataset: str, out: Path | None, as_json: bool, **request: Any) -> int:
     """Audit MODEL, a reference such as timm:resnet18, bundled:digits-vgg-robust or file:PATH?arch=...
 
@@ -92,7 +77,7 @@ def audit_command(model: str, dataset: str, out: Path | None, as_json: bool, **r
 @click.option("--estimator", "estimators", multiple=True, help="Repeatable. [all that the configuration names]")
 @click.option("--config", type=click.Path(path_type=Path), default=None, help="A benchmark, for its settings.")
 @click.option("--brief", is_flag=True, help="One radius of a few channels, as every run does.")
-@click.option("--out", type=_FOLDER, default=Path("runs/calibration"), show_default=True, help="A run folder.")
+@click.option("--out", type=FOLDER, default=Path("runs/calibration"), show_default=True, help="A run folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as one JSON array, nothing else.")
 def calibrate_command(estimators: tuple[str, ...], config: Path | None, brief: bool, out: Path, as_json: bool) -> int:
     """Hold estimators against channels whose normal and worst-case information is known; exit 1 where one fails.
@@ -133,7 +118,7 @@ def models_command(source: str | None, as_json: bool) -> None:
 @click.argument("model")
 @click.option("--shape", default=None, help="Image shape such as 3x32x32, where the model does not tell.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array, nothing else.")
-@_source_options
+@source_options
 def layers_command(model: str, shape: str | None, as_json: bool, **where: Any) -> None:
     """List the layers of MODEL: output shape, dimension, calls per forward, overwritten in place later."""
     import torch
@@ -143,8 +128,8 @@ def layers_command(model: str, shape: str | None, as_json: bool, **where: Any) -
     from model_zoo.load import load_model
     from model_zoo.prepared import check_outputs
 
-    loaded = load_model(model, _options(where).sources)
-    size = _shape(shape) if shape else loaded.image_shape
+    loaded = load_model(model, run_options(where).sources)
+    size = image_shape(shape) if shape else loaded.image_shape
     if size is None:
         raise UsageError(f"{model!r} does not tell its image shape: add --shape, such as --shape 3x32x32")
     if shape and loaded.num_classes:
@@ -163,7 +148,7 @@ def layers_command(model: str, shape: str | None, as_json: bool, **where: Any) -
 
 @click.command("train")
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
-@click.option("--out", type=_FOLDER, default=Path("trained"), show_default=True, help="Where weights and card go.")
+@click.option("--out", type=FOLDER, default=Path("trained"), show_default=True, help="Where weights and card go.")
 def train_command(recipes: tuple[str, ...], out: Path) -> None:
     """Train bundled models again; RECIPE is a name of `rvaudit models --source bundled`, or all."""
     from audit.display import Display
@@ -183,7 +168,7 @@ def _run_cells(cells: list[Any], folder: Path, where: dict[str, Any]) -> list[An
 
     with Display(len(cells)) as display:
         watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
-        return run(cells, folder, _options(where), watcher)
+        return run(cells, folder, run_options(where), watcher)
 
 
 def _chosen_estimators(names: tuple[str, ...], config: Path | None) -> list[Any]:
@@ -320,24 +305,6 @@ def _slug(ref: str) -> str:
     name = ref.partition("?")[0].rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].partition(":")
     kept = "".join(c if c.isascii() and (c.isalnum() or c in ".-_") else "-" for c in (name[2] or name[0]))
     return kept.lstrip("._-")[:50] or "model"
-
-
-def _options(where: dict[str, Any]) -> Any:
-    from audit.benchmark import RunOptions
-    from model_zoo.load import SourceSettings
-
-    sources = SourceSettings(
-        trust_code=where["trust_code"], offline=where["offline"], cache_dir=None, model_dir=where["model_dir"]
-    )
-    return RunOptions(sources, where["data_dir"], where["device"])
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        raise UsageError(f"shape {text!r} is not channels x height x width, such as 3x32x32")
-    channels, height, width = map(int, parts)
-    return channels, height, width
 
 
 def _model_row(entry: Any) -> tuple[str, ...]:
