@@ -3,7 +3,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint clean
+DATA ?= ../shared/data/cifar10-test-a.parquet
+CHECKPOINTS ?= ../shared/checkpoints
+
+.PHONY: run test lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -28,5 +31,15 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@ $(VENV)/.installed
 
+# other packages to measure against, in an environment of their own: torchattacks overwrites robustbench
+.bench-venv/.installed: benchmarks/requirements.txt
+	$(PYTHON) -m venv .bench-venv || python3 -m venv .bench-venv
+	.bench-venv/bin/python -m pip install --quiet -r $<
+	touch $@
+
+bench: .bench-venv/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=. .bench-venv/bin/python benchmarks/attacks.py --data $(DATA) \
+	    --checkpoints $(CHECKPOINTS) --out benchmarks/results/attacks.csv
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .bench-venv runs

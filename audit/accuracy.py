@@ -1,36 +1,21 @@
 """Natural and adversarial accuracy of a classifier, measured, with intervals."""
 
-from dataclasses import dataclass, field
 from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from audit.attacks import cross_entropy_objective, margin, margin_objective
+from audit.attacks import LOSSES, LabelAttack, Stage, margin, targeted_margin_objective
 from audit.errors import InvalidModelError, UsageError
-from audit.pgd import PGD, minimise
+from audit.fast import faster
+from audit.memory import Batches
+from audit.pgd import NEVER, Found, minimise
 from audit.threat import ThreatModel
 from audit.types import Images, Labels, keyed_generator
 
-_PURPOSE = 1  # the key that separates this module's random streams from others'
-
-
-@dataclass(frozen=True)
-class LabelAttack:
-    """Which attack measures adversarial accuracy: PGD on the cross-entropy, then on the margin for survivors.
-
-    The second loss breaks what more steps and restarts of the first do not.
-    """
-
-    cross_entropy: PGD = field(default_factory=lambda: PGD(steps=10, relative_step=0.25))
-    margin: PGD = field(default_factory=lambda: PGD(steps=10, relative_step=0.25, random_start=False))
-    version: int = 1
-
-    @property
-    def name(self) -> str:
-        """Return the attack as tables show it, such as `pgd-ce-10+margin-10`."""
-        return f"pgd-ce-{_hardness(self.cross_entropy)}+margin-{_hardness(self.margin)}"
+_PURPOSE, _NOISE = 1, 2  # the keys that separate this module's random streams from others'
+_ROUNDING = 1e-6  # by how much a broken image may leave its ball
 
 
 class Proportion(NamedTuple):
@@ -42,9 +27,25 @@ class Proportion(NamedTuple):
     images: int
 
 
+class Siege(NamedTuple):
+    """What became of each image (N,): right at all, still right, by which stage (-1: none) and at which step it was
+    lost, the smallest margin that the network itself confirmed, and the images (N, C, H, W) that have it."""
+
+    correct: Tensor
+    robust: Tensor
+    stage: Tensor
+    step: Tensor
+    margin: Tensor
+    images: Images
+
+
 class Accuracy(NamedTuple):
     """What the label attack measured: natural, adversarial, which images stayed right (N,), the passes spent,
-    and of what the images are: how many classes, and the share of the largest."""
+    and of what the images are: how many classes, and the share of the largest.
+
+    `passes` counts forward+backward passes of single images, `forwards` those without a backward one. `names` are
+    the stages that `siege` counts by.
+    """
 
     natural: Proportion
     adversarial: Proportion
@@ -52,6 +53,9 @@ class Accuracy(NamedTuple):
     passes: int
     num_classes: int
     largest_share: float
+    forwards: int
+    siege: Siege
+    names: tuple[str, ...]
 
 
 def wilson(successes: int, count: int, z: float = 1.959964) -> Proportion:
@@ -78,7 +82,7 @@ def logits_of(network: nn.Module, images: Images, batch_size: int) -> Tensor:
 
     The argmax of a row with a NaN is a class, so such a network would seem to score.
     """
-    logits = torch.cat([network(batch) for batch in images.split(batch_size)])
+    logits = Batches(batch_size).run(network, images)
     bad = int((~logits.isfinite()).flatten(1).any(1).sum())
     if bad:
         raise InvalidModelError(f"the network's output is not finite for {bad} of {len(images)} images")
@@ -86,33 +90,117 @@ def logits_of(network: nn.Module, images: Images, batch_size: int) -> Tensor:
 
 
 def measure_accuracy(
-    network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, attack: LabelAttack, seed: int
+    network: nn.Module,
+    images: Images,
+    labels: Labels,
+    threat: ThreatModel,
+    attack: LabelAttack,
+    seed: int,
 ) -> Accuracy:
     """Return natural and adversarial accuracy on the given images.
 
-    An image counts as robust when the network names its class on the clean image and on every image the attack
-    met; a "broken" verdict is given by a plain forward pass on a legal image.
+    An image counts as robust when the network names its class on the clean image and on every image that a stage
+    ended with; a "broken" verdict is given by a plain forward pass of the network itself on a legal image.
     """
-    logits = logits_of(network, images, attack.margin.batch_size)
-    correct = margin(logits, labels) > 0
-    robust, passes = correct.clone(), 0
-    for stage, (make, pgd) in enumerate(
-        [(cross_entropy_objective, attack.cross_entropy), (margin_objective, attack.margin)]
-    ):
-        survivors = robust.nonzero().flatten()
-        if len(survivors) == 0 or threat.eps == 0:
-            break
-        generator = keyed_generator(seed, _PURPOSE, stage)
-        objective = make(network, labels[survivors])
-        found = minimise(objective, images[survivors], threat, pgd, generator)
-        verdict = margin(logits_of(network, found.images, pgd.batch_size), labels[survivors]) > 0
-        robust[survivors] = verdict
-        passes += found.passes
-    count = len(images)
-    natural, adversarial = (wilson(int(right.sum()), count) for right in (correct, robust))
+    assault = _Assault(network, images, labels, threat, attack, seed)
+    if threat.eps > 0:
+        for number, stage in enumerate(attack.stages):
+            assault.search(number, stage)
+        assault.noise()
+        assault.borrowed()
+    siege, count = assault.siege, len(images)
+    natural, adversarial = (wilson(int(right.sum()), count) for right in (siege.correct, siege.robust))
     share = float(labels.bincount().max()) / count
-    return Accuracy(natural, adversarial, robust, passes, logits.shape[1], share)
+    return Accuracy(natural, adversarial, siege.robust, assault.passes, assault.num_classes, share, assault.forwards,
+                    siege, attack.names)  # fmt: skip
 
 
-def _hardness(pgd: PGD) -> str:
-    return f"{pgd.steps}x{pgd.restarts}" if pgd.restarts > 1 else str(pgd.steps)
+class _Assault:
+    """The stages of one attack on one set of images, and what is still standing."""
+
+    def __init__(
+        self, network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, attack: LabelAttack, seed: int
+    ) -> None:
+        self.network, self.images, self.labels = network, images, labels
+        self.threat, self.attack, self.seed = threat, attack, seed
+        logits = logits_of(network, images, attack.batch_size)
+        margins, self.num_classes = margin(logits, labels), logits.shape[1]
+        nobody = torch.full_like(labels, NEVER)
+        right = margins > 0
+        self.siege = Siege(right, right.clone(), nobody, nobody.clone(), margins.clone(), images.clone())
+        # the likeliest other classes first; a network of two classes has one
+        self.others = logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
+        self.searched = faster(network, images) if attack.fast else network
+        self.passes, self.forwards = 0, len(images)
+
+    @property
+    def standing(self) -> Tensor:
+        """The indices (A,) of the images that are still right."""
+        return self.siege.robust.nonzero().flatten()
+
+    def search(self, number: int, stage: Stage) -> None:
+        """Run one stage on what is standing."""
+        for rank in range(min(max(stage.targets, 1), self.num_classes - 1)):
+            self._searched(number, stage, rank, self.standing, self.searched)
+            # where the copy was mistaken about a broken image, the network itself is searched
+            if self.searched is not self.network:
+                self._searched(number, stage, rank, self._mistaken, self.network)
+
+    def _searched(self, number: int, stage: Stage, rank: int, index: Tensor, network: nn.Module) -> None:
+        self._mistaken = index[:0]
+        if len(index) == 0:
+            return
+        labels = self.labels[index]
+        if stage.loss == "targeted":
+            objective = targeted_margin_objective(network, labels, self.others[index, rank])
+        else:
+            objective = LOSSES[stage.loss](network, labels)
+        generator = keyed_generator(self.seed, _PURPOSE, number, rank)
+        found = minimise(objective, self.images[index], self.threat, stage.pgd, generator)
+        self.passes, self.forwards = self.passes + found.passes, self.forwards + found.forwards
+        lost = self._confirm(index, found.images, number, found)
+        self._mistaken = index[found.done & ~lost]
+
+    def noise(self) -> None:
+        """Try random corners of the ball."""
+        generator = keyed_generator(self.seed, _NOISE)
+        for _ in range(self.attack.noise):
+            # drawn for all images, so that the draws do not depend on who is standing
+            directions = torch.randn(self.images.shape, generator=generator).to(self.images)
+            index = self.standing
+            if len(index) == 0:
+                return
+            clean = self.images[index]
+            corners = self.threat.step(clean, directions[index], clean, self.threat.eps)
+            self._confirm(index, corners, len(self.attack.stages))
+
+    def borrowed(self) -> None:
+        """Let the attacks of other packages try their luck; Square asks for outputs only."""
+        for number, name in enumerate(self.attack.names):
+            known = name.startswith("square-") or name in self.attack.borrowed
+            index = self.standing
+            if not known or len(index) == 0:
+                continue
+            from audit.borrowed import AutoAttack, borrowed_attack
+
+            attack = (
+                borrowed_attack(name) if name in self.attack.borrowed else AutoAttack(("square",), self.attack.queries)
+            )
+            found = attack(self.network, self.images[index], self.labels[index], self.threat, self.seed)
+            self.passes, self.forwards = self.passes + found.backwards, self.forwards + found.forwards - found.backwards
+            self._confirm(index, found.images, number)
+
+    def _confirm(self, index: Tensor, candidates: Images, number: int, found: Found | None = None) -> Tensor:
+        """Note which of the images (A,) their candidates lose, by the network itself, and return it (A,)."""
+        legal = self.threat.distance(candidates, self.images[index]) <= self.threat.eps + _ROUNDING
+        low, high = self.threat.pixel_range
+        legal &= ((candidates >= low) & (candidates <= high)).flatten(1).all(1)
+        margins = margin(logits_of(self.network, candidates, self.attack.batch_size), self.labels[index])
+        self.forwards += len(index)
+        margins = torch.where(legal, margins, torch.inf)
+        smaller, lost, siege = margins < self.siege.margin[index], ~(margins > 0), self.siege
+        siege.margin[index[smaller]], siege.images[index[smaller]] = margins[smaller], candidates[smaller]
+        siege.robust[index[lost]] = False
+        siege.stage[index[lost]] = number
+        siege.step[index[lost]] = found.step[lost] if found else 0
+        return lost

@@ -1,9 +1,14 @@
-"""Attacks on a classifier's label: objectives for `pgd.minimise`, smallest where the attack wins."""
+"""Attacks on a classifier's label: objectives for `pgd.minimise`, smallest where the attack wins, and their tiers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audit.errors import UnknownNameError, UsageError
+from audit.pgd import PGD
 from audit.types import Images, Judged, Labels, Objective
 
 
@@ -39,3 +44,119 @@ def margin_objective(network: nn.Module, labels: Labels) -> Objective:
         return Judged(value, ~(value.detach() > 0))
 
     return objective
+
+
+def targeted_margin_objective(network: nn.Module, labels: Labels, targets: Labels) -> Objective:
+    """Return the objective that minimises the true class's logit less one other's; any lost label ends it.
+
+    `labels` and `targets` are (N,). Source: Gowal et al. 2019, "An Alternative Surrogate Loss for PGD-based
+    Adversarial Testing", section 3.
+    """
+
+    def objective(images: Images, index: Tensor) -> Judged:
+        logits = network(images)
+        true, other = (logits.gather(1, which[index][:, None]).squeeze(1) for which in (labels, targets))
+        return Judged(true - other, ~(margin(logits.detach(), labels[index]) > 0))
+
+    return objective
+
+
+def never_done(objective: Objective) -> Objective:
+    """Return the objective without an end: for who wants the hardest image in the ball, not the first that is lost."""
+
+    def unending(images: Images, index: Tensor) -> Judged:
+        value = objective(images, index).value
+        return Judged(value, torch.zeros(len(images), dtype=torch.bool, device=images.device))
+
+    return unending
+
+
+LOSSES: dict[str, Callable[[nn.Module, Labels], Objective]] = {
+    "ce": cross_entropy_objective,
+    "margin": margin_objective,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One search for images that are still right: a loss, how hard, and for targeted margins how many classes."""
+
+    loss: str
+    pgd: PGD
+    targets: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in (*LOSSES, "targeted"):
+            raise UnknownNameError("loss", self.loss, (*LOSSES, "targeted"))
+        if (self.loss == "targeted") != (self.targets > 0):
+            raise UsageError(f"targets {self.targets!r} must be at least 1 for the targeted loss, and 0 for others")
+
+    @property
+    def name(self) -> str:
+        """Return the stage as tables show it, such as `margin-40x2` or `targeted-20x3`."""
+        times = self.targets or self.pgd.restarts
+        return f"{self.loss}-{self.pgd.steps}" + (f"x{times}" if times > 1 else "")
+
+
+@dataclass(frozen=True)
+class LabelAttack:
+    """Which attack measures adversarial accuracy: stages in turn, each on the images that are still right.
+
+    Then `noise` random corners of the ball, and Square with `queries` queries: attacks that follow no gradient, so
+    what they break beside the others says that the gradients misled. Last the attacks of `borrowed`, by their names
+    in `audit.borrowed`. `fast` lets searches run on a folded copy of the network; every verdict is the network's own,
+    so it decides cost only.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    noise: int = 0
+    queries: int = 0
+    borrowed: tuple[str, ...] = ()
+    fast: bool = True
+    version: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "queries"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"attack {name} {getattr(self, name)!r} must be at least 0")
+        if not self.names:
+            raise UsageError("stages () must be at least one: an attack without a search measures nothing")
+
+    @property
+    def name(self) -> str:
+        """Return the attack as tables show it, such as `ce-10+margin-10+noise-100`."""
+        return "+".join(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the name of each part, in the order they run."""
+        blind = [f"{name}-{count}" for name, count in (("noise", self.noise), ("square", self.queries)) if count]
+        return (*(stage.name for stage in self.stages), *blind, *self.borrowed)
+
+    @property
+    def batch_size(self) -> int:
+        """Return how many images go through the network at once."""
+        return self.stages[0].pgd.batch_size if self.stages else PGD.batch_size
+
+
+def two_losses(cross_entropy: PGD, margins: PGD | None = None) -> LabelAttack:
+    """Return PGD on the cross-entropy, then on the margin for survivors; by default from the clean image.
+
+    The second loss breaks what more steps and restarts of the first do not.
+    """
+    second = margins or PGD(cross_entropy.steps, cross_entropy.relative_step, random_start=False,
+                            restarts=cross_entropy.restarts, batch_size=cross_entropy.batch_size)  # fmt: skip
+    return LabelAttack((Stage("ce", cross_entropy), Stage("margin", second)))
+
+
+_PAIR = two_losses(PGD(10, 0.25)).stages
+AUDIT = LabelAttack(
+    (*_PAIR, Stage("margin", PGD(40, 0.1, restarts=2)), Stage("targeted", PGD(20, 0.15), targets=3)),
+    noise=100,
+    queries=300,
+)
+TIERS = {
+    "smoke": LabelAttack(_PAIR),
+    "audit": AUDIT,
+    "leaderboard": replace(AUDIT, borrowed=("autoattack-standard",)),
+}

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from audit.accuracy import Accuracy, measure_accuracy
 from audit.config import Cell, cells
 from audit.errors import AuditError, EnvironmentFault, UnknownNameError, UsageError
 from audit.measurement import VERSION, LayerAudit, assemble, check_input
 from audit.records import AuditRecord, RecordStore, digest, write_atomically
+from audit.robustness import Robustness, Target, attacked
 from audit.sections import BenchmarkConfig
 from model_zoo.catalogue import bundled_names
 from model_zoo.datasets import ImageRequest, ImageSet, check_fit, load_images
@@ -121,7 +121,7 @@ class _Workbench:
         self._images: dict[tuple[str, int | None], ImageSet] = {}
         self._entries: dict[str, ModelEntry] = {}
         self._model: tuple[str, LoadedModel] | None = None
-        self._accuracies: dict[str, Accuracy] = {}
+        self._attacked: dict[str, Robustness] = {}
         self._layer: tuple[str, LayerAudit] | None = None
 
     def run(self, cell: Cell, store: RecordStore) -> tuple[AuditRecord, bool]:
@@ -148,21 +148,21 @@ class _Workbench:
         pixels, labels = images.images, images.labels
         check_input(model.network, pixels, labels)
         self.watcher.stage(cell, "attacking")
-        accuracy = self._accuracy(cell, model, images)
+        robustness = self._robustness(cell, model, images)
         self.watcher.stage(cell, "estimating information")
         key = f"{cell.ref} {images.sha256} {cell.layer} {cell.settings}"
         if self._layer is None or self._layer[0] != key:
             self._layer = (key, LayerAudit(model.network, pixels, labels, cell.layer, cell.settings))
-        return assemble(accuracy, self._layer[1].under(cell.threat), cell.layer, cell.threat, cell.settings)
+        return assemble(robustness, self._layer[1].under(cell.threat), cell.layer, cell.threat, cell.settings)
 
-    def _accuracy(self, cell: Cell, model: LoadedModel, images: ImageSet) -> Accuracy:
-        """Accuracies belong to a model and a threat model: layers share them."""
+    def _robustness(self, cell: Cell, model: LoadedModel, images: ImageSet) -> Robustness:
+        """What attacks found belongs to a model and a threat model: layers share them."""
         key = f"{images.sha256} {cell.threat} {cell.settings.attack} {cell.settings.seeds[0]}"
-        if key not in self._accuracies:
+        if key not in self._attacked:
             attack, seed = cell.settings.attack, cell.settings.seeds[0]
-            measured = measure_accuracy(model.network, images.images, images.labels, cell.threat, attack, seed)
-            self._accuracies[key] = measured
-        return self._accuracies[key]
+            target = Target(model.network, images.images, images.labels)
+            self._attacked[key] = attacked(target, cell.threat, attack, seed)
+        return self._attacked[key]
 
     def _image_set(self, cell: Cell) -> ImageSet:
         """The cell's images, moved to the device once."""
@@ -183,7 +183,7 @@ class _Workbench:
 
     def _loaded(self, ref: str) -> LoadedModel:
         if self._model is None or self._model[0] != ref:
-            self._accuracies.clear()
+            self._attacked.clear()
             model = load_model(ref, self.options.sources)
             model.network.to(self.device)
             self._model = (ref, model)
@@ -197,8 +197,10 @@ def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]
     for bound in cell.settings.estimator.memory_only:
         del settings["estimator"][bound]
     settings |= {"seeds": list(cell.settings.seeds)}  # a list, as JSON reads it back
-    for search in ("cross_entropy", "margin"):
-        del settings["attack"][search]["batch_size"]  # bounds memory only
+    del settings["attack"]["fast"]  # decides cost only
+    settings["attack"]["stages"] = list(settings["attack"]["stages"])
+    for stage in settings["attack"]["stages"]:
+        del stage["pgd"]["batch_size"]  # bounds memory only
     return {
         "version": VERSION,
         "network": _network_identity(cell.ref),

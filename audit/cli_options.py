@@ -44,3 +44,10 @@ def image_shape(text: str) -> tuple[int, int, int]:
         raise UsageError(f"shape {text!r} is not channels x height x width, such as 3x32x32")
     channels, height, width = map(int, parts)
     return channels, height, width
+
+
+def slug(ref: str) -> str:
+    """A folder's name from a reference: letters, digits, dots and dashes only."""
+    name = ref.partition("?")[0].rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].partition(":")
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in ".-_") else "-" for c in (name[2] or name[0]))
+    return kept.lstrip("._-")[:50] or "model"

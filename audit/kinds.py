@@ -4,12 +4,14 @@ Accuracies are *measured*; MI values, RV and the bounds computed from them are *
 estimate: an estimate under its floor is flagged `contradicted`, shown, and never ranked.
 """
 
+from collections.abc import Iterable
 from math import log
 from typing import NamedTuple
 
 from torch import Tensor
 
 from audit.accuracy import wilson
+from audit.checks import UPPER_BOUND, Check
 from audit.estimates import FloorKind
 from audit.theory import information_floor
 
@@ -82,6 +84,13 @@ def bound_flags(bound: float, adversarial_low: float) -> list[str]:
     if bound >= adversarial_low:
         return []
     return [f"contradicted: the bound {bound:.3f} is under the measured adversarial accuracy's {adversarial_low:.3f}"]
+
+
+def distrust_flags(checks: Iterable[Check]) -> list[str]:
+    """Return the flag of an attack that failed a trust check: it may have failed where the network did not."""
+    failed = [check for check in checks if check.level == "trust" and check.passed is False]
+    named = ", ".join(f"{check.number} {check.name}" for check in failed)
+    return [f"untrusted: the adversarial accuracy is an {UPPER_BOUND}: failed {named}"] if failed else []
 
 
 def _contradiction(name: str, spread: Spread, least: float, slack: float) -> list[str]:

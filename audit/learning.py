@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.attacks import cross_entropy_objective
+from audit.attacks import cross_entropy_objective, never_done
 from audit.pgd import PGD, minimise
 from audit.threat import ThreatModel
-from audit.types import Images, Judged, Labels, Objective, keyed_generator
+from audit.types import Images, Labels, keyed_generator
 
 
 @dataclass(frozen=True)
@@ -65,21 +65,10 @@ def _loss(
 ) -> Tensor:
     if training.threat is not None:
         network.eval()  # the attack must not move the batch statistics
-        objective = _never_done(network, labels)
+        objective = never_done(cross_entropy_objective(network, labels))
         images = minimise(objective, images, training.threat, training.pgd, generator).images
     network.train()
     return F.cross_entropy(network(images), labels)
-
-
-def _never_done(network: nn.Module, labels: Labels) -> Objective:
-    """Training wants the hardest image in the ball, not the first that is misclassified."""
-    attack = cross_entropy_objective(network, labels)
-
-    def objective(images: Images, index: Tensor) -> Judged:
-        value = attack(images, index).value
-        return Judged(value, torch.zeros(len(images), dtype=torch.bool, device=images.device))
-
-    return objective
 
 
 def _shifted(images: Images, most: int, generator: torch.Generator) -> Images:

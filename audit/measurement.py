@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.accuracy import Accuracy, LabelAttack, logits_of, measure_accuracy
+from audit.accuracy import Accuracy, logits_of
+from audit.attacks import AUDIT, LabelAttack
 from audit.errors import MismatchError, UsageError
 from audit.estimates import Estimator, History, MIEstimate, Subject, Vulnerability
-from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, largest_share
+from audit.kinds import Floors, Spread, bound_flags, distrust_flags, estimate_flags, floor, largest_share
 from audit.records import AuditRecord, digest
 from audit.representation import Reduction, Representation
+from audit.robustness import Robustness, Target, attacked
 from audit.sandwich import Sandwich
 from audit.theory import max_accuracy, max_adversarial_accuracy, min_adversarial_risk
 from audit.threat import ThreatModel
@@ -32,7 +34,7 @@ class AuditSettings:
     """Everything that decides an audit's numbers beside the model, the images and the threat model."""
 
     estimator: Estimator = field(default_factory=Sandwich)
-    attack: LabelAttack = field(default_factory=LabelAttack)
+    attack: LabelAttack = AUDIT
     seeds: tuple[int, ...] = (0, 1, 2)
     reduce: Reduction = "flatten"
 
@@ -67,9 +69,9 @@ def audit_model(
     network.eval()
     check_input(network, images, labels)
     started = time.monotonic()
-    accuracy = measure_accuracy(network, images, labels, threat, settings.attack, settings.seeds[0])
+    robustness = attacked(Target(network, images, labels), threat, settings.attack, settings.seeds[0])
     measured = LayerAudit(network, images, labels, layer, settings).under(threat)
-    record = assemble(accuracy, measured, layer, threat, settings)
+    record = assemble(robustness, measured, layer, threat, settings)
     weights = _fingerprint(network)
     identity = {
         "weights_sha256": weights,
@@ -80,8 +82,8 @@ def audit_model(
     return _named(record, network, {**identity, "eps": threat.eps, "settings": repr(settings)}, started)
 
 
-def check_input(network: nn.Module, images: Images, labels: Labels) -> None:
-    """Raise where images, labels and network do not belong together, or pixels are not in [0, 1]."""
+def check_input(network: nn.Module, images: Images, labels: Labels, fewest: int = _FEWEST) -> None:
+    """Raise where images, labels and network do not belong together, are too few, or pixels are not in [0, 1]."""
     if images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
         raise MismatchError(f"images are {_described(images)}, not floats of the shape (N, C, H, W)")
     if labels.dim() != 1 or labels.dtype != torch.int64:
@@ -89,8 +91,8 @@ def check_input(network: nn.Module, images: Images, labels: Labels) -> None:
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise UsageError(f"images range from {low:.3g} to {high:.3g}, not within [0, 1]: normalisation belongs inside")
-    if len(images) < _FEWEST:
-        raise UsageError(f"{len(images)} images are too few: an audit needs {_FEWEST}, or its errors mean nothing")
+    if len(images) < fewest:
+        raise UsageError(f"{len(images)} images are too few: an audit needs {fewest}, or its errors mean nothing")
     if len(images) != len(labels):
         raise MismatchError(f"{len(images)} images, but {len(labels)} labels")
     with torch.no_grad():
@@ -140,9 +142,10 @@ class LayerAudit:
 
 
 def assemble(
-    accuracy: Accuracy, measured: Layer, layer: str, threat: ThreatModel, settings: AuditSettings
+    robustness: Robustness, measured: Layer, layer: str, threat: ThreatModel, settings: AuditSettings
 ) -> AuditRecord:
     """Return the record of one audit; names, hashes and times are the caller's to fill in."""
+    accuracy = robustness.accuracy
     runs, floors, estimator = measured.per_seed, measured.floors, settings.estimator
     normal = _spread([run.normal.nats for run in runs], [run.normal.stderr for run in runs])
     worst = _spread([run.worst.nats for run in runs], [run.worst.stderr for run in runs])
@@ -153,6 +156,7 @@ def assemble(
     limits = _limits(worst.nats, accuracy) if estimator.limits_heads else {}
     if limits:
         flags += bound_flags(limits["fano_accuracy_bound"], accuracy.adversarial.low)
+    flags += distrust_flags(robustness.checks)
     flags += sorted({flag for run in runs for flag in (*run.normal.flags, *run.worst.flags)})
     return AuditRecord(
         cell_id="", model="", source="", family="", training="unknown", trained_eps=0.0, dataset="", weights_sha256="",
@@ -167,6 +171,7 @@ def assemble(
         natural_accuracy_high=accuracy.natural.high, adversarial_accuracy=accuracy.adversarial.value,
         adversarial_accuracy_low=accuracy.adversarial.low, adversarial_accuracy_high=accuracy.adversarial.high,
         adversarial_gap=accuracy.natural.value - accuracy.adversarial.value, flags=tuple(flags),
+        checks=tuple(check._asdict() for check in robustness.checks),
         passes=round(accuracy.passes + sum(run.passes for run in runs)),
         details={"per_seed": [_seed_row(seed, run) for seed, run in zip(settings.seeds, runs, strict=True)],
                  "curves": [_curves(seed, run) for seed, run in zip(settings.seeds, runs, strict=True)],
@@ -188,7 +193,7 @@ def _limits(worst_nats: float, accuracy: Accuracy) -> dict[str, Any]:
 
 
 def _floors(network: nn.Module, subject: Subject, runs: tuple[Vulnerability, ...], settings: AuditSettings) -> Floors:
-    kind, size = settings.estimator.floor_kind, settings.attack.margin.batch_size
+    kind, size = settings.estimator.floor_kind, settings.attack.batch_size
     logits, share = logits_of(network, subject.images, size), largest_share(subject.labels)
     noise = [run.normal.parts["noise"] if kind == "smoothed" else 0.0 for run in runs]
     moved = []

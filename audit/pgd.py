@@ -4,6 +4,7 @@ Source: Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversaria
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from audit.errors import UsageError
 from audit.gradients import input_gradient
+from audit.memory import Batches
 from audit.threat import ThreatModel
 from audit.types import Images, Judged, Objective
+
+NEVER = -1
 
 
 @dataclass(frozen=True)
@@ -37,82 +41,106 @@ class PGD:
 
 
 class Found(NamedTuple):
-    """The best images met (N, C, H, W), their values and done marks (N,), and what the search cost.
+    """The best images met (N, C, H, W), their values, done marks and the step they were met at (N,), and the cost.
 
-    `passes` counts forward+backward passes of single images.
+    `step` counts through all restarts; 0 is the first start, -1 the clean image. `passes` counts forward+backward
+    passes of single images, `forwards` the forward passes without a backward one.
     """
 
     images: Images
     value: Tensor
     done: Tensor
+    step: Tensor
     passes: int
+    forwards: int
 
 
-def minimise(objective: Objective, clean: Images, threat: ThreatModel, pgd: PGD, generator: torch.Generator) -> Found:
+def minimise(
+    objective: Objective,
+    clean: Images,
+    threat: ThreatModel,
+    pgd: PGD,
+    generator: torch.Generator,
+    start: Images | None = None,
+) -> Found:
     """Return, per image, the best iterate of projected descent: legal, and never worse than the clean image.
 
     Images that the objective calls done are dropped at once. Starts are drawn for the whole set before any is
-    dropped, so the result does not depend on the batch size. Raises InvalidModelError where the objective gives
-    no gradient, or one that is not finite: a search that follows it would find nothing and say so to nobody.
+    dropped, so the result does not depend on the batch size. `start` takes the place of the first one, such as what
+    a search in a smaller ball found. Raises InvalidModelError where the objective gives no gradient, or one that is
+    not finite: a search that follows it would find nothing and say so to nobody.
     """
-    everything = torch.arange(len(clean), device=clean.device)
-    start = _judge(objective, clean, everything, pgd.batch_size)
-    best = Found(clean.clone(), start.value, start.done, 0)
+    search = _Search(objective, clean, threat, pgd)
+    if len(clean) == 0:
+        return search.found()
+    first = start if start is not None else threat.random_start(clean, generator) if pgd.random_start else clean
+    if first is not clean:
+        search.judge(clean)
     for restart in range(pgd.restarts):
-        origin = threat.random_start(clean, generator) if pgd.random_start or restart else clean
-        active = everything[~best.done]
-        if len(active) == 0:
+        if search.best.done.all():
             break
-        best = _descend(objective, clean, origin, threat, pgd, best)
-    return best
+        search.descend(first if restart == 0 else threat.random_start(clean, generator), restart * (pgd.steps + 1))
+    return search.found()
 
 
-def _descend(objective: Objective, clean: Images, origin: Images, threat: ThreatModel, pgd: PGD, best: Found) -> Found:
-    passes = best.passes
-    active = (~best.done).nonzero().flatten()
-    current = origin[active]
-    for step in range(pgd.steps + 1):
-        last = step == pgd.steps
-        judged, gradient = _value_and_gradient(objective, current, active, pgd.batch_size, not last)
-        _keep(best, active, current, judged)
-        if last:
-            break
-        passes += len(active)
-        current = threat.step(current, gradient, clean[active], pgd.relative_step * threat.eps)
-        open_ = ~judged.done
-        if not open_.all():
-            active, current = active[open_], current[open_]
-            if len(active) == 0:
-                break
-    return best._replace(passes=passes)
+class _Search:
+    """The best iterates so far, and what they cost."""
 
+    def __init__(self, objective: Objective, clean: Images, threat: ThreatModel, pgd: PGD) -> None:
+        self.objective, self.clean, self.threat, self.pgd = objective, clean, threat, pgd
+        self.best = Judged(clean.new_full((len(clean),), torch.inf), clean.new_zeros(len(clean), dtype=torch.bool))
+        self.images = clean.clone()
+        self.step = torch.full_like(self.best.done, NEVER, dtype=torch.long)
+        self.batches = Batches(pgd.batch_size)
+        self.passes = self.forwards = 0
 
-def _keep(best: Found, index: Tensor, images: Images, judged: Judged) -> None:
-    """Write the images that are done, or better than the best so far, into `best`."""
-    better = (judged.done & ~best.done[index]) | (~best.done[index] & (judged.value < best.value[index]))
-    where = index[better]
-    best.images[where] = images[better]
-    best.value[where] = judged.value[better]
-    best.done[where] = judged.done[better]
+    def found(self) -> Found:
+        """Return what was found."""
+        return Found(self.images, *self.best, self.step, self.passes, self.forwards)
 
+    @torch.no_grad()
+    def judge(self, images: Images, step: int = NEVER, index: Tensor | None = None) -> None:
+        """Note what images (A, C, H, W) are worth, with no gradient asked for; `index` (A,) says which they are."""
+        if index is None:
+            index = torch.arange(len(images), device=images.device)
 
-@torch.no_grad()
-def _judge(objective: Objective, images: Images, index: Tensor, batch_size: int) -> Judged:
-    parts = [objective(x, i) for x, i in zip(images.split(batch_size), index.split(batch_size), strict=True)]
-    return Judged(torch.cat([p.value for p in parts]), torch.cat([p.done for p in parts]))
+        def one(batch: Images, chosen: Tensor) -> Tensor:
+            judged = self.objective(batch, chosen)
+            self._keep(chosen, batch, judged, step)
+            return judged.done
 
+        self.batches.run(one, images, index)
+        self.forwards += len(images)
 
-def _value_and_gradient(
-    objective: Objective, images: Images, index: Tensor, batch_size: int, needs_gradient: bool
-) -> tuple[Judged, Tensor]:
-    if not needs_gradient:
-        return _judge(objective, images, index, batch_size), images
-    parts: list[Judged] = []
-    gradients: list[Tensor] = []
-    for x, i in zip(images.split(batch_size), index.split(batch_size), strict=True):
-        leaf = x.detach().requires_grad_()
-        judged = objective(leaf, i)
-        gradients.append(input_gradient(judged.value.sum(), leaf))
-        parts.append(Judged(judged.value.detach(), judged.done.detach()))
-    whole = Judged(torch.cat([p.value for p in parts]), torch.cat([p.done for p in parts]))
-    return whole, torch.cat(gradients)
+    def descend(self, origin: Images, before: int) -> None:
+        """Take the images that are not done from where they start to the last step."""
+        active = (~self.best.done).nonzero().flatten()
+        current, walls = origin[active], tuple(wall[active] for wall in self.threat.walls(self.clean))
+        for step in range(self.pgd.steps):
+            done = self.batches.run(partial(self._step_, before + step), current, active, *walls)
+            self.passes += len(active)
+            if done.any():
+                active, current = active[~done], current[~done]
+                walls = tuple(wall[~done] for wall in walls)
+                if len(active) == 0:
+                    return
+        self.judge(current, before + self.pgd.steps, active)
+
+    def _step_(self, step: int, images: Images, index: Tensor, *walls: Tensor) -> Tensor:
+        """Judge images, move them in place, and return which are done, (A,) bool."""
+        leaf = images.detach().requires_grad_()
+        judged = self.objective(leaf, index)
+        gradient = input_gradient(judged.value.sum(), leaf)
+        self._keep(index, images, Judged(judged.value.detach(), judged.done), step)
+        self.threat.step_(images, gradient, self.pgd.relative_step * self.threat.eps, *walls)
+        return judged.done
+
+    def _keep(self, index: Tensor, images: Images, judged: Judged, step: int) -> None:
+        """Write the images that are done, or better than the best so far, into the best ones."""
+        open_ = ~self.best.done[index]
+        better = open_ & (judged.done | (judged.value < self.best.value[index]))
+        where = index[better]
+        self.images[where] = images[better]
+        self.best.value[where] = judged.value[better]
+        self.best.done[where] = judged.done[better]
+        self.step[where] = step

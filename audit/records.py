@@ -75,6 +75,7 @@ class AuditRecord:
     adversarial_accuracy_high: float | None = None
     adversarial_gap: float | None = None
     flags: tuple[str, ...] = ()
+    checks: tuple[dict[str, Any], ...] = ()  # is the attack to be believed: number, name, level, passed, figure, ...
     passes: int | None = None
     seconds: float | None = None
 
@@ -91,6 +92,11 @@ class AuditRecord:
         """Whether a measurement refutes one of the estimates; such a record is shown but never ranked."""
         return any(flag.startswith("contradicted") for flag in self.flags)
 
+    @property
+    def untrusted(self) -> bool:
+        """Whether the attack failed a trust check: the adversarial accuracy is an upper bound, and is not ranked."""
+        return any(flag.startswith("untrusted") for flag in self.flags)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, the schema name first."""
         return {"schema": SCHEMA, **asdict(self)}
@@ -105,7 +111,7 @@ class AuditRecord:
         if unknown:
             raise IntegrityError(f"record has fields this version does not know: {', '.join(sorted(unknown))}")
         try:
-            return cls(**{**values, "flags": tuple(values.get("flags", ()))})
+            return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("flags", "checks")}})
         except TypeError as error:
             raise IntegrityError(f"record lacks a field: {error}") from error
 

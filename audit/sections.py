@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from audit.accuracy import LabelAttack
+from audit.attacks import TIERS, LabelAttack, two_losses
 from audit.critics import CriticShape
 from audit.errors import AuditError, UnknownNameError
 from audit.estimates import Estimator
@@ -232,19 +232,43 @@ AnyEstimator: Any = Annotated[
 ]
 
 
+def _legal_tier(tier: str) -> str:
+    if tier not in TIERS:
+        _raised_as_value_error(lambda: _unknown_tier(tier))
+    return tier
+
+
+def _unknown_tier(tier: str) -> None:
+    raise UnknownNameError("tier", tier, TIERS)
+
+
 class AttackConfig(_Section):
-    """The attack that measures adversarial accuracy: PGD on the cross-entropy, then on the margin for survivors."""
+    """A tier by its name, or steps, sizes and restarts of one's own: on the cross-entropy, then on the margin."""
 
     made_of: ClassVar[type[Any] | None] = PGD
 
+    tier: Annotated[str, AfterValidator(_legal_tier)] | None = None
     steps: int = PGD.steps
     relative_step: Number = PGD.relative_step
     restarts: int = PGD.restarts
 
+    @field_validator("steps", "relative_step", "restarts")
+    @classmethod
+    def _alone(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("tier") is not None:
+            raise ValueError(f"{info.field_name} and a tier exclude each other: a tier says how hard it searches")
+        return value
+
     def attack(self) -> LabelAttack:
-        """Return the settings as the attack takes them."""
-        random_start = PGD(self.steps, self.relative_step, random_start=True, restarts=self.restarts)
-        return LabelAttack(random_start, replace(random_start, random_start=False))
+        """Return the tier's attack, or one's own; the audit tier where nothing is said."""
+        own = self.model_fields_set - {"tier"}
+        if not own:
+            return TIERS[self.tier or "audit"]
+        return two_losses(PGD(self.steps, self.relative_step, restarts=self.restarts))
+
+
+def _as_attack(value: object) -> object:
+    return {"tier": value} if isinstance(value, str) else value
 
 
 class BenchmarkConfig(_Section):
@@ -261,7 +285,7 @@ class BenchmarkConfig(_Section):
     estimators: Annotated[tuple[AnyEstimator, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
         ESTIMATOR_SECTIONS["sandwich"](),  # type: ignore[call-arg]
     )
-    attack: AttackConfig = AttackConfig()
+    attack: Annotated[AttackConfig, BeforeValidator(_as_attack)] = AttackConfig()
 
     @field_validator("estimators")
     @classmethod

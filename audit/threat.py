@@ -45,6 +45,14 @@ class ThreatModel(ABC):
         """Return the images after one projected step of length `size` down the gradient."""
         return self.project(images - size * self.steepest(gradient, images), clean)
 
+    def walls(self, clean: Images) -> tuple[Tensor, ...]:
+        """Return what `step_` needs to know of the clean images: tensors (N, ...), made once for many steps."""
+        return (clean,)
+
+    def step_(self, images: Images, gradient: Tensor, size: float, *walls: Tensor) -> None:
+        """Move the images in place by one projected step."""
+        images.copy_(self.step(images, gradient, walls[0], size))
+
     def random_start(self, clean: Images, generator: torch.Generator) -> Images:
         """Return legal images drawn at random around `clean`; the draw is made on the CPU, whatever the device."""
         delta = self._random_delta(len(clean), clean[0].numel(), generator)
@@ -94,6 +102,15 @@ class Linf(ThreatModel):
     def steepest(self, gradient: Tensor, images: Images) -> Tensor:  # noqa: ARG002
         """Return the sign of the gradient."""
         return gradient.sign()
+
+    def walls(self, clean: Images) -> tuple[Tensor, ...]:
+        """Return the lowest and the highest legal pixels."""
+        low, high = self.pixel_range
+        return (clean - self.eps).clamp_(min=low), (clean + self.eps).clamp_(max=high)
+
+    def step_(self, images: Images, gradient: Tensor, size: float, *walls: Tensor) -> None:
+        """Take the step in a third of the memory traffic of the base class's."""
+        images.add_(gradient.sign(), alpha=-size).clamp_(*walls)
 
     def _nearest(self, images: Images, clean: Images) -> Images:
         # bounds on the pixels themselves: a legal pixel of an illegal image keeps its bits

@@ -94,7 +94,8 @@ def unranked_reason(row: Row) -> str:
     if row["rank"] != "unranked":
         return ""
     failure = [] if row["status"] == "valid" else [row["status"]]
-    told = plain_text("; ".join([*failure, *contradictions(row["flags"])]))
+    distrust = [flag for flag in split_flags(row["flags"]) if flag.startswith("untrusted")]
+    told = plain_text("; ".join([*failure, *contradictions(row["flags"]), *distrust]))
     return told or ("no claim to rank" if not row["ranks"] else "no RV")
 
 

@@ -64,6 +64,7 @@ _COLUMNS = (
     _measured("adversarial_accuracy_high", "fraction", "high end of its 95 % interval"),
     _measured("adversarial_gap", "fraction", "natural_accuracy - adversarial_accuracy"),
     Column("attack", "text", "the attack of adversarial_accuracy"),
+    Column("attack_trust", "text", "trusted, upper bound (a trust check of the attack failed), or not checked"),
     Column("flags", "text", "what speaks against the row, with the numbers that say so"),
     Column("status", "text", "valid, or failed with the reason"),
     Column("weights_sha256", "text", "hash of the weights"),

@@ -5,6 +5,8 @@ from reports.text import plain_text
 _MEANINGS = {
     "contradicted": "a measurement refutes the estimate, or a smaller ball's worst case does: the flag says by which "
     "figures; the model is shown but not ranked",
+    "untrusted": "the attack failed a check of trust, so the network may only seem robust: the accuracy is an upper "
+    "bound, and the model is not ranked",
     "saturated": "the estimate is limited by the number of images: with more it would be larger",
     "not_converged": "the critic was not at its best when training stopped: the estimate is likely too small",
     "over_fitted": "the critic knows its training or validation images better than others: the estimate is likely off",

@@ -109,6 +109,12 @@ def _notices(records: Sequence[AuditRecord]) -> list[str]:
         notices.append(f"User code was trusted to build: {', '.join(trusted)}.")
     if loose:
         notices.append(f"No hash of the weights was known beforehand for: {', '.join(loose)}.")
+    distrusted = sorted({short_name(record.model) for record in records if record.untrusted})
+    if distrusted:
+        notices.append(
+            f"The adversarial accuracy is an upper bound, attack not trustworthy, of: {', '.join(distrusted)}. "
+            "They are not ranked."
+        )
     return notices
 
 
@@ -173,9 +179,11 @@ def _details(records: Sequence[AuditRecord], frame: pd.DataFrame) -> list[ModelD
 
 def _model_details(record: AuditRecord, setting: str) -> ModelDetails:
     data = record.to_dict()
-    details = data.pop("details")
+    details, checks = data.pop("details"), data.pop("checks")
     later = sorted(set(details) - set(DETAIL_ORDER))
     parts = {name: details[name] for name in [*DETAIL_ORDER, *later] if details.get(name)}
+    if checks:
+        parts = {"checks_of_the_attack": list(checks), **parts}
     facts = {name: value for name, value in data.items() if value not in (None, "", ())}
     name = f"{short_name(record.model)}, {setting}, {plain_text(record.estimator)}"
     return ModelDetails(name, record.model, facts, parts)

@@ -27,6 +27,7 @@ SETTING = GROUP[:-1]
 _DTYPES = {"text": "str", "count": "Int64", "yes or no": "bool"}
 _AS_TEXT = ("rv_by_seed",)
 _NO_FLAGS = NO_SEEDS = "none"
+UPPER_BOUND = "upper bound"
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ def contradicted(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def sound(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows hold an RV that nothing refutes: valid, and not contradicted."""
-    return frame["status"].eq("valid") & frame["rv"].notna() & ~contradicted(frame)
+    """Return which rows hold an RV that nothing refutes, beside an attack to be believed."""
+    trusted = frame["attack_trust"].ne(UPPER_BOUND)
+    return frame["status"].eq("valid") & frame["rv"].notna() & ~contradicted(frame) & trusted
 
 
 def ranked(frame: pd.DataFrame) -> "pd.Series[bool]":
@@ -117,9 +119,20 @@ def _panel(rows: pd.DataFrame, name_estimator: bool) -> Panel:
 def _cells(record: AuditRecord) -> dict[str, object]:
     status = f"failed: {record.reason}" if record.status == "failed" and record.reason else record.status
     flags = "; ".join(flag.replace("; ", ", ") for flag in record.flags) or _NO_FLAGS
-    derived: dict[str, object] = {"status": status, "flags": flags, "rv_by_seed": _by_seed(record)}
+    derived: dict[str, object] = {
+        "status": status,
+        "flags": flags,
+        "rv_by_seed": _by_seed(record),
+        "attack_trust": _trust(record),
+    }
     cells = {name: derived[name] if name in derived else getattr(record, name) for name in COLUMNS}
     return {name: _encodable(value) if isinstance(value, str) else value for name, value in cells.items()}
+
+
+def _trust(record: AuditRecord) -> str:
+    if not record.checks:
+        return "not checked"
+    return UPPER_BOUND if record.untrusted else "trusted"
 
 
 def _by_seed(record: AuditRecord) -> str:

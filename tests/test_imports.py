@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("audit", "model_zoo", "reports")
-RECIPES_MAY = {f"audit.{name}" for name in ("accuracy", "learning", "pgd", "records", "threat", "types")}
+RECIPES_MAY = {f"audit.{name}" for name in ("accuracy", "attacks", "learning", "pgd", "records", "threat", "types")}
 
 # The measuring command line: audit.cli and the files it is made of.
 CLI = {"audit.cli", "audit.cli_attack", "audit.cli_certificate", "audit.cli_options"}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from audit.accuracy import LabelAttack, measure_accuracy
+from audit.accuracy import measure_accuracy
+from audit.attacks import TIERS
 from audit.errors import UnknownNameError
 from audit.learning import ClassifierTraining, train_classifier
 from audit.records import write_atomically
@@ -86,7 +87,7 @@ def train_recipe(recipe: Recipe, folder: Path, progress: Progress = lambda _epoc
 
 def _card(recipe: Recipe, arguments: dict[str, Any], network: nn.Module, test: ImageSet) -> dict[str, Any]:
     network.requires_grad_(False)
-    attack = LabelAttack()
+    attack = TIERS["smoke"]
     measured = measure_accuracy(network, test.images, test.labels, Linf(EPS), attack, seed=0)
     source = f"measured on {len(test.images)} held-out test images"
     return {

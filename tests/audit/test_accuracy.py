@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import nn
 
-from audit.accuracy import LabelAttack, logits_of, measure_accuracy, wilson
-from audit.errors import InvalidModelError, UsageError
+from audit.accuracy import logits_of, measure_accuracy, wilson
+from audit.attacks import TIERS, LabelAttack, Stage, two_losses
+from audit.errors import InvalidModelError, UnknownNameError, UsageError
 from audit.pgd import PGD
 from audit.threat import Linf
 
@@ -48,7 +49,7 @@ LABELS = torch.zeros(4, dtype=torch.int64)
 
 
 def test_known_verdicts():
-    found = measure_accuracy(Fixed(), IMAGES, LABELS, Linf(0.15), LabelAttack(), 0)
+    found = measure_accuracy(Fixed(), IMAGES, LABELS, Linf(0.15), TIERS["smoke"], 0)
     assert found.natural.value == 0.5  # a tie and a wrong answer do not count
     assert found.robust.tolist() == [True, False, False, False]
     assert found.adversarial.value == 0.25
@@ -56,11 +57,11 @@ def test_known_verdicts():
 
 
 def test_a_margin_of_exactly_two_eps_is_a_tie_and_lost():
-    assert measure_accuracy(Fixed(), IMAGES[:1], LABELS[:1], Linf(0.4), LabelAttack(), 0).adversarial.value == 0
+    assert measure_accuracy(Fixed(), IMAGES[:1], LABELS[:1], Linf(0.4), TIERS["smoke"], 0).adversarial.value == 0
 
 
 def test_eps_zero_is_natural_accuracy():
-    found = measure_accuracy(Fixed(), IMAGES, LABELS, Linf(0.0), LabelAttack(), 0)
+    found = measure_accuracy(Fixed(), IMAGES, LABELS, Linf(0.0), TIERS["smoke"], 0)
     assert found.natural == found.adversarial == wilson(2, 4)
     assert found.robust.tolist() == [True, True, False, False]
 
@@ -74,7 +75,7 @@ def test_images_misclassified_from_the_start_never_count():
             return torch.cat([right + 0 * images.flatten(1)[:, :1], 1 - right], 1)
 
     images = torch.full((3, 1, 1, 2), 0.5)
-    found = measure_accuracy(Contrary(), images, LABELS[:3], Linf(0.1), LabelAttack(), 0)
+    found = measure_accuracy(Contrary(), images, LABELS[:3], Linf(0.1), TIERS["smoke"], 0)
     assert (found.natural.value, found.adversarial.value, found.passes) == (0, 0, 0)
 
 
@@ -83,7 +84,7 @@ def test_the_same_seed_gives_the_same_answer_and_nothing_else_matters():
     labels = images.flatten(1).argmax(1)
     runs = []
     for batch_size in (1, 7, 64):
-        attack = LabelAttack(PGD(9, 0.25, batch_size=batch_size), PGD(3, 0.25, False, batch_size=batch_size))
+        attack = two_losses(PGD(9, 0.25, batch_size=batch_size), PGD(3, 0.25, False, batch_size=batch_size))
         torch.rand(3)
         runs.append(measure_accuracy(Fixed(), images, labels, Linf(0.1), attack, 5))
     assert len({tuple(run.robust.tolist()) for run in runs}) == 1
@@ -99,7 +100,7 @@ def test_outputs_that_are_not_finite_are_refused(bad):
     with pytest.raises(InvalidModelError, match="not finite for 1 of 4 images"):
         logits_of(Fixed(), images, 2)
     with pytest.raises(InvalidModelError, match="not finite for 1 of 4 images"):
-        measure_accuracy(Fixed(), images, LABELS, Linf(0.1), LabelAttack(), 0)
+        measure_accuracy(Fixed(), images, LABELS, Linf(0.1), TIERS["smoke"], 0)
 
 
 def test_a_network_that_fails_only_under_attack_is_refused_too():
@@ -109,9 +110,22 @@ def test_a_network_that_fails_only_under_attack_is_refused_too():
             return torch.where(logits[:, :1] < 0.7, logits * torch.nan, logits)
 
     with pytest.raises(InvalidModelError, match="not finite"):
-        measure_accuracy(Trap(), IMAGES[:1], LABELS[:1], Linf(0.3), LabelAttack(), 0)
+        measure_accuracy(Trap(), IMAGES[:1], LABELS[:1], Linf(0.3), TIERS["smoke"], 0)
 
 
 def test_attacks_have_names():
-    assert LabelAttack().name == "pgd-ce-10+margin-10"
-    assert LabelAttack(PGD(5, restarts=2), PGD(40)).name == "pgd-ce-5x2+margin-40"
+    assert TIERS["smoke"].name == "ce-10+margin-10"
+    assert TIERS["audit"].name == "ce-10+margin-10+margin-40x2+targeted-20x3+noise-100+square-300"
+    assert two_losses(PGD(5, restarts=2), PGD(40)).name == "ce-5x2+margin-40"
+
+
+def test_bad_attacks_say_what_is_legal():
+    with pytest.raises(UnknownNameError, match=r"margins.*margin"):
+        Stage("margins", PGD())
+    for loss, targets in (("targeted", 0), ("ce", 2)):
+        with pytest.raises(UsageError, match="at least 1 for the targeted loss"):
+            Stage(loss, PGD(), targets)
+    with pytest.raises(UsageError, match="at least one"):
+        LabelAttack(())
+    with pytest.raises(UsageError, match="noise -1"):
+        LabelAttack((Stage("ce", PGD()),), noise=-1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from audit import benchmark
-from audit.accuracy import LabelAttack
+from audit.attacks import LabelAttack, two_losses
 from audit.benchmark import Watcher, claim, device_of, expand, run
 from audit.config import Cell, read_config
 from audit.critics import CriticShape
@@ -67,7 +67,7 @@ MINE = Mine(
 )
 SETTINGS = AuditSettings(
     MINE,
-    LabelAttack(PGD(steps=2), PGD(steps=2, random_start=False)),
+    two_losses(PGD(steps=2)),
     seeds=(0,),
 )
 CELL = Cell(REF, None, "digits", 60, "logits", Linf(0.2), SETTINGS)
@@ -140,7 +140,7 @@ def test_the_second_run_recomputes_nothing(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _files(small / "run")
-    for name in ("measure_accuracy", "LayerAudit", "load_model"):
+    for name in ("attacked", "LayerAudit", "load_model"):
         monkeypatch.setattr(benchmark, name, None)
     assert main(["run", str(small / "small.yaml"), "--out", str(small / "run"), "--json"]) == 0
     assert _files(small / "run") == before
@@ -191,13 +191,13 @@ def test_layers_share_accuracies_and_models_do_not(
     measuring: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attacked: list[Any] = []
-    real: Callable[..., Any] = benchmark.measure_accuracy
+    real: Callable[..., Any] = benchmark.attacked
 
     def counting(*arguments: Any) -> Any:
         attacked.append(arguments[3])
         return real(*arguments)
 
-    monkeypatch.setattr(benchmark, "measure_accuracy", counting)
+    monkeypatch.setattr(benchmark, "attacked", counting)
     pairs = [(layer, threat) for layer in ("logits", "penultimate") for threat in (Linf(0.1), L2(0.5))]
     cells = [replace(CELL, layer=layer, threat=threat) for layer, threat in pairs]
     records = run([*cells, replace(CELL, ref="bundled:digits-vgg-standard")], tmp_path)
@@ -214,9 +214,8 @@ def test_identity_is_what_decides_numbers_and_nothing_else() -> None:
     images = load_images("digits", ImageRequest(count=60))
     entry = benchmark.identify(REF)
     same = benchmark._identity(CELL, images, entry)
-    attack = SETTINGS.attack
-    larger = replace(attack, cross_entropy=replace(attack.cross_entropy, batch_size=7))
-    harder = replace(attack, cross_entropy=replace(attack.cross_entropy, steps=3))
+    larger = replace(two_losses(PGD(steps=2, batch_size=7)), fast=False)
+    harder = two_losses(PGD(steps=3))
     assert benchmark._identity(_with_attack(replace(CELL, name="mine"), larger), images, entry) == same
     assert "device" not in json.dumps(same)
     changed = [

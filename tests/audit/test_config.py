@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from audit.attacks import AUDIT
 from audit.benchmark import expand
 from audit.config import cells, read_config
 from audit.errors import ConfigError, EnvironmentFault, UnknownNameError
@@ -254,3 +255,22 @@ def test_the_benchmark_that_comes_with_the_project() -> None:
         len({(cell.ref, cell.settings.estimator.name) for cell in made}) == len(made) == len(models) * len(estimators)
     )
     assert {cell.threat for cell in made} == {Linf(0.2)}
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("smoke", "ce-10+margin-10"), ("{tier: audit}", AUDIT.name), ("{steps: 3, restarts: 2}", "ce-3x2+margin-3x2")],
+)
+def test_an_attack_is_a_tier_or_ones_own(tmp_path: Path, written: str, name: str) -> None:
+    assert _read(tmp_path, f"{LEGAL}attack: {written}\n").settings()[0].attack.name == name
+
+
+def test_without_a_word_the_attack_is_the_audit_tier(tmp_path: Path) -> None:
+    assert _read(tmp_path, LEGAL).settings()[0].attack == AUDIT
+
+
+def test_a_tier_with_steps_of_ones_own_is_refused_and_so_is_an_unknown_one(tmp_path: Path) -> None:
+    (fault,) = _faults(tmp_path, f"{LEGAL}attack: {{tier: audit, steps: 3}}\n")
+    assert "steps and a tier exclude each other" in fault
+    (fault,) = _faults(tmp_path, f"{LEGAL}attack: audti\n")
+    assert "unknown tier 'audti'; did you mean 'audit'" in fault

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from audit import vulnerability
-from audit.accuracy import LabelAttack
+from audit.attacks import two_losses
 from audit.benchmark import RunOptions, run
 from audit.config import Cell
 from audit.critics import CriticShape
@@ -30,7 +30,7 @@ SETTINGS = AuditSettings(
         CriticTraining(steps=6, every=3, shape=CriticShape(width=16, embedding=8, channels=4, view=8)),
         WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1),
     ),
-    LabelAttack(PGD(steps=1), PGD(steps=1, random_start=False)),
+    two_losses(PGD(steps=1)),
     seeds=(0,),
 )
 NUMBERS = [

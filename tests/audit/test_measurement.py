@@ -10,7 +10,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import audit.measurement as measurement
-from audit.accuracy import LabelAttack, measure_accuracy
+from audit.accuracy import measure_accuracy
+from audit.attacks import two_losses
 from audit.errors import InvalidModelError, MismatchError, UsageError
 from audit.estimates import Estimator, MIEstimate, Subject, Vulnerability
 from audit.information import CriticTraining
@@ -28,7 +29,7 @@ QUICK = AuditSettings(
         CriticTraining(steps=40, every=10),
         WorstCaseSearch(collapse_steps=4, rounds=4, critic_steps=1, relative_step=0.5),
     ),
-    attack=LabelAttack(PGD(3, 0.5), PGD(3, 0.5, random_start=False)),
+    attack=two_losses(PGD(3, 0.5)),
     seeds=(0, 1),
 )
 
@@ -113,7 +114,7 @@ def test_a_whole_record(record):
         "python",
         "python",
     )
-    assert (record.estimator, record.attack, record.seeds) == ("mine-infonce", "pgd-ce-3+margin-3", 2)
+    assert (record.estimator, record.attack, record.seeds) == ("mine-infonce", "ce-3+margin-3", 2)
     assert record.dimension == 10
     assert record.natural_accuracy > 0.8
     assert record.adversarial_gap > 0.2

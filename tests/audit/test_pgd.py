@@ -60,8 +60,8 @@ def test_a_restart_begins_at_random_even_without_a_random_start():
         return total(images, index)
 
     clean, _ = search(remember, steps=1, restarts=2, random_start=False)
-    assert torch.equal(seen[1], clean)
-    assert not torch.equal(seen[3], clean)
+    assert torch.equal(seen[0], clean)
+    assert not torch.equal(seen[2], clean)
 
 
 def test_clean_images_are_not_written_to():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from audit.accuracy import LabelAttack, measure_accuracy
+from audit.accuracy import measure_accuracy
+from audit.attacks import AUDIT
 from audit.pgd import PGD, minimise
 from audit.threat import THREATS, Linf, threat_model
 from audit.types import Judged
@@ -136,10 +137,10 @@ def test_attacks_reach_the_known_boundary_and_no_nearer(norm, shape):
     labels = (score < 0).long()
     distance = oracle.distance(clean, norm)
     nearest, farthest = float(distance.min()), float(distance.max())
-    reached = measure_accuracy(oracle, clean, labels, threat_model(norm, 1.25 * farthest), LabelAttack(), 0)
+    reached = measure_accuracy(oracle, clean, labels, threat_model(norm, 1.25 * farthest), AUDIT, 0)
     assert reached.natural.value == 1
     assert reached.adversarial.value == 0
-    held = measure_accuracy(oracle, clean, labels, threat_model(norm, 0.99 * nearest), LabelAttack(), 0)
+    held = measure_accuracy(oracle, clean, labels, threat_model(norm, 0.99 * nearest), AUDIT, 0)
     assert held.adversarial.value == 1
 
 
@@ -148,7 +149,7 @@ def test_measuring_leaves_no_gradient_and_no_trace_in_the_global_generator(norm)
     network, images = SmallNet(), torch.rand(10, 1, 8, 8, generator=seeded())
     labels = network(images).argmax(1)
     before = torch.random.get_rng_state()
-    measure_accuracy(network, images, labels, threat_model(norm, 0.5), LabelAttack(), 0)
+    measure_accuracy(network, images, labels, threat_model(norm, 0.5), AUDIT, 0)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None and p.requires_grad for p in network.parameters())
 
@@ -159,7 +160,7 @@ def test_adversarial_accuracy_never_rises_with_eps_and_starts_at_natural(norm):
     labels = network(images).argmax(1)
     labels[:6] = (labels[:6] + 1) % 3
     ladder = [0.0, 0.01, 0.1, 1.0] if norm == "linf" else [0.0, 0.1, 1.0, 10.0]
-    results = [measure_accuracy(network, images, labels, threat_model(norm, e), LabelAttack(), 0) for e in ladder]
+    results = [measure_accuracy(network, images, labels, threat_model(norm, e), AUDIT, 0) for e in ladder]
     assert results[0].adversarial == results[0].natural
     assert results[0].passes == 0
     values = [r.adversarial.value for r in results]

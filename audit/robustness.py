@@ -1,0 +1,245 @@
+"""How a classifier stands up to attacks, and whether these are to be believed: tiers, checks, ladders, transfer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from audit import checks
+from audit.accuracy import Accuracy, Proportion, logits_of, measure_accuracy, wilson
+from audit.attacks import TIERS, LabelAttack, Stage, cross_entropy_objective, margin, margin_objective, never_done
+from audit.borrowed import BORROWED
+from audit.checks import Check
+from audit.errors import UnknownNameError, UsageError
+from audit.masking import quick_checks, reaching_eps
+from audit.minimal import DDN, CarliniWagner, carlini_wagner, ddn
+from audit.pgd import PGD, minimise
+from audit.threat import ThreatModel, threat_model
+from audit.types import Images, Labels, keyed_generator
+
+LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
+_SAMPLE = 100  # images that the attack is compared with itself on
+_TRANSFER, _SETTLING = 91, 92
+
+
+class Robustness(NamedTuple):
+    """What an attack left standing, and the checks that say whether to believe it."""
+
+    accuracy: Accuracy
+    checks: tuple[Check, ...]
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether no trust check failed; else the adversarial accuracy is an upper bound only."""
+        return checks.trustworthy(self.checks)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network, and images (N, C, H, W) with their labels (N,)."""
+
+    network: nn.Module
+    images: Images
+    labels: Labels
+
+    def first_right(self, most: int, batch_size: int) -> "Target":
+        """Return at most so many images, the first that the network names rightly."""
+        right = margin(logits_of(self.network, self.images, batch_size), self.labels) > 0
+        index = right.nonzero().flatten()[:most]
+        return Target(self.network, self.images[index], self.labels[index])
+
+
+def attacked(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> Robustness:
+    """Return accuracies under an attack, with the checks that need little more than it met anyway.
+
+    Those of the network's gradients and outputs (1 to 5, 7 and 8), and 14 and 15 where the attack tries noise or
+    Square.
+    """
+    accuracy = measure_accuracy(subject.network, subject.images, subject.labels, threat, attack, seed)
+    if threat.eps == 0:
+        return Robustness(accuracy, ())
+    quick = quick_checks(subject.network, subject.images, subject.labels, threat, seed)
+    return Robustness(accuracy, (*quick, *_blind_checks(accuracy, attack)))
+
+
+def _blind_checks(accuracy: Accuracy, attack: LabelAttack) -> list[Check]:
+    """What random corners and Square broke that no gradient found."""
+    found, siege = [], accuracy.siege
+    for number, name in enumerate(accuracy.names):
+        before = siege.robust | (siege.stage >= number)
+        after = siege.robust | (siege.stage > number)
+        if name == f"noise-{attack.noise}":
+            found.append(checks.noise_breaks_nothing(before, after))
+        if name == f"square-{attack.queries}":
+            found.append(checks.queries_gain_little(before, after, attack.queries))
+    return found
+
+
+def compared(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> tuple[Check, ...]:
+    """Return checks 6 and 9 to 12: the attack beside weaker and stronger ones, on the first 100 images it gets right.
+
+    Nothing applies where the network gets no image right, or eps is 0.
+    """
+    few = subject.first_right(_SAMPLE, attack.batch_size)
+    if len(few.images) == 0 or threat.eps == 0:
+        return ()
+    left = partial(_left, few, threat, seed)
+    once, settled = PGD(20, 0.15), PGD(40, 0.15)
+    cross_entropy, margins = left(Stage("ce", once)), left(Stage("margin", once))
+    whole = measure_accuracy(few.network, few.images, few.labels, threat, attack, seed).robust
+    return (
+        checks.single_step_beaten(left(Stage("ce", PGD(1, 1.0, random_start=False))), whole),
+        checks.losses_agree(cross_entropy, margins),
+        checks.rescaling_gains_little(cross_entropy, _rescaled(few, threat, seed, Stage("ce", once))),
+        checks.steps_gain_little(margins, left(Stage("margin", settled))),
+        _settling(few, threat, seed, settled),
+        checks.restarts_gain_little(whole, whole & left(Stage("margin", PGD(20, 0.15, restarts=5)))),
+    )
+
+
+def _left(subject: Target, threat: ThreatModel, seed: int, stage: Stage) -> Tensor:
+    alone = LabelAttack((stage,))
+    return measure_accuracy(subject.network, subject.images, subject.labels, threat, alone, seed).robust
+
+
+def _rescaled(subject: Target, threat: ThreatModel, seed: int, stage: Stage) -> Tensor:
+    """Attack logits scaled so that the typical margin is one: where they are huge, cross-entropy has no gradient."""
+    typical = margin(logits_of(subject.network, subject.images, _SAMPLE), subject.labels).median()
+    return _left(
+        Target(_Scaled(subject.network, 1 / float(typical)), subject.images, subject.labels), threat, seed, stage
+    )
+
+
+class _Scaled(nn.Module):
+    def __init__(self, network: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.network, self.factor = network, factor
+        self.eval()
+
+    def forward(self, images: Images) -> Tensor:
+        return self.factor * self.network(images)
+
+
+def _settling(subject: Target, threat: ThreatModel, seed: int, pgd: PGD) -> Check:
+    """Whether ten steps fewer would have found the same: of the margin, by the spread of margins on clean images."""
+    spread = float(margin(logits_of(subject.network, subject.images, _SAMPLE), subject.labels).std(correction=0)) or 1.0
+    fewer = PGD(pgd.steps - 10, pgd.relative_step, pgd.random_start)
+    found = []
+    for search in (fewer, pgd):
+        objective = margin_objective(subject.network, subject.labels)
+        generator = keyed_generator(seed, _SETTLING)  # the same start
+        found.append(minimise(objective, subject.images, threat, search, generator))
+    surviving = ~found[1].done
+    earlier, final = (-each.value[surviving] / spread for each in found)
+    return checks.loss_settled(earlier, final)
+
+
+class Rung(NamedTuple):
+    """One radius of a ladder: the accuracy under attack there, with its Wilson interval."""
+
+    eps: float
+    accuracy: Proportion
+
+
+class Ladder(NamedTuple):
+    """Accuracies by radius, the smallest radius that broke each image (N,), inf where none did, and check 18."""
+
+    rungs: tuple[Rung, ...]
+    smallest: Tensor
+    checks: tuple[Check, ...]
+    passes: int
+    forwards: int
+
+
+def climb(subject: Target, threat: ThreatModel, seed: int, multiples: tuple[float, ...] = LADDER) -> Ladder:
+    """Return the accuracies at multiples of a threat model's radius, each measured on its own by the smoke tier.
+
+    A radius beyond the one at which a ball holds a grey image is cut to it. An image broken in a small ball is broken
+    in a larger one, so the rungs' accuracies count it; the check compares what each rung found by itself.
+    """
+    attack = TIERS["smoke"]
+    most = reaching_eps(threat, subject.images)
+    radii = sorted({min(multiple * threat.eps, most) for multiple in multiples})
+    smallest = torch.full(subject.labels.shape, inf, device=subject.labels.device)
+    counts: dict[float, int] = {}
+    rungs, passes, forwards = [], 0, 0
+    for eps in radii:
+        ball = threat_model(threat.norm, eps)
+        found = measure_accuracy(subject.network, subject.images, subject.labels, ball, attack, seed)
+        counts[eps] = int(found.robust.sum())
+        passes, forwards = passes + found.passes, forwards + found.forwards
+        smallest[~found.siege.correct] = 0.0
+        smallest[~found.robust] = smallest[~found.robust].clamp_max(eps)
+        rungs.append(Rung(eps, wilson(int((smallest > eps).sum()), len(smallest))))
+    return Ladder(tuple(rungs), smallest, checks.never_rises(counts, most), passes, forwards)
+
+
+def transferred(sources: Mapping[str, Target], threat: ThreatModel, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Return, for each source and target, which images (N,) the target names rightly after an attack on the source.
+
+    The attack takes the highest loss in the ball, not the first error: such images transfer better.
+    """
+    moved = {name: _hardest(subject, threat, seed) for name, subject in sources.items()}
+    return {
+        source: {
+            target: margin(logits_of(other.network, images, 256), other.labels) > 0 for target, other in sources.items()
+        }
+        for source, images in moved.items()
+    }
+
+
+def _hardest(subject: Target, threat: ThreatModel, seed: int) -> Images:
+    objective = never_done(cross_entropy_objective(subject.network, subject.labels))
+    pgd = PGD(20, 0.15)
+    return minimise(objective, subject.images, threat, pgd, keyed_generator(seed, _TRANSFER)).images
+
+
+class Alone(NamedTuple):
+    """What one attack by itself left standing: a share with its interval, which images (N,), and what it cost."""
+
+    name: str
+    accuracy: Proportion
+    robust: Tensor
+    passes: int
+    forwards: int
+
+
+def alone(name: str, subject: Target, threat: ThreatModel, seed: int) -> Alone:
+    """Return what one attack does by its name; `autoattack` is the standard one.
+
+    Attacks of smallest norm break an image where the norm they reach is within eps. Raises UnknownNameError with the
+    nearest legal names, UsageError for an attack that does not know the threat model's norm.
+    """
+    name = _SHORT.get(name, name)
+    if name in NEAREST:
+        return _nearest(name, subject, threat)
+    if name not in ATTACKS:
+        raise UnknownNameError("attack", name, ATTACKS)
+    attack = LabelAttack((SEARCHES[name],)) if name in SEARCHES else LabelAttack(borrowed=(name,))
+    found = measure_accuracy(subject.network, subject.images, subject.labels, threat, attack, seed)
+    return Alone(name, found.adversarial, found.robust, found.passes, found.forwards)
+
+
+def _nearest(name: str, subject: Target, threat: ThreatModel) -> Alone:
+    if threat.norm != "l2":
+        raise UsageError(
+            f"{name} looks for the smallest l2 change, and the threat model is {threat.norm}; use --norm l2"
+        )
+    found = NEAREST[name](subject.network, subject.images, subject.labels)
+    robust = found.norms > threat.eps
+    return Alone(name, wilson(int(robust.sum()), len(robust)), robust, found.passes, 0)
+
+
+SEARCHES = {
+    "fgsm": Stage("ce", PGD(1, 1.0, random_start=False)),
+    "bim": Stage("ce", PGD(10, 0.1, random_start=False)),
+    "pgd": Stage("ce", PGD(20, 0.15)),
+    "margin": Stage("margin", PGD(20, 0.15)),
+}
+NEAREST = {"cw": partial(carlini_wagner, settings=CarliniWagner()), "ddn": partial(ddn, settings=DDN())}
+ATTACKS = (*SEARCHES, *NEAREST, *BORROWED)
+_SHORT = {"autoattack": "autoattack-standard"}
