@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from audit.certificate import CertificateSettings
+from audit.certification import Case, CertificationSettings, Examples, LayerCertificate, certify_layers
 from audit.config import Cell, cells
 from audit.errors import AuditError, EnvironmentFault, UnknownNameError, UsageError
 from audit.measurement import VERSION, LayerAudit, assemble, check_input
@@ -18,10 +20,11 @@ from audit.records import AuditRecord, RecordStore, digest, write_atomically
 from audit.robustness import Robustness, Target, attacked
 from audit.sections import BenchmarkConfig
 from model_zoo.catalogue import bundled_names
-from model_zoo.datasets import ImageRequest, ImageSet, check_fit, load_images
+from model_zoo.datasets import NAMED, ImageRequest, ImageSet, check_fit, load_at_most, load_images
 from model_zoo.entries import ModelEntry, parse_ref
 from model_zoo.load import LoadedModel, SourceSettings, identify, load_model
 
+_EXAMPLES = 1000  # training images that heads beside a certificate learn on
 _DECIDING_OPTIONS = ("arch", "num_classes", "mean", "std", "shape")
 
 
@@ -121,6 +124,7 @@ class _Workbench:
         self._images: dict[tuple[str, int | None], ImageSet] = {}
         self._entries: dict[str, ModelEntry] = {}
         self._model: tuple[str, LoadedModel] | None = None
+        self._certificates: dict[str, LayerCertificate] = {}
         self._attacked: dict[str, Robustness] = {}
         self._layer: tuple[str, LayerAudit] | None = None
 
@@ -153,7 +157,30 @@ class _Workbench:
         key = f"{cell.ref} {images.sha256} {cell.layer} {cell.settings}"
         if self._layer is None or self._layer[0] != key:
             self._layer = (key, LayerAudit(model.network, pixels, labels, cell.layer, cell.settings))
-        return assemble(robustness, self._layer[1].under(cell.threat), cell.layer, cell.threat, cell.settings)
+        measured = self._layer[1].under(cell.threat)
+        record = assemble(robustness, measured, cell.layer, cell.threat, cell.settings)
+        if not cell.settings.certificate:
+            return record
+        return _with_certificate(record, self._certified(cell, model, images))
+
+    def _certified(self, cell: Cell, model: LoadedModel, images: ImageSet) -> LayerCertificate:
+        """A certificate belongs to a layer and a threat model: estimators share it."""
+        key = f"{images.sha256} {cell.layer} {cell.threat} {cell.settings.attack} {cell.settings.seeds[0]}"
+        if key not in self._certificates:
+            self.watcher.stage(cell, "certifying")
+            case = Case(model.network, images.images, images.labels, len(images.classes), examples=self._examples(cell))
+            ask = CertificationSettings(CertificateSettings(seed=cell.settings.seeds[0]), cell.settings.attack)
+            self._certificates[key] = certify_layers(case, [cell.layer], [cell.threat], ask)[0].row
+        return self._certificates[key]
+
+    def _examples(self, cell: Cell) -> Examples | None:
+        """Images of the training split to train heads on; sets without one have the network's own head only."""
+        if cell.dataset not in NAMED:
+            return None
+        options = self.options
+        asked = ImageRequest(_EXAMPLES, "train", data_dir=options.data_dir, offline=options.sources.offline)
+        found = load_at_most(cell.dataset, asked)
+        return Examples(found.images.to(self.device), found.labels.to(self.device))
 
     def _robustness(self, cell: Cell, model: LoadedModel, images: ImageSet) -> Robustness:
         """What attacks found belongs to a model and a threat model: layers share them."""
@@ -184,10 +211,25 @@ class _Workbench:
     def _loaded(self, ref: str) -> LoadedModel:
         if self._model is None or self._model[0] != ref:
             self._attacked.clear()
+            self._certificates.clear()
             model = load_model(ref, self.options.sources)
             model.network.to(self.device)
             self._model = (ref, model)
         return self._model[1]
+
+
+def _with_certificate(record: AuditRecord, found: LayerCertificate) -> AuditRecord:
+    return replace(
+        record,
+        certified_bound=found.certified_bound,
+        certified_bound_population=found.certified_bound_population,
+        certified_tier=found.certified_tier if found.certified_bound is not None else "",
+        best_head=found.best_head or "",
+        best_head_accuracy=found.best_head_accuracy,
+        flags=(*record.flags, *(flag.replace("weak attack", "weak_attack") for flag in found.flags)),
+        passes=(record.passes or 0) + found.passes + found.attack_passes,
+        details={**record.details, "certificate": found.to_dict()},
+    )
 
 
 def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]:
@@ -198,6 +240,8 @@ def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]
         del settings["estimator"][bound]
     settings |= {"seeds": list(cell.settings.seeds)}  # a list, as JSON reads it back
     del settings["attack"]["fast"]  # decides cost only
+    if not settings["certificate"]:
+        del settings["certificate"]  # one measurement more changes no other
     settings["attack"]["stages"] = list(settings["attack"]["stages"])
     for stage in settings["attack"]["stages"]:
         del stage["pgd"]["batch_size"]  # bounds memory only

@@ -8,39 +8,23 @@ Gauss-Newton search, several classes and the population limits are ours.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from audit.collisions import Meetings, find_hubs, join, meet_at, pair_meetings
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
-from audit.meeting import FeatureMap, Hub, Layer, Search, SearchEffort
+from audit.meeting import Attempt, Hub, Layer, Search, SearchEffort, Watch
 from audit.population import frozen_limit, sample_limit
 from audit.programme import Bound, kept_at_most
+from audit.proof import unprovable
 from audit.threat import ThreatModel
+from audit.tiers import FEW, TIERS, Standard, Tier, noise_floor, standing
 from audit.types import Features, Images, Labels, keyed_generator
-
-Tier = Literal["bit-identical at float32", "bit-identical at float16", "bit-identical at bfloat16", "below noise floor"]
-"""What "the same feature vector" means; bounds of different tiers are never mixed.
-
-Bit-identical at a precision: features computed in float64 and handed on in that precision are equal, so the bound
-holds for every head on the features so rounded, exactly. Below the noise floor: any two that meet are no further
-apart than one image from itself when the working network encodes it in batches of other sizes.
-"""
-
-_CASTS = {
-    "bit-identical at float32": torch.float32,
-    "bit-identical at float16": torch.float16,
-    "bit-identical at bfloat16": torch.bfloat16,
-}
-TIERS: tuple[Tier, ...] = (
-    "bit-identical at float32", "bit-identical at float16", "bit-identical at bfloat16", "below noise floor",
-)  # fmt: skip
 
 _PURPOSE = 8  # the key that separates this module's random streams from others'
 _LARGE = 0.25  # share of the images: members of smaller hubs look for partners too, they may still lose them
-_FEW = 16  # images that a layer's fitness and noise are judged by
 _ARRIVED = 1e-9  # of the features' length: what the search counts as met before the tier has its say
 
 
@@ -73,7 +57,8 @@ class Certificate(NamedTuple):
     """No head on the layer keeps more than `bound` says of these images; `population` limits it on all of their kind.
 
     `meetings` are the exhibits, all of one tier; `at_hubs` counts the images at each hub, `pairs` the pairs besides;
-    `noise` is the layer's own, in feature units; `passes` counts forward+backward passes of single images.
+    `noise` is the layer's own and `scale` its features' length, in feature units; `passes` counts forward+backward
+    passes of single images; `attempts` are all the search tried, met or not.
     """
 
     bound: Bound
@@ -84,6 +69,8 @@ class Certificate(NamedTuple):
     at_hubs: tuple[int, ...]
     pairs: int
     passes: float
+    scale: float
+    attempts: tuple[Attempt, ...]
 
 
 class HeldOut(NamedTuple):
@@ -117,35 +104,49 @@ class FrozenHubs:
 
 
 def certify(
-    layer: Layer, clean: Images, labels: Labels, threat: ThreatModel, settings: CertificateSettings
+    layer: Layer,
+    clean: Images,
+    labels: Labels,
+    threat: ThreatModel,
+    settings: CertificateSettings,
+    watch: Watch = lambda _stage, _converged: None,
 ) -> Certificate | NotApplicable:
     """Return the certificate for a layer on clean images (N, C, H, W) with labels (N,), or why there is none.
 
-    Every meeting that the search reports is checked again before it counts. Raises InvalidModelError for features
-    that are not finite or give no gradient, UsageError where images and labels do not fit.
+    Every meeting that the search reports is checked again before it counts; `watch` hears how many images have met
+    something so far. Raises InvalidModelError for features that are not finite or give no gradient, UsageError where
+    images and labels do not fit.
     """
-    if reason := inapplicable(layer, clean, labels, threat):
+    if reason := inapplicable(layer, clean, labels, threat, settings.tier):
         return NotApplicable(reason)
-    search = Search(layer, clean, threat, settings.effort, settings.batch_size)
+    search = Search(layer, clean, threat, settings.effort, settings.batch_size, watch=watch)
     noise = noise_floor(layer.working, clean)
     near = max(noise / 2, _ARRIVED * search.scale)
     _, hubs = find_hubs(search, near, settings.seed)
     left = torch.ones(len(clean), dtype=torch.bool, device=clean.device)
     left[hubs.members[hubs.at.bincount()[hubs.at] >= _LARGE * len(clean)]] = False
     pairs = pair_meetings(search, labels, left.nonzero().flatten(), near)
-    meetings = _standing(search, join([hubs, pairs], search), settings.tier, noise)
+    meetings = _standing(search, join([hubs, pairs], search), Standard(settings.tier, noise))
+    return assemble(search, meetings, labels, noise, settings)
+
+
+def assemble(
+    search: Search, meetings: Meetings, labels: Labels, noise: float, settings: CertificateSettings
+) -> Certificate:
+    """Return the certificate that meetings which stand give for a search's images, with labels (N,)."""
     bound = bound_of(meetings, labels, settings.seconds)
     edges, stars = edges_and_hubs(meetings, labels)
-    limit = sample_limit(bound.kept, len(clean), settings.confidence)
-    at_hubs = tuple(len(star) for star in stars)
-    return Certificate(bound, limit, settings.tier, noise, meetings, at_hubs, len(edges), search.passes)
+    return Certificate(
+        bound, sample_limit(bound.kept, len(labels), settings.confidence), settings.tier, noise, meetings,
+        tuple(len(star) for star in stars), len(edges), search.passes, search.scale, tuple(search.attempts),
+    )  # fmt: skip
 
 
 def certify_held_out(
     layer: Layer, clean: Images, labels: Labels, threat: ThreatModel, settings: CertificateSettings
 ) -> HeldOut | NotApplicable:
     """Return the population limit of hubs chosen on a random half of the images and tried on the other half."""
-    if reason := inapplicable(layer, clean, labels, threat):
+    if reason := inapplicable(layer, clean, labels, threat, settings.tier):
         return NotApplicable(reason)
     if len(clean) < 2:
         return NotApplicable("two halves need at least two images, not one")
@@ -181,18 +182,9 @@ def reach_frozen(
     frozen.check_fresh(images)
     search = Search(layer, clean[images], threat, settings.effort, settings.batch_size, scale=frozen.scale)
     reached = meet_at(search, frozen.hubs, max(frozen.noise / 2, _ARRIVED * frozen.scale))
-    meetings = _standing(search, reached, settings.tier, frozen.noise)
+    meetings = _standing(search, reached, Standard(settings.tier, frozen.noise))
     bound = bound_of(meetings, labels[images], settings.seconds)
     return HeldOut(bound, frozen_limit(bound.kept, bound.images, settings.confidence), images, meetings)
-
-
-def holds(features: Features, targets: Features, tier: Tier, noise: float) -> Tensor:
-    """Return which features (R, D) are the same as their targets (R, D), in a tier's sense: (R,) bool."""
-    if tier == "below noise floor":
-        # half: two images at one target are then no further apart than the noise
-        return (features - targets).norm(dim=1) <= noise / 2
-    ours, theirs = features.to(_CASTS[tier]), targets.to(_CASTS[tier])
-    return ((ours == theirs) & ours.isfinite()).all(1)
 
 
 def bound_of(meetings: Meetings, labels: Labels, seconds: float) -> Bound:
@@ -213,20 +205,8 @@ def edges_and_hubs(meetings: Meetings, labels: Labels) -> tuple[list[list[int]],
 
 
 @torch.no_grad()
-def noise_floor(working: FeatureMap, clean: Images) -> float:
-    """Return how far one image's features typically move with the size of the batch it is encoded in.
-
-    The median over some images of the largest distance to their features in a batch of one, in feature units.
-    """
-    few = clean[:_FEW]
-    alone = torch.cat([working(image) for image in few.split(1)])
-    others = [torch.cat([working(batch) for batch in few.split(size)]) for size in (2, 5, len(few))]
-    return float(torch.stack([(other - alone).double().norm(dim=1) for other in others]).amax(0).median())
-
-
-@torch.no_grad()
-def inapplicable(layer: Layer, clean: Images, labels: Labels, threat: ThreatModel) -> str | None:
-    """Return why no certificate can be given, or None.
+def inapplicable(layer: Layer, clean: Images, labels: Labels, threat: ThreatModel, tier: Tier) -> str | None:
+    """Return why no certificate of a tier can be given, or None.
 
     Raises UsageError where images and labels do not fit or the float64 copy is another network, InvalidModelError
     for features that are not finite.
@@ -235,7 +215,7 @@ def inapplicable(layer: Layer, clean: Images, labels: Labels, threat: ThreatMode
         raise UsageError(f"{len(clean)} images with {len(labels)} labels: one label for each of at least one is legal")
     if threat.norm != "linf":
         return f"the search keeps every pixel in its own interval, which is an linf ball, not {threat.norm}"
-    few = clean[:_FEW].double()
+    few = clean[:FEW].double()
     features, again = layer.precise(few), layer.precise(few)
     alone = torch.cat([layer.precise(image) for image in few.split(1)])
     width, pixels = features.shape[1], clean[0].numel()
@@ -246,8 +226,8 @@ def inapplicable(layer: Layer, clean: Images, labels: Labels, threat: ThreatMode
         return "two forward passes of the same images differ: the features are random"
     if _furthest(features, alone) > allowed:
         return "the features of an image depend on the other images of its batch"
-    _check_copy(features, layer.working(clean[:_FEW]).double())
-    return None
+    _check_copy(features, layer.working(clean[:FEW]).double())
+    return unprovable(layer.precise, clean) if tier == "proved" else None
 
 
 def _check_copy(precise: Features, working: Features) -> None:
@@ -262,9 +242,7 @@ def _furthest(ours: Features, theirs: Features) -> float:
     return float((ours - theirs).norm(dim=1).max())
 
 
-def _standing(search: Search, meetings: Meetings, tier: Tier, noise: float) -> Meetings:
-    """Return the meetings that a plain forward pass on the moved images, and a look at their balls, confirm."""
-    features = search.features(meetings.moved, search.layer.precise) if len(meetings.moved) else meetings.targets[:0]
-    same = holds(features, meetings.targets[meetings.at], tier, noise)
-    inside = search.threat.distance(meetings.moved, search.clean[meetings.members].double()) <= search.threat.eps
-    return meetings.kept(same & inside)
+def _standing(search: Search, meetings: Meetings, standard: Standard) -> Meetings:
+    """Return the meetings that stand when looked at again, and count the look."""
+    search.passes += len(meetings.members) / 2
+    return meetings.kept(standing(search.layer, search.clean, meetings, search.threat, standard))

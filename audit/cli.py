@@ -6,12 +6,18 @@ from typing import Any
 
 import click
 
-from audit.cli_options import FOLDER, image_shape, run_options, source_options
+from audit.cli_attack import attack_command as attack_command
+from audit.cli_certificate import certify_command as certify_command
+from audit.cli_certificate import verify_command as verify_command
+from audit.cli_options import FOLDER, image_shape, run_options, slug, source_options
 from audit.errors import ConfigError, UsageError
 
 COMMANDS = {
     "run": "Run a benchmark file, or resume it.",
     "audit": "Audit one model.",
+    "attack": "Attack one model, and check the attack.",
+    "certify": "Bound every head on a layer, with exhibits.",
+    "verify": "Check the exhibits of a certificate.",
     "calibrate": "Hold estimators against channels whose information is known.",
     "models": "List the models that can be named.",
     "layers": "List the layers of a model.",
@@ -280,7 +286,7 @@ def _request(model: str, dataset: str, fields: dict[str, Any]) -> Any:
     from audit.sections import BenchmarkConfig
 
     values = {
-        "name": _slug(model), "dataset": dataset, "models": [model], "layers": list(fields["layers"]),
+        "name": slug(model), "dataset": dataset, "models": [model], "layers": list(fields["layers"]),
         "threats": [{"norm": fields["norm"], "eps": list(fields["radii"])}], "images": fields["images"],
         "seeds": list(range(fields["seeds"])), "estimators": list(fields["estimators"]), "reduce": fields["reduce"],
     }  # fmt: skip
@@ -298,13 +304,6 @@ def _option(location: tuple[Any, ...]) -> str:
     if not location:
         return "request"
     return {"layers": "--layer", "models": "MODEL", "estimators": "--estimator"}.get(location[0], f"--{location[0]}")
-
-
-def _slug(ref: str) -> str:
-    """A folder's name from a reference: letters, digits, dots and dashes only."""
-    name = ref.partition("?")[0].rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].partition(":")
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in ".-_") else "-" for c in (name[2] or name[0]))
-    return kept.lstrip("._-")[:50] or "model"
 
 
 def _model_row(entry: Any) -> tuple[str, ...]:

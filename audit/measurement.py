@@ -37,6 +37,7 @@ class AuditSettings:
     attack: LabelAttack = AUDIT
     seeds: tuple[int, ...] = (0, 1, 2)
     reduce: Reduction = "flatten"
+    certificate: bool = False
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):

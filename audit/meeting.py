@@ -22,6 +22,10 @@ FeatureMap = Callable[[Tensor], Tensor]
 
 _INSIDE = 1 - 1e-9  # the ball is searched a hair inside, so that rounding leaves nobody outside
 _CLOSE = 1e-12  # of the features' length: where Gauss-Newton has nothing left to gain
+_MET = 1e-9  # of the features' length: what is shown as converged while the search goes
+
+Watch = Callable[[str, int], None]
+"""Hears what a search is at, and how many images have met something so far."""
 
 
 class Layer(NamedTuple):
@@ -61,12 +65,19 @@ class Hub(NamedTuple):
     metric: Tensor
 
 
+class Attempt(NamedTuple):
+    """Groups of images (G, M), by index, and how far apart (G,) they stayed: from one hub (M = 1) or each other."""
+
+    groups: Tensor
+    apart: Tensor
+
+
 @dataclass
 class Search:
     """Clean images (N, C, H, W), what may be done to them, and the layer they are to meet at.
 
     `scale` is the features' typical length, measured where it is not given. `passes` counts forward+backward passes
-    of single images, a forward or a backward alone as a half.
+    of single images, a forward or a backward alone as a half. `attempts` are what was tried, one entry a hub.
     """
 
     layer: Layer
@@ -75,9 +86,12 @@ class Search:
     effort: SearchEffort = field(default_factory=SearchEffort)
     batch_size: int = 128
     scale: float = 0.0
-    passes: float = 0.0
+    watch: Watch = field(default=lambda _stage, _converged: None)
+    passes: float = field(default=0.0, init=False)
+    attempts: list[Attempt] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
+        self._met = torch.zeros(len(self.clean), dtype=torch.bool, device=self.clean.device)
         self.encoded = self.features(self.clean, self.layer.working)
         self.scale = self.scale or float(self.encoded.double().square().sum(1).mean().sqrt())
         start, eps = self.clean.double(), self.threat.eps * _INSIDE
@@ -102,7 +116,13 @@ class Search:
                 images, left = self._finish(batch[rows], hub.target, near[rows])
                 moved.append(images)
                 apart.append(left)
+                self._tell(batch[rows], left)
+        self.attempts.append(Attempt(groups, torch.cat(apart)))
         return torch.cat(moved), torch.cat(apart)
+
+    def _tell(self, groups: Tensor, apart: Tensor) -> None:
+        self._met[groups[apart <= _MET * self.scale].flatten()] = True
+        self.watch("hubs" if groups.shape[1] == 1 else "pairs", int(self._met.sum()))
 
     def _room(self, hub: Hub, groups: Tensor) -> int:
         """Return how many groups' Jacobians fit the memory: each is held twice, in float64."""

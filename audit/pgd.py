@@ -17,6 +17,7 @@ from audit.threat import ThreatModel
 from audit.types import Images, Judged, Objective
 
 NEVER = -1
+_IDLE = 1 / 32  # the largest share of images that are done and still passed through
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def minimise(
 ) -> Found:
     """Return, per image, the best iterate of projected descent: legal, and never worse than the clean image.
 
-    Images that the objective calls done are dropped at once. Starts are drawn for the whole set before any is
+    Images that the objective calls done are left alone, and dropped once they are more than a few. Starts are drawn for the whole set before any is
     dropped, so the result does not depend on the batch size. `start` takes the place of the first one, such as what
     a search in a smaller ball found. Raises InvalidModelError where the objective gives no gradient, or one that is
     not finite: a search that follows it would find nothing and say so to nobody.
@@ -107,7 +108,7 @@ class _Search:
         def one(batch: Images, chosen: Tensor) -> Tensor:
             judged = self.objective(batch, chosen)
             self._keep(chosen, batch, judged, step)
-            return judged.done
+            return judged.value
 
         self.batches.run(one, images, index)
         self.forwards += len(images)
@@ -117,9 +118,11 @@ class _Search:
         active = (~self.best.done).nonzero().flatten()
         current, walls = origin[active], tuple(wall[active] for wall in self.threat.walls(self.clean))
         for step in range(self.pgd.steps):
-            done = self.batches.run(partial(self._step_, before + step), current, active, *walls)
+            self.batches.run(partial(self._step_, before + step), current, active, *walls)
             self.passes += len(active)
-            if done.any():
+            done = self.best.done[active]
+            # packing reads and writes three images for each that stays, so a few that are done may ride along
+            if int(done.sum()) > _IDLE * len(done):
                 active, current = active[~done], current[~done]
                 walls = tuple(wall[~done] for wall in walls)
                 if len(active) == 0:
@@ -127,13 +130,13 @@ class _Search:
         self.judge(current, before + self.pgd.steps, active)
 
     def _step_(self, step: int, images: Images, index: Tensor, *walls: Tensor) -> Tensor:
-        """Judge images, move them in place, and return which are done, (A,) bool."""
+        """Judge images and move them in place."""
         leaf = images.detach().requires_grad_()
         judged = self.objective(leaf, index)
         gradient = input_gradient(judged.value.sum(), leaf)
         self._keep(index, images, Judged(judged.value.detach(), judged.done), step)
         self.threat.step_(images, gradient, self.pgd.relative_step * self.threat.eps, *walls)
-        return judged.done
+        return judged.value.detach()
 
     def _keep(self, index: Tensor, images: Images, judged: Judged, step: int) -> None:
         """Write the images that are done, or better than the best so far, into the best ones."""

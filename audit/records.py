@@ -74,6 +74,11 @@ class AuditRecord:
     adversarial_accuracy_low: float | None = None
     adversarial_accuracy_high: float | None = None
     adversarial_gap: float | None = None
+    certified_bound: float | None = None
+    certified_bound_population: float | None = None
+    certified_tier: str = ""
+    best_head: str = ""
+    best_head_accuracy: float | None = None
     flags: tuple[str, ...] = ()
     checks: tuple[dict[str, Any], ...] = ()  # is the attack to be believed: number, name, level, passed, figure, ...
     passes: int | None = None

@@ -285,6 +285,7 @@ class BenchmarkConfig(_Section):
     estimators: Annotated[tuple[AnyEstimator, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
         ESTIMATOR_SECTIONS["sandwich"](),  # type: ignore[call-arg]
     )
+    certificate: bool = False
     attack: Annotated[AttackConfig, BeforeValidator(_as_attack)] = AttackConfig()
 
     @field_validator("estimators")
@@ -299,7 +300,10 @@ class BenchmarkConfig(_Section):
     def settings(self) -> list[AuditSettings]:
         """Return, for each estimator, everything that decides numbers beside model, images and threat model."""
         attack = self.attack.attack()
-        return [AuditSettings(each.estimator(), attack, self.seeds, self.reduce) for each in self.estimators]
+        return [
+            AuditSettings(each.estimator(), attack, self.seeds, self.reduce, self.certificate)
+            for each in self.estimators
+        ]
 
     def canonical(self) -> str:
         """Return the one spelling of this configuration."""

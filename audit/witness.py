@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
-from audit.certificate import TIERS, Certificate, Tier, bound_of, holds, inapplicable, noise_floor
+from audit.certificate import Certificate, bound_of, inapplicable
 from audit.collisions import Meetings
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
 from audit.measurement import tensors_sha256
@@ -23,6 +23,7 @@ from audit.meeting import Layer
 from audit.programme import Bound
 from audit.records import write_atomically
 from audit.threat import THREATS, ThreatModel
+from audit.tiers import TIERS, Standard, Tier, holds, noise_floor, standing
 from audit.types import Images, Labels
 
 FORMAT = "rvaudit-witness-1"
@@ -55,6 +56,12 @@ class Witness:
 def data_sha256(clean: Images, labels: Labels) -> str:
     """Return the sha256 of images and labels: their types, shapes and bytes."""
     return tensors_sha256(clean, labels)
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Return the sha256 of all that a network is made of: its parameters and buffers, in the order of their names."""
+    state = network.state_dict()
+    return tensors_sha256(*(state[name] for name in sorted(state)))
 
 
 def write(path: Path, certificate: Certificate, header: Header, labels: Labels) -> str:
@@ -111,12 +118,15 @@ def verify(path: Path, layer: Layer, clean: Images, labels: Labels, weights_sha2
     if header.weights_sha256 != weights_sha256:
         raise IntegrityError(f"{path} is of weights {header.weights_sha256}, these are {weights_sha256}")
     _check_data(witness, clean, labels)
-    if reason := inapplicable(layer, clean, labels, header.threat):
+    if reason := inapplicable(layer, clean, labels, header.threat, header.tier):
         raise IntegrityError(f"no witness can hold for this layer: {reason}")
     device = clean.device
     meetings = Meetings(*(part.to(device) for part in meetings))
     _check_balls(meetings, clean, header.threat)
-    _check_features(meetings, layer, header.tier, clean)
+    if header.tier == "proved":
+        _check_proofs(meetings, layer, header.threat, clean)
+    else:
+        _check_features(meetings, layer, header.tier, clean)
     _check_bound(header.bound, bound_of(meetings, labels, seconds=60.0))
     return witness
 
@@ -172,6 +182,18 @@ def _check_features(meetings: Meetings, layer: Layer, tier: Tier, clean: Images)
         raise IntegrityError(
             f"image {int(meetings.members[row])} does not meet the others at target {int(meetings.at[row])}: "
             f"its features are {apart:.3g} away, which is not {tier}"
+        )
+
+
+def _check_proofs(meetings: Meetings, layer: Layer, threat: ThreatModel, clean: Images) -> None:
+    if meetings.targets.shape[1] != (width := layer.precise(clean[:1].double()).shape[1]) and len(meetings.moved):
+        raise IntegrityError(f"targets have {meetings.targets.shape[1]} features, the layer has {width}")
+    stands = standing(layer, clean, meetings, threat, Standard("proved", 0.0))
+    if len(wrong := (~stands).nonzero()):
+        row = int(wrong[0])
+        raise IntegrityError(
+            f"image {int(meetings.members[row])} is not shown to meet the others at target {int(meetings.at[row])}: "
+            "no exact root near its witness"
         )
 
 

@@ -5,7 +5,7 @@ order, so a smaller request is a part of a larger one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -81,6 +81,14 @@ def load_images(ref: str, request: ImageRequest | None = None) -> ImageSet:
         indices=raw.indices,
         sha256=_digest(images, labels, raw.indices),
     )
+
+
+def load_at_most(ref: str, request: ImageRequest) -> ImageSet:
+    """Return what `load_images` does, or all images of a set that has fewer than asked for; raises what it raises."""
+    try:
+        return load_images(ref, request)
+    except UsageError:
+        return load_images(ref, replace(request, count=None))
 
 
 def check_fit(model: LoadedModel, images: ImageSet) -> None:

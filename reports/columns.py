@@ -21,6 +21,10 @@ def _estimate(name: str, unit: str, meaning: str) -> Column:
     return Column(name, unit, meaning, "estimate")
 
 
+def _certified(name: str, unit: str, meaning: str) -> Column:
+    return Column(name, unit, meaning, "certified")
+
+
 def _measured(name: str, unit: str, meaning: str) -> Column:
     return Column(name, unit, meaning, "measured")
 
@@ -56,6 +60,11 @@ _COLUMNS = (
     _estimate("adversarial_accuracy_bound", "fraction", "Theorem 3.4 as printed, from worst_nats: an estimated bound"),
     _estimate("fano_accuracy_bound", "fraction", "exact Fano bound on any head, from worst_nats: an estimated bound"),
     _estimate("adversarial_risk_bound", "fraction", "1 - adversarial_accuracy_bound"),
+    _certified("certified_bound", "fraction", "no head on the layer keeps more of these images right"),
+    _certified("certified_bound_population", "fraction", "nor of all images of their kind, with 95 % confidence"),
+    Column("certified_tier", "text", "what the same features means in the certificate"),
+    Column("best_head", "text", "the best head found: own, or trained on the layer (slf, mlp, alf)"),
+    _measured("best_head_accuracy", "fraction", "share it keeps under the attack"),
     _measured("natural_accuracy", "fraction", "share of the images answered rightly"),
     _measured("natural_accuracy_low", "fraction", "low end of its 95 % interval"),
     _measured("natural_accuracy_high", "fraction", "high end of its 95 % interval"),

@@ -49,6 +49,7 @@ def figure2(frame: pd.DataFrame) -> Figure:
     Label information stands under the exact Fano curve, solid; estimates of I(X; g(X)) under Theorem 3.4 as printed,
     dashed, as a replication in panels of their own. With estimates either is an *estimated bound*. `sandwich` is left
     out because it is information about a smoothed representation, `label-level` because its worst case limits no head.
+    Bars are certified ceilings, where a certificate was asked for.
     Source: Fano's inequality, d(a || 1/K) <= I(Y; g(X)) for K equal classes; Zhu, Zhang & Evans, ICML 2020,
     Theorem 3.4: a <= (I + ln 2)/ln K.
     """
@@ -58,7 +59,7 @@ def figure2(frame: pd.DataFrame) -> Figure:
     with paper_style():
         groups = panels(rows)
         used = [curve for curve in _LINES if curve in {_curve(panel.rows.iloc[0]) for panel in groups}]
-        keys = family_key(rows), [*fill_key(rows), *_case_key(used)]
+        keys = family_key(rows), [*fill_key(rows), *_case_key(used, rows)]
         sheet = sheet_of(groups, [_caption(panel) for panel in groups], (len(keys[0]), len(keys[1])))
         figure, axes = sheet.draw()
         family_looks = looks(rows["family"])
@@ -108,11 +109,20 @@ def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
             point(ax, x, y, marker(look, fill, size))
         if row["refuted"]:
             cross(ax, *ends[1])
+        if not pd.isna(row["certified_bound"]):
+            _ceiling(ax, ends[1], float(row["certified_bound"]), look)
     low, high = limits([rows["normal_nats"], rows["worst_nats"]])
     ax.set_xlim(min(low, 0.0), high)
     ax.set_ylim(-0.04, 1.04)
     for classes in sorted(set(rows["num_classes"].dropna())):
         _limit_line(ax, _curve(rows.iloc[0]), int(classes))
+
+
+def _ceiling(ax: Axes, worst: tuple[float, float], bound: float, look: Look) -> None:
+    """Draw what no head exceeds over what the own head keeps."""
+    x, y = worst
+    ax.plot([x, x], [y, bound], color=look.colour, linewidth=0.6, linestyle=":", zorder=2)
+    ax.plot([x], [bound], marker="_", markersize=7, markeredgewidth=1.4, color=look.colour, linestyle="none", zorder=3)
 
 
 def _limit_line(ax: Axes, curve: str, classes: int) -> None:
@@ -128,12 +138,14 @@ def _limit_line(ax: Axes, curve: str, classes: int) -> None:
     ax.fill_between(x, y, 2, color=_REGION, alpha=0.16, linewidth=0, zorder=0.5)
 
 
-def _case_key(used: list[str]) -> list[Line2D]:
+def _case_key(used: list[str], rows: pd.DataFrame) -> list[Line2D]:
     lines = [
         named(Line2D([], [], linestyle=_LINES[curve], color="#333333", linewidth=0.9), _NAMES[curve]) for curve in used
     ]
+    ceiling = Line2D([], [], marker="_", markersize=7, markeredgewidth=1.4, color=GREY.colour, linestyle="none")
     return [
         named(marker(GREY, "full", 3.2), "normal case, natural acc."),
         named(marker(GREY, "full", 5.5), "worst case, adversarial acc."),
         *lines,
+        *([named(ceiling, "no head exceeds it (certified)")] if rows["certified_bound"].notna().any() else []),
     ]

@@ -10,10 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from audit.certificate import TIERS, CertificateSettings, certify
+from audit.certificate import CertificateSettings, certify
 from audit.errors import EnvironmentFault, IntegrityError
 from audit.meeting import Layer, SearchEffort
+from audit.representation import Representation
 from audit.threat import Linf
+from audit.tiers import TIERS
 from audit.types import keyed_generator
 from audit.witness import data_sha256, header_of, read, verify, write
 
@@ -29,7 +31,7 @@ class Case:
             torch.manual_seed(0)
             net = nn.Sequential(nn.Flatten(), nn.Linear(36, 40), nn.ReLU(), nn.Linear(40, 4))
         self.net = net.eval().requires_grad_(False)
-        self.layer = Layer.of(self.net)
+        self.layer = Layer.of(Representation(self.net, "logits"))
         self.clean = torch.rand(24, 1, 6, 6, generator=keyed_generator(0))
         self.labels = torch.arange(24) % 4
         settings = CertificateSettings(tier=tier, effort=SearchEffort(hubs=1, neighbours=4))
@@ -213,6 +215,19 @@ def test_a_near_miss_is_refused_whatever_noise_the_file_names(tmp_path):
         case.verify(case.forged(tmp_path, shift, tier="below noise floor", noise=1.0))
 
 
+def test_a_near_miss_is_not_proved(case, tmp_path):
+    """The same in float32, and 1e-12 apart: an exact root of another target is none of this one's."""
+
+    def shift(tensors):
+        # one feature that no pixel of the network could move alone would be needed; here the first image stays behind
+        tensors["moved"][0] = case.clean[int(tensors["members"][0])].double()
+        return tensors
+
+    first = int(case.certificate.meetings.members[0])
+    with pytest.raises(IntegrityError, match=f"image {first} is not shown to meet the others at target 0"):
+        case.verify(case.forged(tmp_path, shift, tier="proved"))
+
+
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.999])
 def test_a_truncated_file_is_refused(case, tmp_path, share):
     whole = case.path.read_bytes()
@@ -225,7 +240,7 @@ def test_a_truncated_file_is_refused(case, tmp_path, share):
     ("claims", "message"),
     [
         ({"format": "other"}, "format 'other', legal: rvaudit-witness-1"),
-        ({"tier": "sure"}, "tier 'sure', legal: bit-identical"),
+        ({"tier": "sure"}, "tier 'sure', legal: proved"),
         ({"threat": {"norm": "l7", "eps": 0.1, "pixel_range": [0, 1]}}, "'l7'"),
         ({"threat": {"norm": "linf", "eps": 8, "pixel_range": [0, 1]}}, "outside"),
         ({"threat": None}, "no legal witness header"),
@@ -275,6 +290,7 @@ def test_a_file_without_a_header_or_no_file_is_refused(case, tmp_path):
 def test_a_witness_is_of_one_tier(tmp_path, tier):
     case = Case(tmp_path, tier)
     assert case.verify().header.tier == tier
+    assert case.certificate.bound.kept < 20
 
 
 def test_weaker_claims_of_layers_are_the_files_own(case, tmp_path):

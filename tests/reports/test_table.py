@@ -9,6 +9,7 @@ import pytest
 import reports
 from reports.columns import NO_RESULT, UNITS, columns_csv
 from reports.estimators import curve_of
+from reports.html import render_report
 from reports.ranking import leaderboard, to_csv, to_parquet
 from reports.table import COLUMNS, KINDS, panels, ranked, sound, split_flags, to_frame, to_rows
 
@@ -175,3 +176,19 @@ def test_public_names():
     assert set(reports.__all__) <= set(dir(reports))
     with pytest.raises(AttributeError, match="no attribute 'rank'"):
         _ = reports.rank
+
+
+def test_a_model_whose_attack_failed_a_trust_check_is_shown_and_never_ranked(zoo):
+    check = {"number": 5, "name": "unbounded attack", "level": "trust", "passed": False}
+    flag = "untrusted: the adversarial accuracy is an upper bound, attack not trustworthy: failed 5 unbounded attack"
+    records = [
+        replace(zoo[0], checks=({**check, "passed": True},)),
+        replace(zoo[1], checks=(check,), flags=(flag,)),
+        zoo[2],
+    ]
+    frame = to_frame(records)
+    assert frame["attack_trust"].tolist() == ["trusted", "upper bound", "not checked"]
+    assert ranked(frame).tolist() == [True, False, True]
+    shown = render_report(records)
+    assert "The adversarial accuracy is an upper bound, attack not trustworthy, of:" in shown
+    assert "unbounded attack" in shown
