@@ -180,7 +180,7 @@ def _training_images(dataset: str, images: Any, request: dict[str, Any], asked: 
 
     import torch
 
-    from model_zoo.datasets import NAMED, load_images
+    from model_zoo.datasets import NAMED, load_at_most, load_images
 
     count, source = request["head_images"], request["train_dataset"]
     if count == 0:
@@ -189,7 +189,7 @@ def _training_images(dataset: str, images: Any, request: dict[str, Any], asked: 
         if request["images"] is None:
             click.echo("Note: every image is certified, none is left to train heads on: see --train-dataset", err=True)
             return None
-        found = _at_most(dataset, asked, request["images"] + count)
+        found = load_at_most(dataset, replace(asked, count=request["images"] + count))
         pixels, labels = found.images[request["images"] :], found.labels[request["images"] :]
     else:
         split = "train" if source is None or source in NAMED else "test"
@@ -200,18 +200,6 @@ def _training_images(dataset: str, images: Any, request: dict[str, Any], asked: 
     seen = {image.numpy().tobytes() for image in images.images}
     fresh = torch.tensor([image.numpy().tobytes() not in seen for image in pixels], dtype=torch.bool)
     return (pixels[fresh][:count], labels[fresh][:count]) if bool(fresh.any()) else None
-
-
-def _at_most(dataset: str, asked: Any, count: int) -> Any:
-    """Return the first images of a set, all of them where there are fewer than asked for."""
-    from dataclasses import replace
-
-    from model_zoo.datasets import load_images
-
-    try:
-        return load_images(dataset, replace(asked, count=count))
-    except UsageError:
-        return load_images(dataset, replace(asked, count=None))
 
 
 def _certified(case: Any, layers: tuple[str, ...], threats: list[Any], settings: Any) -> list[Any]:
@@ -289,13 +277,13 @@ def _shown(row: dict[str, Any], eps: str) -> tuple[str, ...]:
 def _claimed_parts(model: str, dataset: str, count: int, where: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Return network, images and labels to hold a witness against."""
     from audit.benchmark import device_of
-    from model_zoo.datasets import ImageRequest
+    from model_zoo.datasets import ImageRequest, load_at_most
     from model_zoo.load import load_model
 
     options = run_options(where)
     device = device_of(options.device)
     loaded = load_model(model, options.sources)
-    asked = ImageRequest(data_dir=options.data_dir, offline=options.sources.offline)
-    images = _at_most(dataset, asked, count)
+    asked = ImageRequest(count, data_dir=options.data_dir, offline=options.sources.offline)
+    images = load_at_most(dataset, asked)
     _check_fit(loaded, images)
     return loaded.network.to(device), images.images.to(device), images.labels.to(device)

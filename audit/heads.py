@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.attacks import cross_entropy_objective
+from audit.attacks import cross_entropy_objective, never_done
 from audit.errors import UsageError
 from audit.pgd import PGD, minimise
 from audit.probes import ProbeTraining, fit_hidden, fit_linear
 from audit.threat import ThreatModel
-from audit.types import Images, Judged, Labels, Objective, keyed_generator
+from audit.types import Images, Labels, keyed_generator
 
 HeadName = Literal["slf", "mlp", "alf"]
 HEADS: tuple[HeadName, ...] = ("slf", "mlp", "alf")
@@ -82,7 +82,7 @@ def train_adversarial(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, training.learning_rate, training.epochs * batches)
     for _ in range(training.epochs):
         for chosen in torch.randperm(len(images), generator=order).to(images.device).tensor_split(batches):
-            hardest = _hardest(learner, labels[chosen])
+            hardest = never_done(cross_entropy_objective(learner, labels[chosen]))
             moved = minimise(hardest, images[chosen], threat, training.pgd, starts).images
             with torch.no_grad():
                 seen = start.layer(moved)
@@ -97,14 +97,3 @@ def train_adversarial(
 @torch.no_grad()
 def _features(layer: nn.Module, images: Images, batch_size: int) -> Tensor:
     return torch.cat([layer(batch) for batch in images.split(batch_size)])
-
-
-def _hardest(network: nn.Module, labels: Labels) -> Objective:
-    """Training wants the hardest image in the ball, not the first that is misclassified."""
-    attack = cross_entropy_objective(network, labels)
-
-    def objective(images: Images, index: Tensor) -> Judged:
-        value = attack(images, index).value
-        return Judged(value, torch.zeros_like(value, dtype=torch.bool))
-
-    return objective

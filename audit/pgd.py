@@ -66,10 +66,10 @@ def minimise(
 ) -> Found:
     """Return, per image, the best iterate of projected descent: legal, and never worse than the clean image.
 
-    Images that the objective calls done are left alone, and dropped once they are more than a few. Starts are drawn for the whole set before any is
-    dropped, so the result does not depend on the batch size. `start` takes the place of the first one, such as what
-    a search in a smaller ball found. Raises InvalidModelError where the objective gives no gradient, or one that is
-    not finite: a search that follows it would find nothing and say so to nobody.
+    Images that the objective calls done are left alone, and dropped once they are more than a few. Starts are drawn
+    for the whole set before any is dropped, so the result does not depend on the batch size. `start` takes the place
+    of the first one, such as what a search in a smaller ball found. Raises InvalidModelError where the objective
+    gives no gradient, or one that is not finite: a search that follows it would find nothing and say so to nobody.
     """
     search = _Search(objective, clean, threat, pgd)
     if len(clean) == 0:

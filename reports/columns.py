@@ -82,6 +82,8 @@ _COLUMNS = (
 
 COLUMNS = tuple(column.name for column in _COLUMNS)
 KINDS = {column.name: column.kind for column in _COLUMNS if column.kind}
+CERTIFICATE = tuple(name for name in COLUMNS if name.startswith(("certified_", "best_head")))
+"""Columns that files leave out where no row has a certificate."""
 UNITS = {column.name: column.unit for column in _COLUMNS}
 
 

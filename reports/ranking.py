@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from audit.records import read_records, write_atomically
-from reports.columns import columns_csv
+from reports.columns import CERTIFICATE, columns_csv
 from reports.estimators import place
 from reports.table import GROUP, ranked, to_frame
 from reports.text import spreadsheet_text
@@ -37,6 +37,7 @@ def to_csv(table: pd.DataFrame) -> str:
 
     Text cells lose control characters and are quoted where they start like a formula; numbers keep every digit.
     """
+    table = _without_empty(table)
     texts = [name for name in table.columns if not pd.api.types.is_numeric_dtype(table[name])]
     safe = table.assign(**{name: table[name].map(spreadsheet_text) for name in texts})
     return str(safe.to_csv(index=False, lineterminator="\n"))
@@ -45,8 +46,14 @@ def to_csv(table: pd.DataFrame) -> str:
 def to_parquet(table: pd.DataFrame) -> bytes:
     """Return a table as a parquet file, text unchanged."""
     buffer = BytesIO()
-    table.to_parquet(buffer, index=False)
+    _without_empty(table).to_parquet(buffer, index=False)
     return buffer.getvalue()
+
+
+def _without_empty(table: pd.DataFrame) -> pd.DataFrame:
+    """Leave the columns of a certificate out where no row has one."""
+    empty = "certified_tier" in table and not table["certified_tier"].any()
+    return table.drop(columns=list(CERTIFICATE)) if empty else table
 
 
 def write_leaderboard(folder: Path) -> list[Path]:

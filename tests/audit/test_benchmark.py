@@ -27,6 +27,8 @@ from audit.vulnerability import WorstCaseSearch
 from model_zoo.datasets import ImageRequest, load_images
 from model_zoo.load import load_model
 from reports.cli import main
+from reports.columns import CERTIFICATE
+from reports.ranking import write_leaderboard
 
 REF = "bundled:digits-vgg-robust"
 QUICK = """
@@ -194,7 +196,7 @@ def test_layers_share_accuracies_and_models_do_not(
     real: Callable[..., Any] = benchmark.attacked
 
     def counting(*arguments: Any) -> Any:
-        attacked.append(arguments[3])
+        attacked.append(arguments[1])
         return real(*arguments)
 
     monkeypatch.setattr(benchmark, "attacked", counting)
@@ -348,3 +350,51 @@ def test_the_cells_of_one_model_stay_together(tmp_path):
     runs = [ref for ref, before in zip(refs, ["", *refs], strict=False) if ref != before]
     assert len(refs) == 16
     assert len(runs) == len(set(runs)) == 4
+
+
+CERTIFIED = """\
+name: certified
+dataset: digits
+images: 50
+models: [bundled:digits-vgg-standard]
+layers: [logits]
+threats: {norm: linf, eps: 0.2}
+estimators: [{name: label-level, steps: 5}, {name: label-information, steps: 5}]
+seeds: [0]
+attack: {steps: 2}
+certificate: true
+"""
+
+
+@pytest.mark.slow
+def test_a_certificate_stands_beside_the_estimates_and_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    real = benchmark.certify_layers
+
+    def counting(*arguments: Any) -> Any:
+        made.append(arguments[1:3])
+        return real(*arguments)
+
+    monkeypatch.setattr(benchmark, "certify_layers", counting)
+    (tmp_path / "b.yaml").write_text(CERTIFIED)
+    records = run(expand(read_config(tmp_path / "b.yaml")), tmp_path / "run")
+    assert made == [(["logits"], [Linf(0.2)])]
+    for record in records:
+        assert record.valid, record.reason
+        assert record.best_head_accuracy is not None
+        assert record.certified_bound is not None
+        assert record.best_head_accuracy <= record.certified_bound < record.certified_bound_population
+        assert record.certified_tier == "bit-identical at float32"
+        assert record.details["certificate"]["at_hubs"]
+    (path, *_) = write_leaderboard(tmp_path / "run")
+    table = pd.read_csv(path)
+    assert set(CERTIFICATE) <= set(table.columns)
+    assert not table[list(CERTIFICATE)].isna().any().any()
+
+
+def test_without_a_certificate_a_cell_is_the_same_as_before(small: Path) -> None:
+    (record, *_) = RecordStore(small / "run")
+    assert "certificate" not in record.details["identity"]["settings"]
+    assert not set(CERTIFICATE) & set(pd.read_csv(small / "run" / "leaderboard.csv").columns)

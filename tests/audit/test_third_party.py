@@ -43,7 +43,7 @@ pytestmark = [
 
 
 def audited(name: str, folder: Path) -> AuditRecord:
-    """One model of the tests' file with all its images, an attack as hard as theirs, and little effort for estimates."""
+    """One model of the tests' file with all its images, an attack as hard as theirs, and little effort beside it."""
     text = (ROOT / "tests" / "third_party.yaml").read_text()
     nets = "tests/third_party_nets.py"
     (folder / "b.yaml").write_text(text.replace("../shared", str(FOLDER)).replace(nets, str(ROOT / nets)))

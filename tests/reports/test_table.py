@@ -119,8 +119,12 @@ def test_flags_survive_their_separator(zoo):
     assert split_flags(frame["flags"][0]) == ["saturated, badly", "noisy"]
 
 
-def test_kinds_never_claim_a_certificate():
-    assert set(KINDS.values()) == {"estimate", "measured"}
+def test_only_the_certificate_is_called_certified():
+    assert {name for name, kind in KINDS.items() if kind == "certified"} == {
+        "certified_bound",
+        "certified_bound_population",
+    }
+    assert set(KINDS.values()) == {"certified", "estimate", "measured"}
     assert KINDS["rv"] == KINDS["adversarial_accuracy_bound"] == "estimate"
     assert KINDS["adversarial_gap"] == KINDS["natural_accuracy"] == "measured"
     assert set(KINDS) <= set(COLUMNS)
