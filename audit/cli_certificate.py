@@ -78,9 +78,10 @@ def verify_command(witness: Path, model: str, dataset: str, images: int | None, 
 
     Exit code 5 where anything does not agree, with the first image that does not.
     """
+    from audit.measurement import weights_sha256
     from audit.meeting import Layer
     from audit.representation import Representation
-    from audit.witness import read, verify, weights_sha256
+    from audit.witness import read, verify
 
     claimed = read(witness)
     network, pixels, labels = _claimed_parts(model, dataset, images or len(claimed.labels), where)
@@ -215,7 +216,8 @@ def _certified(case: Any, layers: tuple[str, ...], threats: list[Any], settings:
 
 def _written(outcomes: list[Any], case: Any, out: Path | None) -> list[dict[str, Any]]:
     """Write the witness files and return the rows with their names and hashes."""
-    from audit.witness import header_of, weights_sha256, write
+    from audit.measurement import weights_sha256
+    from audit.witness import header_of, write
 
     weights, rows = weights_sha256(case.network), []
     for row, threat, certificate in outcomes:

@@ -73,7 +73,7 @@ def audit_model(
     robustness = attacked(Target(network, images, labels), threat, settings.attack, settings.seeds[0])
     measured = LayerAudit(network, images, labels, layer, settings).under(threat)
     record = assemble(robustness, measured, layer, threat, settings)
-    weights = _fingerprint(network)
+    weights = weights_sha256(network)
     identity = {
         "weights_sha256": weights,
         "data_sha256": tensors_sha256(images, labels),
@@ -253,7 +253,8 @@ def _named(record: AuditRecord, network: nn.Module, identity: dict[str, Any], st
     )
 
 
-def _fingerprint(network: nn.Module) -> str:
+def weights_sha256(network: nn.Module) -> str:
+    """Return the sha256 of all that a network is made of: its parameters and buffers, in the order of their names."""
     state = network.state_dict()
     return tensors_sha256(*(state[name] for name in sorted(state)))
 

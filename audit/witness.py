@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from audit.certificate import Certificate, bound_of, inapplicable
 from audit.collisions import Meetings
@@ -56,12 +56,6 @@ class Witness:
 def data_sha256(clean: Images, labels: Labels) -> str:
     """Return the sha256 of images and labels: their types, shapes and bytes."""
     return tensors_sha256(clean, labels)
-
-
-def weights_sha256(network: nn.Module) -> str:
-    """Return the sha256 of all that a network is made of: its parameters and buffers, in the order of their names."""
-    state = network.state_dict()
-    return tensors_sha256(*(state[name] for name in sorted(state)))
 
 
 def write(path: Path, certificate: Certificate, header: Header, labels: Labels) -> str:
