@@ -26,6 +26,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--eps", "radii", multiple=True, required=True, help="Radius in pixel units, such as 8/255. Repeatable.")
 @click.option("--norm", default="linf", show_default=True, help="Only linf balls can be certified so far.")
 @click.option("--images", type=click.IntRange(1), default=None, help="How many images, from the first. [all]")
+@click.option("--balanced", is_flag=True, help="Equally many images of each class, not the first ones.")
 @click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the limits on the population.")
 @click.option("--tier", default="float32", show_default=True, help="proved, float32, float16, bfloat16 or noise.")
 @click.option("--hubs", type=click.IntRange(0), default=2, show_default=True, help="How many hubs to look for.")
@@ -71,9 +72,10 @@ def certify_command(model: str, dataset: str, as_json: bool, **request: Any) -> 
 @click.option("--model", required=True, help="The model that the witness is of.")
 @click.option("--dataset", required=True, help="The data set that its images were moved from.")
 @click.option("--images", type=click.IntRange(1), default=None, help="How many, from the first. [as in the witness]")
+@click.option("--balanced", is_flag=True, help="Equally many images of each class, not the first ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
 @source_options
-def verify_command(witness: Path, model: str, dataset: str, images: int | None, as_json: bool, **where: Any) -> None:
+def verify_command(witness: Path, model: str, dataset: str, as_json: bool, **where: Any) -> None:
     """Check every claim of a WITNESS file by one forward pass, trusting nothing of the search behind it.
 
     Exit code 5 where anything does not agree, with the first image that does not.
@@ -84,7 +86,7 @@ def verify_command(witness: Path, model: str, dataset: str, images: int | None, 
     from audit.witness import read, verify
 
     claimed = read(witness)
-    network, pixels, labels = _claimed_parts(model, dataset, images or len(claimed.labels), where)
+    network, pixels, labels = _claimed_parts(model, dataset, where["images"] or len(claimed.labels), where)
     weights = weights_sha256(network)
     if weights != claimed.header.weights_sha256:
         raise IntegrityError(f"{witness} is of weights {claimed.header.weights_sha256}, these are {weights}")
@@ -144,6 +146,8 @@ def _threats(norm: str, radii: tuple[str, ...]) -> list[Any]:
 
 def _case(model: str, dataset: str, request: dict[str, Any]) -> tuple[Any, Any]:
     """Return the loaded model and what is to be certified, on the device."""
+    from dataclasses import replace
+
     from audit.benchmark import device_of
     from audit.certification import Case, Examples
     from model_zoo.datasets import ImageRequest, load_images
@@ -152,10 +156,10 @@ def _case(model: str, dataset: str, request: dict[str, Any]) -> tuple[Any, Any]:
     options = run_options(request)
     device, offline = device_of(options.device), options.sources.offline
     loaded = load_model(model, options.sources)
-    asked = ImageRequest(request["images"], data_dir=options.data_dir, offline=offline)
+    asked = ImageRequest(request["images"], data_dir=options.data_dir, offline=offline, balanced=request["balanced"])
     images = load_images(dataset, asked)
     _check_fit(loaded, images)
-    training = _training_images(dataset, images, request, asked)
+    training = _training_images(dataset, images, request, replace(asked, balanced=False))
     examples = Examples(training[0].to(device), training[1].to(device)) if training else None
     network, classes = loaded.network.to(device), len(images.classes)
     pixels, labels = images.images.to(device), images.labels.to(device)
@@ -285,7 +289,7 @@ def _claimed_parts(model: str, dataset: str, count: int, where: dict[str, Any]) 
     options = run_options(where)
     device = device_of(options.device)
     loaded = load_model(model, options.sources)
-    asked = ImageRequest(count, data_dir=options.data_dir, offline=options.sources.offline)
+    asked = ImageRequest(count, data_dir=options.data_dir, offline=options.sources.offline, balanced=where["balanced"])
     images = load_at_most(dataset, asked)
     _check_fit(loaded, images)
     return loaded.network.to(device), images.images.to(device), images.labels.to(device)

@@ -31,12 +31,16 @@ _FAR_BELOW = -0.1
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Which images of a set: how many (None for all), of which split, from or to which folder."""
+    """Which images of a set: how many (None for all), of which split, from or to which folder.
+
+    `balanced` takes as many of each class instead of the first ones.
+    """
 
     count: int | None = None
     split: str = "test"
     data_dir: Path = Path("data")
     offline: bool = False
+    balanced: bool = False
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value; compare `sha256`
@@ -66,9 +70,11 @@ def load_images(ref: str, request: ImageRequest | None = None) -> ImageSet:
         raise UnknownNameError("split", request.split, SPLITS)
     if request.count is not None and request.count < 1:
         raise UsageError(f"{request.count} images were asked for; ask for at least 1")
-    raw = _read(ref, request)
+    raw = _read(ref, replace(request, count=None) if request.balanced else request)
     if request.count is not None and request.count > raw.available:
         raise UsageError(f"{request.count} images were asked for; {ref} ({request.split}) has {raw.available}")
+    if request.balanced and request.count is not None:
+        raw = raw.balanced(request.count)
     images = _unit_floats(raw.pixels, ref)
     labels = raw.labels.to(torch.int64)
     _check_labels(labels, len(raw.classes), ref)

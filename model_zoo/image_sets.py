@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audit.errors import EnvironmentFault
+from audit.errors import EnvironmentFault, UsageError
 
 _DIGITS_TEST = 900
 _DIGITS_SEED = 20210419
@@ -32,6 +32,20 @@ class RawImages:
         if count is None:
             return self
         return replace(self, pixels=self.pixels[:count], labels=self.labels[:count], indices=self.indices[:count])
+
+    def balanced(self, count: int) -> "RawImages":
+        """Return the first images of each class, equally many of each, in their own order; raises UsageError."""
+        classes = len(self.classes)
+        if count % classes:
+            raise UsageError(f"{count} images cannot be shared by {classes} classes equally: ask for a multiple of it")
+        ranks = torch.stack([(self.labels == label).cumsum(0) for label in range(classes)])
+        rank = ranks.gather(0, self.labels[None]).squeeze(0)
+        fewest = min(int(row[-1]) for row in ranks)
+        if count // classes > fewest:
+            raise UsageError(f"{count} images of {classes} classes need {count // classes} each; one has {fewest}")
+        chosen = (rank <= count // classes).nonzero().flatten()
+        indices = tuple(self.indices[index] for index in chosen.tolist())
+        return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen], indices=indices)
 
 
 def read_digits(split: str) -> RawImages:

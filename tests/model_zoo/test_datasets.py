@@ -140,3 +140,21 @@ def test_models_and_images_that_do_not() -> None:
         check_fit(_model(10, None, inputs=65), digits)
     with pytest.raises(UsageError, match="divide by 255"):
         check_fit(_model(10, (1, 8, 8)), replace(digits, images=digits.images * 255))
+
+
+def test_balanced_images_are_the_first_of_each_class():
+    images = load_images("digits", ImageRequest(count=50, balanced=True))
+    whole = load_images("digits")
+    assert images.labels.bincount().tolist() == [5] * 10
+    places = [whole.indices.index(index) for index in images.indices]
+    assert places == sorted(places)
+    for label in range(10):
+        first = (whole.labels == label).nonzero().flatten()[:5]
+        chosen = torch.tensor(images.indices)[images.labels == label]
+        assert torch.equal(torch.tensor(whole.indices)[first], chosen)
+
+
+@pytest.mark.parametrize(("count", "said"), [(55, "ask for a multiple"), (900, "one has")])
+def test_images_that_classes_cannot_share_are_refused(count, said):
+    with pytest.raises(UsageError, match=said):
+        load_images("digits", ImageRequest(count=count, balanced=True))
