@@ -50,6 +50,7 @@ def main() -> None:
     """Write the rows that are not there yet, network by network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="a benchmark: its models, images and radii")
+    parser.add_argument("--models", nargs="+", default=[], help="names of some of its models [all]")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,7 +61,8 @@ def main() -> None:
         if not known:
             table.writeheader()
         for cell in cells.values():
-            if any(f"name={name}&" in cell.ref for name in known):
+            wanted = not chosen.models or any(f"name={name}&" in cell.ref for name in chosen.models)
+            if not wanted or any(f"name={name}&" in cell.ref for name in known):
                 continue
             for row in rows(cell):
                 table.writerow(row)

@@ -186,7 +186,7 @@ def test_images_that_train_heads_are_never_certified(tmp_path: Path, capsys: pyt
     pixels[30] = pixels[3]
     np.savez(tmp_path / "set.npz", images=pixels, labels=np.arange(40) % 10)
     request = {
-        "images": 20, "head_images": 15, "train_dataset": None, "trust_code": False, "offline": True,
+        "images": 20, "head_images": 15, "train_dataset": None, "balanced": False, "trust_code": False, "offline": True,
         "data_dir": tmp_path, "model_dir": None, "device": "cpu",
     }  # fmt: skip
     _, case = _case(REF, f"npz:{tmp_path / 'set.npz'}", request)
