@@ -76,7 +76,7 @@ def minimise(
         return search.found()
     first = start if start is not None else threat.random_start(clean, generator) if pgd.random_start else clean
     if first is not clean:
-        search.judge(clean)
+        search.judge_clean()
     for restart in range(pgd.restarts):
         if search.best.done.all():
             break
@@ -85,12 +85,17 @@ def minimise(
 
 
 class _Search:
-    """The best iterates so far, and what they cost."""
+    """The best iterates so far, and what they cost.
+
+    Copying an image costs a good part of a small network's pass. So an iterate that is the best is copied only when
+    the next one turns out worse: until then it lies in the buffer that the step was taken from, and is `pending`.
+    """
 
     def __init__(self, objective: Objective, clean: Images, threat: ThreatModel, pgd: PGD) -> None:
         self.objective, self.clean, self.threat, self.pgd = objective, clean, threat, pgd
         self.best = Judged(clean.new_full((len(clean),), torch.inf), clean.new_zeros(len(clean), dtype=torch.bool))
         self.images = clean.clone()
+        self.pending = torch.zeros_like(self.best.done)
         self.step = torch.full_like(self.best.done, NEVER, dtype=torch.long)
         self.batches = Batches(pgd.batch_size)
         self.passes = self.forwards = 0
@@ -100,50 +105,69 @@ class _Search:
         return Found(self.images, *self.best, self.step, self.passes, self.forwards)
 
     @torch.no_grad()
-    def judge(self, images: Images, step: int = NEVER, index: Tensor | None = None) -> None:
-        """Note what images (A, C, H, W) are worth, with no gradient asked for; `index` (A,) says which they are."""
-        if index is None:
-            index = torch.arange(len(images), device=images.device)
+    def judge_clean(self) -> None:
+        """Note what the clean images are worth; they are what the best images are to begin with."""
 
-        def one(batch: Images, chosen: Tensor) -> Tensor:
-            judged = self.objective(batch, chosen)
-            self._keep(chosen, batch, judged, step)
-            return judged.value
+        def one(images: Images, index: Tensor) -> Tensor:
+            judged = self.objective(images, index)
+            # what is not a number must not look better than what is
+            self.best.value[index] = judged.value.nan_to_num(torch.inf, torch.inf, -torch.inf)
+            self.best.done[index] = judged.done
+            return index
 
-        self.batches.run(one, images, index)
-        self.forwards += len(images)
+        self.batches.run(one, self.clean, torch.arange(len(self.clean), device=self.clean.device))
+        self.forwards += len(self.clean)
 
     def descend(self, origin: Images, before: int) -> None:
         """Take the images that are not done from where they start to the last step."""
         active = (~self.best.done).nonzero().flatten()
         current, walls = origin[active], tuple(wall[active] for wall in self.threat.walls(self.clean))
+        last = torch.empty_like(current)
         for step in range(self.pgd.steps):
-            self.batches.run(partial(self._step_, before + step), current, active, *walls)
+            self.batches.run(partial(self._step, before + step), current, last, active, *walls)
+            current, last = last, current
             self.passes += len(active)
             done = self.best.done[active]
-            # packing reads and writes three images for each that stays, so a few that are done may ride along
+            # packing reads and writes four images for each that stays, so a few that are done may ride along
             if int(done.sum()) > _IDLE * len(done):
-                active, current = active[~done], current[~done]
+                active, current, last = active[~done], current[~done], last[~done]
                 walls = tuple(wall[~done] for wall in walls)
                 if len(active) == 0:
                     return
-        self.judge(current, before + self.pgd.steps, active)
+        self._end(current, last, active, before + self.pgd.steps)
 
-    def _step_(self, step: int, images: Images, index: Tensor, *walls: Tensor) -> Tensor:
-        """Judge images and move them in place."""
+    def _step(self, step: int, images: Images, buffer: Images, index: Tensor, *walls: Tensor) -> Tensor:
+        """Judge images, and write where they go into the buffer, which holds where they came from."""
         leaf = images.detach().requires_grad_()
         judged = self.objective(leaf, index)
         gradient = input_gradient(judged.value.sum(), leaf)
-        self._keep(index, images, Judged(judged.value.detach(), judged.done), step)
-        self.threat.step_(images, gradient, self.pgd.relative_step * self.threat.eps, *walls)
-        return judged.value.detach()
+        self._note(step, images, buffer, index, Judged(judged.value.detach(), judged.done))
+        self.threat.step_into(buffer, images, (gradient, self.pgd.relative_step * self.threat.eps), *walls)
+        return index
 
-    def _keep(self, index: Tensor, images: Images, judged: Judged, step: int) -> None:
-        """Write the images that are done, or better than the best so far, into the best ones."""
-        open_ = ~self.best.done[index]
+    @torch.no_grad()
+    def _end(self, current: Images, last: Images, active: Tensor, step: int) -> None:
+        """Judge where the last step led, and copy what is still pending."""
+
+        def one(images: Images, buffer: Images, index: Tensor) -> Tensor:
+            self._note(step, images, buffer, index, self.objective(images, index))
+            return index
+
+        self.batches.run(one, current, last, active)
+        self.forwards += len(active)
+        waiting = self.pending[active]
+        self.images[active[waiting]] = current[waiting]
+        self.pending[active] = False
+
+    def _note(self, step: int, images: Images, last: Images, index: Tensor, judged: Judged) -> None:
+        """Note which images (A, C, H, W) are the best so far; `last` (A, C, H, W) are those of the step before."""
+        again = self.pending[index] & (self.step[index] == step)  # a step taken twice, for want of memory
+        open_, waiting = ~self.best.done[index], self.pending[index] & ~again
         better = open_ & (judged.done | (judged.value < self.best.value[index]))
+        passed, lost = waiting & ~better, better & judged.done
+        self.images[index[passed]] = last[passed]
+        self.images[index[lost]] = images[lost]
+        self.pending[index] = again | (better & ~judged.done)
         where = index[better]
-        self.images[where] = images[better]
-        self.best.value[where] = judged.value[better]
-        self.best.done[where] = judged.done[better]
+        self.best.value[where], self.best.done[where] = judged.value[better], judged.done[better]
         self.step[where] = step

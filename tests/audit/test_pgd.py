@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from audit.errors import InvalidModelError, UsageError
+from audit.memory import MemoryWarning
 from audit.pgd import PGD, minimise
 from audit.threat import Linf
 from audit.types import Judged
@@ -97,3 +98,49 @@ def test_a_network_that_cuts_the_gradient_off_is_named(weight):
 
     with pytest.raises(InvalidModelError, match="gives no gradient"):
         search(cut)
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_the_images_found_have_the_values_that_are_told(random_start):
+    """A rugged objective: the best iterate is now the latest, now one long past."""
+
+    def rugged(x, _):
+        flat = x.flatten(1)
+        value = (40 * flat).sin().sum(1) + flat.sum(1)
+        return Judged(value, value < -1.0)
+
+    clean = torch.rand(50, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    seen = [float("inf")] * 50
+
+    def watched(x, index):
+        judged = rugged(x, index)
+        for i, value in zip(index.tolist(), judged.value.tolist(), strict=True):
+            seen[i] = min(seen[i], value)
+        return judged
+
+    pgd = PGD(12, 0.3, random_start, restarts=2, batch_size=7)
+    found = minimise(watched, clean, Linf(0.3), pgd, torch.Generator().manual_seed(0))
+    assert torch.allclose(rugged(found.images, None).value, found.value, atol=1e-6)
+    kept = ~found.done
+    assert torch.allclose(found.value[kept], torch.tensor(seen)[kept], atol=1e-6)
+    assert 5 < int(kept.sum()) < 50
+
+
+def test_a_step_repeated_for_want_of_memory_spoils_nothing(monkeypatch):
+    calls = []
+
+    class Cramped(Linf):
+        def step_into(self, moved, images, descent, *walls):
+            calls.append(len(images))
+            if len(calls) == 3:
+                raise RuntimeError("CUDA out of memory")
+            super().step_into(moved, images, descent, *walls)
+
+    clean = torch.rand(20, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    value = lambda x, _: Judged((9 * x.flatten(1)).sin().sum(1), torch.zeros(len(x), dtype=torch.bool))  # noqa: E731
+    pgd = PGD(6, 0.3, random_start=False)
+    wanted = minimise(value, clean, Linf(0.2), pgd, torch.Generator().manual_seed(0))
+    with pytest.warns(MemoryWarning):
+        found = minimise(value, clean, Cramped(0.2), pgd, torch.Generator().manual_seed(0))
+    assert torch.equal(found.images, wanted.images)
+    assert torch.equal(found.value, wanted.value)
