@@ -242,7 +242,8 @@ def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]
     del settings["attack"]["fast"]  # decides cost only
     if not settings["certificate"]:
         del settings["certificate"]  # one measurement more changes no other
-    settings["attack"]["stages"] = list(settings["attack"]["stages"])
+    for name in ("stages", "borrowed"):
+        settings["attack"][name] = list(settings["attack"][name])
     for stage in settings["attack"]["stages"]:
         del stage["pgd"]["batch_size"]  # bounds memory only
     return {
