@@ -245,7 +245,7 @@ def _nearest(name: str, subject: Target, threat: ThreatModel) -> Alone:
             f"{name} looks for the smallest l2 change, and the threat model is {threat.norm}; use --norm l2"
         )
     found = NEAREST[name](subject.network, subject.images, subject.labels)
-    robust = found.norms > threat.eps
+    robust = ~found.broken(threat.eps)
     return Alone(name, wilson(int(robust.sum()), len(robust)), robust, found.passes, 0)
 
 
