@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BISECTIONS = 20
+_BISECTIONS = 8
+_STIFFEST = 1e-7  # of the most pliant direction: below it, float32 tells no row of a Jacobian from nothing
+_SOLVED = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the residual
 
 
 class Problem(NamedTuple):
@@ -21,6 +23,53 @@ class Problem(NamedTuple):
     low: Tensor
     high: Tensor
     damping: Tensor
+
+
+class Linearised(NamedTuple):
+    """Groups of M images, each with D features, as linear as they are where the Jacobian was taken.
+
+    `jacobian` (G, D, M * P) is that of the whitened features, in float32; `low` and `high` (G, M, C, H, W) bound the
+    images, `damping` is (G,).
+
+    `white` (G, D, D) takes features to where all of them answer alike to the pixels. Logits that add up to nearly the
+    same sum whatever the image have one direction a million times stiffer than the others: measured as they are, a
+    step that closes the gap there would never pay, and no two images would meet to the last digit.
+    """
+
+    jacobian: Tensor
+    white: Tensor
+    low: Tensor
+    high: Tensor
+    damping: Tensor
+
+    @classmethod
+    def of(cls, jacobian: Tensor, low: Tensor, high: Tensor, damping: Tensor) -> "Linearised":
+        """Return the groups with their features whitened, from the Jacobian (G, D, M * P) of the features."""
+        precise = jacobian.double()
+        answer, directions = torch.linalg.eigh(precise @ precise.mT)
+        answer = answer.maximum(_STIFFEST**2 * answer[:, -1:]).clamp_min(1e-30)
+        white = directions.mT / answer.sqrt()[:, :, None]
+        # a step in float32 closes a gap to a ten-millionth of itself, and the next one starts from there
+        return cls((white @ precise).to(jacobian), white, low, high, damping)
+
+    def of_groups(self, rows: Tensor) -> "Linearised":
+        """Return what is held of some groups."""
+        return self if len(rows) == len(self.damping) else Linearised(*(part[rows] for part in self))
+
+    def effort(self, apart: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return how far pixels would have to go to close the gaps (G, D) of some groups, could they go anywhere."""
+        return _times(self.white[rows], apart[rows]).norm(dim=1)
+
+    def stiffness(self) -> Tensor:
+        """Return how far pixels would have to go (G,) for one unit along the stiffest direction."""
+        return self.white.norm(dim=2).amax(1)
+
+    def step(self, moved: Tensor, apart: Tensor) -> Tensor:
+        """Return the step that images (G, M, C, H, W) should take to close gaps (G, D), in float64."""
+        low, high = (self.low - moved).flatten(1), (self.high - moved).flatten(1)
+        gap = _times(self.white, apart)
+        problem = Problem(*(part.to(self.jacobian) for part in (self.jacobian, gap, low, high, self.damping)))
+        return box_step(problem).view_as(moved).double()
 
 
 def box_step(problem: Problem, rounds: int = 16) -> Tensor:
@@ -45,7 +94,7 @@ def box_step(problem: Problem, rounds: int = 16) -> Tensor:
 
 def _solved(problem: Problem, multipliers: Tensor, pushed: Tensor) -> Tensor:
     slope = _slope(problem, multipliers, pushed)
-    return slope.norm(dim=1) <= 1e-9 * problem.residual.norm(dim=1)
+    return slope.norm(dim=1) <= _SOLVED[slope.dtype] * problem.residual.norm(dim=1)
 
 
 def _slope(problem: Problem, multipliers: Tensor, pushed: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.gauss_newton import Problem, box_step
+from audit.gauss_newton import Linearised
 from audit.gradients import input_gradient
 from audit.threat import ThreatModel
 from audit.types import Features, Images
@@ -21,6 +21,8 @@ FeatureMap = Callable[[Tensor], Tensor]
 """Maps images (N, C, H, W) to features (N, D) in the images' own precision."""
 
 _INSIDE = 1 - 1e-9  # the ball is searched a hair inside, so that rounding leaves nobody outside
+_PATIENCE = 3  # Jacobians in a row that gain a group less than a tenth
+_NEAR = 1e-6  # of the features' length: where float32 is about to become too coarse
 _CLOSE = 1e-12  # of the features' length: where Gauss-Newton has nothing left to gain
 _MET = 1e-9  # of the features' length: what is shown as converged while the search goes
 
@@ -125,9 +127,9 @@ class Search:
         self.watch("hubs" if groups.shape[1] == 1 else "pairs", int(self._met.sum()))
 
     def _room(self, hub: Hub, groups: Tensor) -> int:
-        """Return how many groups' Jacobians fit the memory: each is held twice, in float64."""
+        """Return how many groups' Jacobians fit the memory: twice in float32 and, while whitened, in float64."""
         entries = len(hub.target) * groups.shape[1] * self.clean[0].numel()
-        return max(1, self.effort.memory_mib * 2**20 // (16 * entries))
+        return max(1, self.effort.memory_mib * 2**20 // (24 * entries))
 
     def approach(self, groups: Tensor, hub: Hub, steps: int) -> Tensor:
         """Take signed steps in float32 down the squared distance, in the hub's metric."""
@@ -148,7 +150,7 @@ class Search:
     def _finish(self, groups: Tensor, target: Features, near: Tensor) -> tuple[Tensor, Tensor]:
         """Take Gauss-Newton steps; groups that met or that gain too little are left alone."""
         moved, low, high = near.clone(), self.low[groups], self.high[groups]
-        apart = self._precise(moved, target)
+        apart = self._apart(moved, target)
         close = _CLOSE * self.scale
         going = (apart.norm(dim=1) > close).nonzero().flatten()
         damping = torch.full((len(groups),), 1e-6).to(moved)
@@ -156,50 +158,65 @@ class Search:
         for _ in range(self.effort.newton_steps):
             if len(going) == 0:
                 break
-            start = apart[going].norm(dim=1)
-            held = _Held(self._jacobian(moved[going]), low[going], high[going], damping[going])
+            held = Linearised.of(self._jacobian(moved[going]), low[going], high[going], damping[going])
+            start = held.effort(apart[going])
             moved[going], apart[going] = self._chords(held, moved[going], apart[going], target, close)
-            gained = apart[going].norm(dim=1) / start
+            gained = held.effort(apart[going]) / start
             damping[going] = torch.where(gained < 0.95, damping[going] / 10, damping[going] * 10).clamp(1e-8, 1e-2)
             slow[going] = torch.where(gained > 0.9, slow[going] + 1, 0)
-            going = going[(apart[going].norm(dim=1) > close) & (slow[going] < 2)]
+            going = going[(apart[going].norm(dim=1) > close) & (slow[going] < _PATIENCE)]
         return moved, apart.norm(dim=1)
 
     def _chords(
-        self, held: "_Held", moved: Tensor, apart: Tensor, target: Features, close: float
+        self, held: Linearised, moved: Tensor, apart: Tensor, target: Features, close: float
     ) -> tuple[Tensor, Tensor]:
         """Use one Jacobian as long as it serves: the network is nearly linear close to a meeting."""
+        moved, apart = moved.clone(), apart.clone()
+        open_ = torch.arange(len(moved), device=moved.device)
         for _ in range(4):
-            before = apart.norm(dim=1)
-            step = held.step(moved, apart)
-            moved, apart = self._searched(step, moved, apart, target, held)
-            left = apart.norm(dim=1)
-            if not bool(((left > close) & (left < 0.5 * before)).any()):
+            part, before = held.of_groups(open_), held.effort(apart, open_)
+            step = part.step(moved[open_], apart[open_])
+            moved[open_], apart[open_] = self._searched(step, moved[open_], apart[open_], target, part)
+            halved = held.effort(apart, open_) < 0.5 * before
+            open_ = open_[halved & (apart[open_].norm(dim=1) > close)]
+            if len(open_) == 0:
                 break
         return moved, apart
 
     def _searched(
-        self, step: Tensor, moved: Tensor, apart: Tensor, target: Features, held: "_Held"
+        self, step: Tensor, moved: Tensor, apart: Tensor, target: Features, held: Linearised
     ) -> tuple[Tensor, Tensor]:
         """Go 1, 1/2, 1/4 or 1/8 of a step, the first that brings a group nearer; else stay."""
         open_ = torch.arange(len(moved), device=moved.device)
-        moved, apart = moved.clone(), apart.clone()
+        moved, apart, before = moved.clone(), apart.clone(), held.effort(apart)
         for length in (1.0, 0.5, 0.25, 0.125):
             tried = (moved[open_] + length * step[open_]).clamp(held.low[open_], held.high[open_])
-            left = self._precise(tried, target)
-            better = left.norm(dim=1) < (1 - 0.1 * length) * apart[open_].norm(dim=1)
+            left = self._apart(tried, target, held.of_groups(open_))
+            better = held.of_groups(open_).effort(left) < (1 - 0.1 * length) * before[open_]
             moved[open_[better]], apart[open_[better]] = tried[better], left[better]
             open_ = open_[~better]
             if len(open_) == 0:
                 break
         return moved, apart
 
-    def _precise(self, moved: Tensor, target: Features) -> Tensor:
-        features = self.features(moved.flatten(0, 1), self.layer.precise)
-        return _residual(features, target.double(), moved.shape[:2])
+    def _apart(self, moved: Tensor, target: Features, held: Linearised | None = None) -> Tensor:
+        """Return how far groups are from meeting, (G, D); in float64 where float32 could hide the rest of the way."""
+        apart = self._gap(moved, target, precise=False)
+        near = apart.norm(dim=1) <= _NEAR * self.scale
+        if held is not None:
+            near |= held.effort(apart) <= _NEAR * self.scale * held.stiffness()
+        apart[near] = self._gap(moved[near], target, precise=True)
+        return apart
+
+    def _gap(self, moved: Tensor, target: Features, *, precise: bool) -> Tensor:
+        if len(moved) == 0:
+            return target.new_empty(0, len(target), dtype=torch.float64)
+        of, kind = (self.layer.precise, torch.float64) if precise else (self.layer.working, self.clean.dtype)
+        features = self.features(moved.flatten(0, 1).to(kind), of)
+        return _residual(features.double(), target.double(), moved.shape[:2])
 
     def _jacobian(self, moved: Tensor) -> Tensor:
-        """Return d residual / d pixels (G, D, M * P) in float64, computed by the float32 network."""
+        """Return d residual / d pixels (G, D, M * P), in the float32 network's precision."""
         shape = moved.shape[:2]
         leaf = moved.to(self.clean.dtype).flatten(0, 1).requires_grad_()
         features = self.layer.working(leaf)
@@ -209,24 +226,10 @@ class Search:
             for k in range(width)
         ]
         self.passes += len(leaf) * (1 + width) / 2
-        jacobian = torch.stack(rows, 1).double()
+        jacobian = torch.stack(rows, 1)
         if shape[1] == 2:
             jacobian[:, :, 1] *= -1
         return jacobian.flatten(2)
-
-
-class _Held(NamedTuple):
-    """A Jacobian (G, D, M * P) with the images' own bounds (G, M, C, H, W) and damping (G,), relative to it."""
-
-    jacobian: Tensor
-    low: Tensor
-    high: Tensor
-    damping: Tensor
-
-    def step(self, moved: Tensor, apart: Tensor) -> Tensor:
-        low, high = (self.low - moved).flatten(1), (self.high - moved).flatten(1)
-        scale = self.jacobian.square().sum(2).mean(1).clamp_min(1e-30)
-        return box_step(Problem(self.jacobian, apart, low, high, self.damping * scale)).view_as(moved)
 
 
 def _residual(features: Features, target: Features, groups: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,7 @@ from audit.threat import ThreatModel
 from audit.types import Images, Judged, Objective
 
 NEVER = -1
-_IDLE = 1 / 32  # the largest share of images that are done and still passed through
+_SIZES = 16  # batch sizes from one power of two to the next
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def minimise(
 ) -> Found:
     """Return, per image, the best iterate of projected descent: legal, and never worse than the clean image.
 
-    Images that the objective calls done are left alone, and dropped once they are more than a few. Starts are drawn
-    for the whole set before any is dropped, so the result does not depend on the batch size. `start` takes the place
-    of the first one, such as what a search in a smaller ball found. Raises InvalidModelError where the objective
+    Images that the objective calls done are left alone, and dropped but for a few that fill a batch up. Starts are
+    drawn for the whole set before any is dropped, so the result does not depend on the batch size. `start` takes the
+    place of the first one, such as what a search in a smaller ball found. Raises InvalidModelError where the objective
     gives no gradient, or one that is not finite: a search that follows it would find nothing and say so to nobody.
     """
     search = _Search(objective, clean, threat, pgd)
@@ -128,12 +128,12 @@ class _Search:
             current, last = last, current
             self.passes += len(active)
             done = self.best.done[active]
-            # packing reads and writes four images for each that stays, so a few that are done may ride along
-            if int(done.sum()) > _IDLE * len(done):
-                active, current, last = active[~done], current[~done], last[~done]
-                walls = tuple(wall[~done] for wall in walls)
-                if len(active) == 0:
-                    return
+            if (room := _room(len(done) - int(done.sum()))) == 0:
+                return
+            if room < len(active):
+                kept = done.int().argsort(stable=True)[:room]
+                active, current, last = active[kept], current[kept], last[kept]
+                walls = tuple(wall[kept] for wall in walls)
         self._end(current, last, active, before + self.pgd.steps)
 
     def _step(self, step: int, images: Images, buffer: Images, index: Tensor, *walls: Tensor) -> Tensor:
@@ -171,3 +171,12 @@ class _Search:
         where = index[better]
         self.best.value[where], self.best.done[where] = judged.value[better], judged.done[better]
         self.step[where] = step
+
+
+def _room(left: int) -> int:
+    """Return how many images to pass through where so many are not done: at least as many, at most a sixteenth more.
+
+    Few sizes, because kernels are made anew for each: the first pass of a size takes a small network as long as two.
+    """
+    grain = max(1, (1 << left.bit_length()) // (2 * _SIZES))
+    return -(-left // grain) * grain

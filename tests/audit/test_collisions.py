@@ -132,6 +132,22 @@ def test_an_image_finds_its_way_alone():
     assert 0 < sum(alone) < 12
 
 
+@pytest.mark.parametrize("stiff", [1e-3, 1e-5])
+def test_features_that_nearly_add_up_to_a_constant_meet_to_the_last_digits(stiff):
+    """Whatever moves the sum at all must be asked to close its gap too, however little that is."""
+    layer = network(2)
+    mixed = (torch.eye(4) - (1 - stiff) * torch.full((4, 4), 0.25)) @ layer.working[-1].weight
+    for net in layer:
+        net[-1].weight.data = mixed.to(net[-1].weight)
+    search = Search(layer, drawn(8, 1, 6, 6), Linf(0.1))
+    pairs = torch.tensor([(i, j) for i in range(8) for j in range(i)])
+    hub = Hub(search.encoded.mean(0).double(), metric_of(search.encoded))
+    _, apart = search.meet(pairs, hub, 4)
+    near = apart <= 1e-4 * search.scale
+    assert int(near.sum()) > 5
+    assert int((apart <= 1e-11 * search.scale).sum()) >= 0.9 * int(near.sum())
+
+
 def test_small_memory_changes_no_meeting():
     layer, clean = network(), drawn(12, 1, 6, 6, low=0, high=1)
     found = [

@@ -57,6 +57,60 @@ def test_batch_norms_are_folded_and_the_outputs_are_the_same():
     assert not any(parameter.requires_grad for parameter in copy.parameters())
 
 
+class Scaled(nn.Module):
+    def __init__(self, inner, shape=(1, 3, 1, 1)):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("mean", torch.rand(shape, generator=keyed_generator(5)))
+        self.register_buffer("std", 0.1 + torch.rand(shape, generator=keyed_generator(6)))
+
+    def forward(self, x):
+        return self.inner((x - self.mean) / self.std)
+
+
+class Twice(nn.Module):
+    """One convolution that reads the scaled pixels and then its own answer: folding would scale both."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return self.conv(self.conv(x)).flatten(1)
+
+
+def divisions(network):
+    return sum("truediv" in str(node.target) for node in network.graph.nodes)
+
+
+def test_pixel_scales_are_folded_and_the_outputs_are_the_same():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Scaled(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten())).eval()
+    clean = torch.rand(20, 3, 8, 8, generator=keyed_generator(3))
+    before = network.inner[0].weight.clone()
+    copy = faster(network, clean)
+    assert copy is not network
+    assert divisions(copy) == 0
+    assert torch.allclose(copy(clean), network(clean), atol=1e-5)
+    assert torch.equal(network.inner[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("inner", "shape"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), (1, 3, 1, 1)),
+        (nn.Conv2d(3, 3, 3, groups=3), (1, 3, 1, 1)),
+        (nn.Conv2d(3, 3, 3), (1, 3, 8, 8)),
+        (Twice(nn.Conv2d(3, 3, 3)), (1, 3, 1, 1)),
+    ],
+    ids=["no convolution", "groups", "a scale a pixel", "a shared convolution"],
+)
+def test_scales_that_do_not_fold_are_left_as_they_are(inner, shape):
+    network = Scaled(inner, shape).eval()
+    assert faster(network, torch.rand(20, 3, 8, 8, generator=keyed_generator(3))) is network
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
@@ -95,7 +149,7 @@ def test_what_cannot_be_traced_truly_is_left_as_it_is(kind):
     assert faster(network, images()) is network
 
 
-def test_networks_in_training_or_without_batch_norm_are_left_as_they_are():
+def test_networks_in_training_or_with_nothing_to_fold_are_left_as_they_are():
     assert faster(network := residual().train(), images()) is network
     assert faster(network := nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), images()) is network
 

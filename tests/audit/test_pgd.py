@@ -5,7 +5,7 @@ from audit.errors import InvalidModelError, UsageError
 from audit.memory import MemoryWarning
 from audit.pgd import PGD, minimise
 from audit.threat import Linf
-from audit.types import Judged
+from audit.types import Judged, keyed_generator
 
 
 @pytest.mark.parametrize("name", ["steps", "restarts", "batch_size"])
@@ -144,3 +144,21 @@ def test_a_step_repeated_for_want_of_memory_spoils_nothing(monkeypatch):
         found = minimise(value, clean, Cramped(0.2), pgd, torch.Generator().manual_seed(0))
     assert torch.equal(found.images, wanted.images)
     assert torch.equal(found.value, wanted.value)
+
+
+def test_searches_that_lose_images_one_by_one_use_few_batch_sizes():
+    """Kernels are made anew for each size: an image more or less must not cost a new one."""
+    clean, sizes = torch.full((200, 1, 2, 2), 0.5), []
+    order = torch.linspace(0.0005, 0.0985, 200)
+
+    def objective(images, index):
+        sizes.append(len(images))
+        moved = (images - 0.5).abs().flatten(1).amax(1)
+        return Judged(images.flatten(1).sum(1), moved > order[index])
+
+    found = minimise(objective, clean, Linf(0.1), PGD(100, 0.01, random_start=False), keyed_generator(0))
+    assert found.done.all()
+    needed = sum(int((order >= 0.001 * step).sum()) for step in range(100))
+    assert needed <= found.passes <= 17 / 16 * needed + 200
+    assert len(set(sizes)) <= 16 * 5
+    assert all(size < 16 or size % (1 << (size.bit_length() - 5)) == 0 or size == 200 for size in sizes)
