@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from audit.certificate import VERSION as CERTIFICATE_VERSION
 from audit.certificate import CertificateSettings
 from audit.certification import Case, CertificationSettings, Examples, LayerCertificate, certify_layers
 from audit.config import Cell, cells
@@ -240,7 +241,9 @@ def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]
         del settings["estimator"][bound]
     settings |= {"seeds": list(cell.settings.seeds)}  # a list, as JSON reads it back
     del settings["attack"]["fast"]  # decides cost only
-    if not settings["certificate"]:
+    if settings["certificate"]:
+        settings["certificate"] = CERTIFICATE_VERSION
+    else:
         del settings["certificate"]  # one measurement more changes no other
     for name in ("stages", "borrowed"):
         settings["attack"][name] = list(settings["attack"][name])

@@ -27,6 +27,8 @@ _PURPOSE = 8  # the key that separates this module's random streams from others'
 _LARGE = 0.25  # share of the images: members of smaller hubs look for partners too, they may still lose them
 _ARRIVED = 1e-9  # of the features' length: what the search counts as met before the tier has its say
 
+VERSION = 2  # of the search: raised whenever the same settings may find other meetings
+
 
 @dataclass(frozen=True)
 class CertificateSettings:

@@ -80,10 +80,9 @@ def prepare_file(ref: ModelRef, sources: SourceSettings) -> Prepared:
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 2:
-        raise UsageError(
-            f"num_classes={text!r} of a file: reference is not a number of at least 2; write num_classes=10"
-        )
+    if not text.isascii() or not text.isdigit() or int(text) == 1:
+        message = f"num_classes={text!r} of a file: reference is not a number of at least 2; write num_classes=10"
+        raise UsageError(f"{message}, or num_classes=0 for an encoder without a classifier")
     return int(text)
 
 
@@ -118,6 +117,9 @@ def _library_architecture(arch: str, num_classes: int, shape: ImageShape | None)
     """Take only the architecture of a model reference, with the classes and size that this file has."""
     parsed = parse_ref(arch)
     name = parsed.target.partition("/")[0]
+    if num_classes == 0 and parsed.source != "timm":
+        message = f"num_classes=0 does not fit arch={arch!r}: only timm: architectures and Python factories"
+        raise UsageError(f"{message} can leave the classifier out; name a layer below it instead")
     match parsed.source:
         case "torchvision":
             size = shape[1] if shape else None

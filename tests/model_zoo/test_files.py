@@ -160,6 +160,17 @@ def test_library_architectures(
     assert images.grad.abs().sum() > 0
 
 
+def test_an_encoder_without_a_classifier(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.pth"
+    torch.save(libraries.timm_build("test_vit", {"num_classes": 0, "img_size": 32}).state_dict(), path)
+    ref = f"file:{path}?arch=timm:test_vit&num_classes=0&shape=3x32x32"
+    model = load_model(ref, SourceSettings(offline=True))
+    assert model.num_classes == 0
+    assert model.network(torch.rand(2, 3, 32, 32)).shape == (2, 64)
+    with pytest.raises(UsageError, match="name a layer below it instead"):
+        load_model(ref.replace("timm:test_vit", "torchvision:resnet18"), SourceSettings(offline=True))
+
+
 def test_the_blank_image_goes_where_the_network_is():
     seen = []
 
