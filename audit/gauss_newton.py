@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _BISECTIONS = 8
+_PIXELS = 4096
 _STIFFEST = 1e-7  # of the most pliant direction: below it, float32 tells no row of a Jacobian from nothing
 _SOLVED = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the residual
 
@@ -45,12 +46,15 @@ class Linearised(NamedTuple):
     @classmethod
     def of(cls, jacobian: Tensor, low: Tensor, high: Tensor, damping: Tensor) -> "Linearised":
         """Return the groups with their features whitened, from the Jacobian (G, D, M * P) of the features."""
-        precise = jacobian.double()
-        answer, directions = torch.linalg.eigh(precise @ precise.mT)
+        # in float64 a part of the pixels at a time: one whole Jacobian may fill the memory
+        parts = jacobian.split(_PIXELS, dim=2)
+        gram = torch.stack([part.double() @ part.double().mT for part in parts]).sum(0)
+        answer, directions = torch.linalg.eigh(gram)
         answer = answer.maximum(_STIFFEST**2 * answer[:, -1:]).clamp_min(1e-30)
         white = directions.mT / answer.sqrt()[:, :, None]
         # a step in float32 closes a gap to a ten-millionth of itself, and the next one starts from there
-        return cls((white @ precise).to(jacobian), white, low, high, damping)
+        whitened = torch.cat([(white @ part.double()).to(jacobian) for part in parts], dim=2)
+        return cls(whitened, white, low, high, damping)
 
     def of_groups(self, rows: Tensor) -> "Linearised":
         """Return what is held of some groups."""

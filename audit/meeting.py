@@ -127,9 +127,9 @@ class Search:
         self.watch("hubs" if groups.shape[1] == 1 else "pairs", int(self._met.sum()))
 
     def _room(self, hub: Hub, groups: Tensor) -> int:
-        """Return how many groups' Jacobians fit the memory: twice in float32 and, while whitened, in float64."""
+        """Return how many groups' Jacobians fit the memory: at most three in float32 at a time."""
         entries = len(hub.target) * groups.shape[1] * self.clean[0].numel()
-        return max(1, self.effort.memory_mib * 2**20 // (24 * entries))
+        return max(1, self.effort.memory_mib * 2**20 // (12 * entries))
 
     def approach(self, groups: Tensor, hub: Hub, steps: int) -> Tensor:
         """Take signed steps in float32 down the squared distance, in the hub's metric."""
