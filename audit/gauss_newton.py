@@ -12,6 +12,7 @@ from torch import Tensor
 
 _BISECTIONS = 8
 _PIXELS = 4096
+_ROUNDING = 16
 _STIFFEST = 1e-7  # of the most pliant direction: below it, float32 tells no row of a Jacobian from nothing
 _SOLVED = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the residual
 
@@ -110,7 +111,10 @@ def _round(problem: Problem, multipliers: Tensor, pushed: Tensor) -> tuple[Tenso
     slope = _slope(problem, multipliers, pushed)
     free = (pushed > problem.low) & (pushed < problem.high)
     gram = (problem.jacobian * free[:, None]) @ problem.jacobian.mT
-    gram.diagonal(dim1=1, dim2=2).add_(problem.damping[:, None])
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    # what rounding may have left out of a matrix without full rank: it changes the way there, not where it leads
+    least = _ROUNDING * torch.finfo(gram.dtype).eps * diagonal.amax(1)
+    diagonal.add_(problem.damping.maximum(least)[:, None])
     change = -torch.linalg.solve(gram, slope)
     moved = _times(problem.jacobian.mT, change)
     length = _length(problem, (multipliers, pushed), (change, moved))

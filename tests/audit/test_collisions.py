@@ -56,6 +56,19 @@ def test_box_step_is_the_box_constrained_least_squares_solution():
     assert bool(((step >= low) & (step <= high)).all())
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_box_that_leaves_too_few_pixels_free_gives_a_step_all_the_same(kind):
+    """Twenty features on two free pixels: nothing but the damping keeps the linear system from being singular."""
+    jacobian = torch.randn(3, 20, 40, generator=keyed_generator(4)).to(kind)
+    residual = torch.randn(3, 20, generator=keyed_generator(5)).to(kind)
+    low, high = -torch.ones(3, 40, dtype=kind), torch.ones(3, 40, dtype=kind)
+    low[:, 2:], high[:, 2:] = -1e-6, 1e-6
+    step = box_step(Problem(jacobian, residual, low, high, torch.full((3,), 1e-8, dtype=kind)))
+    assert bool(((step >= low) & (step <= high)).all())
+    left = residual + (jacobian @ step[:, :, None])[:, :, 0]
+    assert bool((left.norm(dim=1) < residual.norm(dim=1)).all())
+
+
 @pytest.mark.parametrize("eps", [0.01, 0.02, 0.05])
 def test_a_linear_layer_meets_exactly_where_its_intervals_do(eps):
     """Two features of disjoint pixels: a feature moves by at most eps |w|_1 on either side."""
