@@ -42,7 +42,7 @@ class CertificateSettings:
     confidence: float = 0.95
     seconds: float = 60.0
     seed: int = 0
-    batch_size: int = 128
+    batch_size: int = 32  # on a CPU a larger one is slower: its images and Jacobians leave the cache
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
