@@ -190,9 +190,10 @@ class Search:
         open_ = torch.arange(len(moved), device=moved.device)
         moved, apart, before = moved.clone(), apart.clone(), held.effort(apart)
         for length in (1.0, 0.5, 0.25, 0.125):
-            tried = (moved[open_] + length * step[open_]).clamp(held.low[open_], held.high[open_])
-            left = self._apart(tried, target, held.of_groups(open_))
-            better = held.of_groups(open_).effort(left) < (1 - 0.1 * length) * before[open_]
+            part = held.of_groups(open_)
+            tried = (moved[open_] + length * step[open_]).clamp(part.low, part.high)
+            left = self._apart(tried, target, part)
+            better = part.effort(left) < (1 - 0.1 * length) * before[open_]
             moved[open_[better]], apart[open_[better]] = tried[better], left[better]
             open_ = open_[~better]
             if len(open_) == 0:
