@@ -11,10 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("audit", "model_zoo", "reports")
-RECIPES_MAY = {f"audit.{name}" for name in ("accuracy", "attacks", "learning", "pgd", "records", "threat", "types")}
+RECIPES_MAY = {f"audit.{name}" for name in (
+    "accuracy", "attacks", "hypothesis", "learning", "pgd", "records", "resume", "supervised", "threat", "types",
+)}  # fmt: skip
 
 # The measuring command line: audit.cli and the files it is made of.
-CLI = {"audit.cli", "audit.cli_attack", "audit.cli_certificate", "audit.cli_options"}
+CLI = {
+    "audit.cli", "audit.cli_attack", "audit.cli_certificate", "audit.cli_features", "audit.cli_options",
+    "audit.cli_reproduce",
+}  # fmt: skip
 # Modules that may import a library, and no other: facts as found.
 ONLY = {
     "timm": {"model_zoo.libraries"},
@@ -98,7 +103,7 @@ def test_packages_import_each_other_along_the_arrows_only(module):
     package = module.partition(".")[0]
     others = {name for name in ours(imports(module)) if name.partition(".")[0] != package}
     legal = {"audit.errors"}
-    if module in {"audit.benchmark", *CLI}:
+    if module in {"audit.benchmark", *CLI} or within(module, ["audit.studies"]):
         legal |= {name for name in PATHS if within(name, ["model_zoo"])}
     if module in CLI:
         legal |= {name for name in PATHS if within(name, ["reports"])}
@@ -109,6 +114,12 @@ def test_packages_import_each_other_along_the_arrows_only(module):
     if within(module, ["model_zoo.recipes"]):
         legal |= RECIPES_MAY
     assert others <= legal
+
+
+@MODULES
+def test_only_studies_and_command_lines_know_studies(module):
+    if module not in CLI and not within(module, ["audit.studies"]):
+        assert not [name for name in imports(module) if within(name, ["audit.studies"])]
 
 
 def test_reports_reaches_the_measuring_commands_lazily():

@@ -15,7 +15,7 @@ from torch import nn
 from audit.accuracy import measure_accuracy
 from audit.attacks import TIERS
 from audit.errors import UnknownNameError
-from audit.learning import ClassifierTraining, train_classifier
+from audit.supervised import ClassifierTraining, train_classifier
 from audit.records import write_atomically
 from audit.threat import Linf
 from model_zoo.architectures import build

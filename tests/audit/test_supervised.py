@@ -4,7 +4,7 @@ from torch import nn
 
 from audit.accuracy import measure_accuracy
 from audit.attacks import two_losses
-from audit.learning import ClassifierTraining, train_classifier
+from audit.supervised import ClassifierTraining, train_classifier
 from audit.pgd import PGD
 from audit.threat import Linf
 

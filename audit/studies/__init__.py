@@ -1,0 +1,1 @@
+"""Studies: the papers' tables and figures, each measured into rows that `reports` draws."""
