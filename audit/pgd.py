@@ -121,7 +121,7 @@ class _Search:
     def descend(self, origin: Images, before: int) -> None:
         """Take the images that are not done from where they start to the last step."""
         active = (~self.best.done).nonzero().flatten()
-        current, walls = origin[active], tuple(wall[active] for wall in self.threat.walls(self.clean))
+        current, walls = origin[active], self.threat.walls(self.clean[active])
         last = torch.empty_like(current)
         for step in range(self.pgd.steps):
             self.batches.run(partial(self._step, before + step), current, last, active, *walls)
@@ -131,9 +131,9 @@ class _Search:
             if (room := _room(len(done) - int(done.sum()))) == 0:
                 return
             if room < len(active):
-                kept = done.int().argsort(stable=True)[:room]
-                active, current, last = active[kept], current[kept], last[kept]
-                walls = tuple(wall[kept] for wall in walls)
+                _close_up(done, room, active, current, last, *walls)
+                active, current, last = active[:room], current[:room], last[:room]
+                walls = tuple(wall[:room] for wall in walls)
         self._end(current, last, active, before + self.pgd.steps)
 
     def _step(self, step: int, images: Images, buffer: Images, index: Tensor, *walls: Tensor) -> Tensor:
@@ -171,6 +171,14 @@ class _Search:
         where = index[better]
         self.best.value[where], self.best.done[where] = judged.value[better], judged.done[better]
         self.step[where] = step
+
+
+def _close_up(done: Tensor, room: int, *tensors: Tensor) -> None:
+    """Move the entries that are not done from behind the first `room` to the places of done ones among these."""
+    open_ = (~done[room:]).nonzero().flatten() + room
+    places = done[:room].nonzero().flatten()[: len(open_)]
+    for tensor in tensors:
+        tensor[places] = tensor[open_]
 
 
 def _room(left: int) -> int:

@@ -110,9 +110,9 @@ class Linf(ThreatModel):
         return (clean - self.eps).clamp_(min=low), (clean + self.eps).clamp_(max=high)
 
     def step_into(self, moved: Images, images: Images, descent: tuple[Tensor, float], *walls: Tensor) -> None:
-        """Take the step in a third of the memory traffic of the base class's."""
+        """Take the step in a third of the memory traffic of the base class's, and in no memory of its own."""
         gradient, size = descent
-        torch.sub(images, gradient.sign(), alpha=size, out=moved).clamp_(*walls)
+        torch.sub(images, torch.sign(gradient, out=moved), alpha=size, out=moved).clamp_(*walls)
 
     def _nearest(self, images: Images, clean: Images) -> Images:
         # bounds on the pixels themselves: a legal pixel of an illegal image keeps its bits

@@ -68,6 +68,39 @@ class Scaled(nn.Module):
         return self.inner((x - self.mean) / self.std)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "side"),
+    [(4, 2, 1, 8), (3, 2, 1, 8), (4, 2, 0, 8), (3, 2, 0, 8), (7, 2, 3, 12), (2, 2, 0, 8), (1, 2, 0, 8), (5, 4, 2, 12),
+     (4, 4, 0, 8), ((3, 4), 2, (1, 0), 8), (3, 2, 2, 8), (2, 3, 1, 9)],
+)  # fmt: skip
+def test_a_stride_on_pixels_is_undone_and_the_outputs_and_gradients_are_the_same(
+    channels, kernel, stride, padding, side
+):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = nn.Sequential(nn.Conv2d(channels, 6, kernel, stride, padding), nn.ReLU(), nn.Flatten()).eval()
+    pixels = torch.rand(5, channels, side, side, generator=keyed_generator(3)).requires_grad_()
+    copy = faster(network, pixels.detach())
+    assert not any(isinstance(part, nn.Conv2d) for part in copy.modules())
+    ours, theirs = copy(pixels), network(pixels)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    weights = torch.randn(theirs.shape, generator=keyed_generator(4))
+    (found,), (wanted,) = (torch.autograd.grad(out, pixels, weights) for out in (ours, theirs))
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv2d(8, 4, 3, 2, 1), nn.Conv2d(3, 6, 3, 2, 1, groups=3), nn.Conv2d(3, 4, 3, 2, 1, dilation=2),
+     nn.Conv2d(3, 4, 3, 2, 1, padding_mode="reflect"), nn.Conv2d(3, 4, 3, (1, 2), 1), nn.Conv2d(3, 4, 3, 3, 1)],
+)  # fmt: skip
+def test_other_strides_are_left_as_they_are(conv):
+    network = nn.Sequential(conv, nn.Flatten()).eval()
+    pixels = torch.rand(3, conv.in_channels, 8, 8, generator=keyed_generator(3))
+    assert faster(network, pixels) is network
+
+
 class Twice(nn.Module):
     """One convolution that reads the scaled pixels and then its own answer: folding would scale both."""
 
