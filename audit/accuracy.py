@@ -1,16 +1,18 @@
 """Natural and adversarial accuracy of a classifier, measured, with intervals."""
 
+from dataclasses import replace
 from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from audit.attacks import LOSSES, LabelAttack, Stage, margin, targeted_margin_objective
+from audit.attacks import LOSSES, LabelAttack, Stage, margin, never_done, targeted_margin_objective
 from audit.errors import InvalidModelError, UsageError
 from audit.fast import faster
 from audit.memory import Batches
 from audit.pgd import NEVER, Found, minimise
+from audit.randomised import DRAWS, Majority, MeanOfDraws, own_randomness
 from audit.threat import ThreatModel
 from audit.types import Images, Labels, keyed_generator
 
@@ -102,17 +104,42 @@ def measure_accuracy(
     An image counts as robust when the network names its class on the clean image and on every image that a stage
     ended with; a "broken" verdict is given by a plain forward pass of the network itself on a legal image.
     """
-    assault = _Assault(network, images, labels, threat, attack, seed)
-    if threat.eps > 0:
+    return _measured(_Assault(network, images, labels, threat, attack, seed))
+
+
+def measure_randomised(
+    network: nn.Module,
+    images: Images,
+    labels: Labels,
+    threat: ThreatModel,
+    attack: LabelAttack,
+    seed: int,
+) -> Accuracy:
+    """Return what `measure_accuracy` does, of a network that draws at random, by the majority of 20 draws an image.
+
+    Searches follow the gradient of the mean over as many, and go on where they seem to have won. No point estimate: a
+    verdict is drawn again for every image tried. The noise is keyed by the seed.
+    """
+    with own_randomness(images.device, seed):
+        # rounding is no matter beside the draws, and a folded copy would draw by itself
+        assault = _Assault(Majority(network), images, labels, threat, replace(attack, fast=False), seed)
+        assault.searched, assault.randomised = MeanOfDraws(network), True
+        found = _measured(assault)
+    return found._replace(passes=DRAWS * found.passes, forwards=DRAWS * found.forwards)
+
+
+def _measured(assault: "_Assault") -> Accuracy:
+    attack, labels = assault.attack, assault.labels
+    if assault.threat.eps > 0:
         for number, stage in enumerate(attack.stages):
             assault.search(number, stage)
         assault.noise()
         assault.borrowed()
-    siege, count = assault.siege, len(images)
+    siege, count = assault.siege, len(labels)
     natural, adversarial = (wilson(int(right.sum()), count) for right in (siege.correct, siege.robust))
     share = float(labels.bincount().max()) / count
     return Accuracy(natural, adversarial, siege.robust, assault.passes, assault.num_classes, share, assault.forwards,
-                    siege, attack.names)  # fmt: skip
+                    siege, assault.names)  # fmt: skip
 
 
 class _Assault:
@@ -130,7 +157,9 @@ class _Assault:
         self.siege = Siege(right, right.clone(), nobody, nobody.clone(), margins.clone(), images.clone())
         # the likeliest other classes first; a network of two classes has one
         self.others = logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
+        self.names = attack.names_in(threat.norm)
         self.searched = faster(network, images) if attack.fast else network
+        self.randomised = False
         self.passes, self.forwards = 0, len(images)
 
     @property
@@ -143,7 +172,7 @@ class _Assault:
         for rank in range(min(max(stage.targets, 1), self.num_classes - 1)):
             self._searched(number, stage, rank, self.standing, self.searched)
             # where the copy was mistaken about a broken image, the network itself is searched
-            if self.searched is not self.network:
+            if self.searched is not self.network and not self.randomised:
                 self._searched(number, stage, rank, self._mistaken, self.network)
 
     def _searched(self, number: int, stage: Stage, rank: int, index: Tensor, network: nn.Module) -> None:
@@ -155,6 +184,7 @@ class _Assault:
             objective = targeted_margin_objective(network, labels, self.others[index, rank])
         else:
             objective = LOSSES[stage.loss](network, labels)
+        objective = never_done(objective) if self.randomised else objective
         generator = keyed_generator(self.seed, _PURPOSE, number, rank)
         found = minimise(objective, self.images[index], self.threat, stage.pgd, generator)
         self.passes, self.forwards = self.passes + found.passes, self.forwards + found.forwards
@@ -175,18 +205,19 @@ class _Assault:
             self._confirm(index, corners, len(self.attack.stages))
 
     def borrowed(self) -> None:
-        """Let the attacks of other packages try their luck; Square asks for outputs only."""
-        for number, name in enumerate(self.attack.names):
-            known = name.startswith("square-") or name in self.attack.borrowed
+        """Let the attack of outputs only try its luck, then those of other packages."""
+        asking = self.attack.asking_in(self.threat.norm)
+        for number, name in enumerate(self.names):
+            known = name == asking or name in self.attack.borrowed
             index = self.standing
             if not known or len(index) == 0:
                 continue
-            from audit.borrowed import AutoAttack, borrowed_attack
+            from audit.borrowed import blind_attack, borrowed_attack
 
-            attack = (
-                borrowed_attack(name) if name in self.attack.borrowed else AutoAttack(("square",), self.attack.queries)
-            )
-            found = attack(self.network, self.images[index], self.labels[index], self.threat, self.seed)
+            attack = blind_attack(self.threat, self.attack.queries) if name == asking else borrowed_attack(name)
+            # a randomised network is asked for the mean of its draws: votes jump
+            network = self.searched if self.randomised else self.network
+            found = attack(network, self.images[index], self.labels[index], self.threat, self.seed)
             self.passes, self.forwards = self.passes + found.backwards, self.forwards + found.forwards - found.backwards
             self._confirm(index, found.images, number)
 

@@ -102,10 +102,10 @@ class Stage:
 class LabelAttack:
     """Which attack measures adversarial accuracy: stages in turn, each on the images that are still right.
 
-    Then `noise` random corners of the ball, and Square with `queries` queries: attacks that follow no gradient, so
-    what they break beside the others says that the gradients misled. Last the attacks of `borrowed`, by their names
-    in `audit.borrowed`. `fast` lets searches run on a folded copy of the network; every verdict is the network's own,
-    so it decides cost only.
+    Then `noise` random corners of the ball, and an attack with `queries` queries an image: Square in l-inf, the
+    search by differences of `audit.queries` in other norms. These follow no gradient, so what they break beside the
+    others says that the gradients misled. Last the attacks of `borrowed`, by their names in `audit.borrowed`. `fast`
+    lets searches run on a folded copy of the network; every verdict is the network's own, so it decides cost only.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -119,19 +119,31 @@ class LabelAttack:
         for name in ("noise", "queries"):
             if getattr(self, name) < 0:
                 raise UsageError(f"attack {name} {getattr(self, name)!r} must be at least 0")
-        if not self.names:
+        if not self.names_in("linf"):
             raise UsageError("stages () must be at least one: an attack without a search measures nothing")
 
     @property
     def name(self) -> str:
-        """Return the attack as tables show it, such as `ce-10+margin-10+noise-100`."""
-        return "+".join(self.names)
+        """Return the attack as tables of l-inf show it, such as `ce-10+margin-10+noise-100`."""
+        return self.name_in("linf")
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Return the name of each part, in the order they run."""
-        blind = [f"{name}-{count}" for name, count in (("noise", self.noise), ("square", self.queries)) if count]
-        return (*(stage.name for stage in self.stages), *blind, *self.borrowed)
+    def name_in(self, norm: str) -> str:
+        """Return the attack as tables show it where images are moved in a norm."""
+        return "+".join(self.names_in(norm))
+
+    def names_in(self, norm: str) -> tuple[str, ...]:
+        """Return the name of each part, in the order they run in a norm."""
+        asking = self.asking_in(norm)
+        blind = [f"noise-{self.noise}"] if self.noise else []
+        return (*(stage.name for stage in self.stages), *blind, *([asking] if asking else []), *self.borrowed)
+
+    def asking_in(self, norm: str) -> str:
+        """Return the name of the part that asks for outputs only, such as `square-300`; empty where there is none."""
+        return f"{'square' if norm == 'linf' else 'differences'}-{self.queries}" if self.queries else ""
+
+    def version_in(self, norm: str) -> int:
+        """Return the version of what the attack does in a norm: raised where its numbers change in that norm alone."""
+        return self.version + (1 if self.queries and norm != "linf" else 0)
 
     @property
     def batch_size(self) -> int:

@@ -1,5 +1,7 @@
 """Attacks of other packages, as one table of callables: candidates in, legal images and their cost out.
 
+One of our own stands among them, the search by differences: it too sees no more than the network's outputs.
+
 Every adapter leaves the process as it found it: no gradient on a parameter, no draw from a global generator, no
 tracer removed, nothing printed. Verdicts are not theirs to give: the caller judges the images by a plain forward pass.
 
@@ -25,7 +27,8 @@ from torch import Tensor, nn
 
 from audit.attacks import margin
 from audit.errors import EnvironmentFault, InvalidModelError, UnknownNameError, UsageError
-from audit.threat import ThreatModel
+from audit.queries import Differences
+from audit.threat import THREATS, ThreatModel
 from audit.types import Images, Labels, keyed_generator
 
 _PURPOSE = 71  # the key that separates this module's random streams from others'
@@ -45,7 +48,7 @@ class Borrowed(NamedTuple):
 
 
 class BorrowedAttack(ABC):
-    """An attack of another package: call it with a network, the images still to break, labels, threat and seed."""
+    """An attack from elsewhere: call it with a network, the images still to break, labels, threat and seed."""
 
     library: ClassVar[str]
     norms: ClassVar[dict[str, str]]
@@ -111,6 +114,14 @@ class AutoAttack(BorrowedAttack):
         if self.queries < 1:
             raise UsageError(f"queries {self.queries!r} of Square must be at least 1")
 
+    def _check(self, threat: ThreatModel) -> None:
+        if self.stages == ("square",) and threat.norm != "linf":
+            raise UsageError(
+                f"Square alone attacks in 'linf', not in {threat.norm!r}: there its squares reach a boundary only at "
+                "two to three times its distance; use `differences`"
+            )
+        super()._check(threat)
+
     def stages_for(self, num_classes: int) -> list[str]:
         """Return the stages that a number of classes allows; raises InvalidModelError for fewer than two classes."""
         if num_classes < 2:
@@ -174,20 +185,43 @@ class HopSkipJump(BorrowedAttack):
         return images + 1.001 * (found - images)
 
 
+@dataclass(frozen=True)
+class ByDifferences(BorrowedAttack):
+    """Our own search by differences of the margin, `audit.queries`, with so many queries an image."""
+
+    queries: int = 300
+
+    library: ClassVar[str] = "the search by differences"
+    norms: ClassVar[dict[str, str]] = {norm: norm for norm in THREATS}
+
+    def _check(self, threat: ThreatModel) -> None:
+        """Every threat model is fit, whatever its pixel range."""
+
+    def _search(
+        self,
+        network: "Counted",
+        images: Images,
+        labels: Labels,
+        threat: ThreatModel,
+        seed: int,  # noqa: ARG002
+    ) -> Images:
+        network.num_classes(images)
+        return Differences(self.queries).search(network, images, labels, threat).images
+
+
 BORROWED: dict[str, BorrowedAttack] = {
     "autoattack-standard": AutoAttack(),
     "apgd": AutoAttack(("apgd-ce", "apgd-t")),
     "fab": AutoAttack(("fab-t",)),
     "square": AutoAttack(("square",), queries=300),
+    "differences": ByDifferences(),
     "hopskipjump": HopSkipJump(),
 }
 
 
-def square(
-    network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, seed: int, queries: int = 300
-) -> Borrowed:
-    """Return what Square finds with so many queries an image; raises what `BorrowedAttack` does."""
-    return AutoAttack(("square",), queries)(network, images, labels, threat, seed)
+def blind_attack(threat: ThreatModel, queries: int) -> BorrowedAttack:
+    """Return the attack of outputs only with so many queries an image: Square in l-inf, differences in other norms."""
+    return AutoAttack(("square",), queries) if threat.norm == "linf" else ByDifferences(queries)
 
 
 def borrowed_attack(name: str) -> BorrowedAttack:

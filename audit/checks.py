@@ -15,12 +15,17 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from audit.errors import UsageError
+from audit.randomised import DRAWS
 
-TRUST = frozenset({1, 2, 3, 5, 15, 16})
+TRUST = frozenset({1, 2, 3, 5, 8, 15, 16})
 """The numbers of the checks without which a robust accuracy is only an upper bound."""
 
 UPPER_BOUND = "upper bound, attack not trustworthy"
 """How to word the robust accuracy of a network that fails one of them."""
+
+DETERMINISM = 8
+RANDOMISED = f"randomised: majority verdict of {DRAWS} draws, no point estimate"
+"""How to word it where the network draws at random."""
 
 SQUARE_QUERIES = 300
 
@@ -28,14 +33,14 @@ SQUARE_QUERIES = 300
 class Check(NamedTuple):
     """One question put to an attack, and the answer.
 
-    `number` and `name` say which, `level` is "trust" or "note". `passed` is None where the check does not apply, and
-    `reason` says why, or what went wrong. `figure` is what was measured (None where nothing was), held against
-    `criterion`. `passes` counts forward+backward passes of single images.
+    `number` and `name` say which, `level` is "trust", "note", or "gate" (`gates.py`). `passed` is None where the
+    check does not apply, and `reason` says why, or what went wrong. `figure` is what was measured (None where nothing
+    was), held against `criterion`. `passes` counts forward+backward passes of single images.
     """
 
     number: int
     name: str
-    level: Literal["trust", "note"]
+    level: Literal["trust", "note", "gate"]
     passed: bool | None
     figure: float | None
     criterion: str
@@ -98,6 +103,19 @@ def trustworthy(checks: Iterable[Check]) -> bool:
     return not any(check.level == "trust" and check.passed is False for check in checks)
 
 
+def randomised(checks: Iterable[Check]) -> bool:
+    """Return whether the check of determinism failed: the network draws at random, or looks at the whole batch."""
+    return any(check.number == DETERMINISM and check.passed is False for check in checks)
+
+
+def verdict(checks: Iterable[Check]) -> str:
+    """Return how to word the robust accuracy that these checks stand beside."""
+    checks = tuple(checks)
+    if randomised(checks):
+        return RANDOMISED
+    return "measured" if trustworthy(checks) else UPPER_BOUND
+
+
 def single_step_beaten(single_robust: Tensor, iterative_robust: Tensor) -> Check:
     """Return check 6: no image that one step breaks survives many."""
     return _anew(SINGLE_STEP, iterative_robust, single_robust)
@@ -137,7 +155,7 @@ def restarts_gain_little(robust_1: Tensor, robust_5: Tensor) -> Check:
 
 
 def noise_breaks_nothing(robust: Tensor, noise_robust: Tensor) -> Check:
-    """Return check 14: no noise breaks what the attack could not (`masking.withstands_noise` gives the second mask)."""
+    """Return check 14: no noise breaks what the attack could not."""
     return _anew(NOISE, robust, noise_robust)
 
 

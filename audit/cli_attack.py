@@ -60,7 +60,7 @@ def _measured(
     subjects = _subjects((model, *sources), dataset, request)
     subject = subjects[model]
     with Display(4 + len(names)) as display:
-        display.channel(f"{model}: {attack.name}", 0)
+        display.channel(f"{model}: {attack.name_in(threat.norm)}", 0)
         tier = attacked(subject, threat, attack, seed)
         display.channel("the attack beside itself", 1)
         beside = compared(subject, threat, attack, seed)
@@ -77,7 +77,7 @@ def _measured(
     checks = [*tier.checks, *beside, *ladder.checks, *crossed]
     told = {
         "model": model, "dataset": dataset, "norm": threat.norm, "eps": threat.eps, "seed": seed,
-        **_accuracy(tier.accuracy, attack), **_verdict(checks),
+        **_accuracy(tier.accuracy), **_verdict(checks),
         "eps_curve": [_rung(rung) for rung in ladder.rungs],
         "attacks": [_alone(each) for each in tables],
         "transfer": {source: {target: float(right.float().mean()) for target, right in row.items()}
@@ -124,11 +124,11 @@ def _crossed(robust: Any, others: list[Any]) -> list[Any]:
     return [transfer_breaks_nothing(robust, robust & right) for right in others]
 
 
-def _accuracy(found: Any, attack: Any) -> dict[str, Any]:
+def _accuracy(found: Any) -> dict[str, Any]:
     siege = found.siege
     broken = {name: int((siege.stage == number).sum()) for number, name in enumerate(found.names)}
     return {
-        "attack": attack.name, "images": found.natural.images,
+        "attack": "+".join(found.names), "images": found.natural.images,
         "natural_accuracy": found.natural.value, "natural_accuracy_low": found.natural.low,
         "natural_accuracy_high": found.natural.high, "adversarial_accuracy": found.adversarial.value,
         "adversarial_accuracy_low": found.adversarial.low, "adversarial_accuracy_high": found.adversarial.high,
@@ -137,12 +137,11 @@ def _accuracy(found: Any, attack: Any) -> dict[str, Any]:
 
 
 def _verdict(checks: list[Any]) -> dict[str, Any]:
-    from audit.checks import UPPER_BOUND, trustworthy
+    from audit.checks import trustworthy, verdict
 
-    sound = trustworthy(checks)
     return {
-        "trustworthy": sound,
-        "verdict": "measured" if sound else UPPER_BOUND,
+        "trustworthy": trustworthy(checks),
+        "verdict": verdict(checks),
         "checks": [check._asdict() for check in checks],
     }
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from audit.threat import ThreatModel
-from audit.types import Encoder, Images, Labels
+from audit.types import Encoder, Images, Labels, Objective
 
 History = tuple[tuple[int, float], ...]
 """(step, nats) pairs."""
@@ -99,6 +99,13 @@ class Estimator(ABC):
     @abstractmethod
     def normal(self, subject: Subject, seed: int) -> MIEstimate:
         """Return the estimate on the images as they are."""
+
+    def objective(self, subject: Subject) -> Objective | None:  # noqa: ARG002
+        """Return what the worst case makes small, image by image, so that its gradient can be checked.
+
+        Its indices are those of the subject's images. None where an estimator has no such objective.
+        """
+        return None
 
     @abstractmethod
     def vulnerability(

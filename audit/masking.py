@@ -7,9 +7,9 @@ norm steps. Check 5 searches the l-inf ball of half the pixel range whatever the
 and lies in the l2 ball of sqrt(D) / 2 and the l1 ball of D / 2, whose own steps are coarser.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,11 @@ from audit.errors import InvalidModelError
 from audit.gradients import input_gradient
 from audit.memory import Batches
 from audit.pgd import PGD, minimise
+from audit.randomised import own_randomness
 from audit.threat import Linf, ThreatModel
 from audit.types import Images, Labels, Objective, keyed_generator
 
-_START, _UNBOUNDED, _NETWORK, _NOISE = range(91, 95)
+_START, _UNBOUNDED = 91, 92
 _IMAGES = 100
 _BATCH = 50
 _SHARE_OF_STEP = 0.01  # how far the central difference looks, in full steps of the attack
@@ -48,6 +49,14 @@ UNBOUNDED = Rule(5, "unbounded attack", "50 steps break every image at l-inf 1/2
 LOGITS = Rule(7, "logits", "the outputs are not probabilities")
 DETERMINISM = Rule(8, "determinism", "five forward passes differ by less than {limit:g} of the logits' length", 1e-4)
 
+# searches of other lengths and radii end elsewhere: as far is three quarters as far
+FALLS_WITH_STEPS = Rule(
+    11, "more steps", "the mean falls at least {limit:g} times as far in eight steps as in two", 0.75
+)
+FALLS_WITH_EPS = Rule(
+    18, "wider ball", "the mean falls at least {limit:g} times as far within eps as within eps / 2", 0.75
+)
+
 _OF_GRADIENT = (ZERO_MARGIN, ZERO_LOSS, SLOPE, LINEARITY, UNBOUNDED)
 _OF_OUTPUTS = (LOGITS, DETERMINISM)
 
@@ -60,9 +69,9 @@ def quick_checks(
     Where there is no gradient, what needs one does not apply; nothing applies where no image is right. Noise that
     the network draws is keyed by the seed too, and the global generators are left as they were.
     """
-    with _own_randomness(images.device, seed):
+    with own_randomness(images.device, seed):
         try:
-            right = _first_right(network, images, labels)
+            right = first_right(network, images, labels)
         except InvalidModelError as fault:
             return (_no_gradient(fault), *_skipped((*_OF_GRADIENT, *_OF_OUTPUTS), str(fault)))
         if len(right) == 0:
@@ -76,7 +85,7 @@ def objective_checks(objective: Objective, images: Images, threat: ThreatModel, 
     clean = images[:_IMAGES]
     if len(clean) == 0:
         return _skipped((GRADIENT, ZERO_VALUE, SLOPE), "there is no image")
-    with _own_randomness(images.device, seed):
+    with own_randomness(images.device, seed):
         start = threat.random_start(clean, keyed_generator(seed, _START))
         try:
             gradient = _gradient(objective, start)
@@ -87,25 +96,31 @@ def objective_checks(objective: Objective, images: Images, threat: ThreatModel, 
 
 
 @torch.no_grad()
-def withstands_noise(
-    network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, seed: int, draws: int = 100
-) -> Tensor:
-    """Return which images (N,) the network gets right under every one of some random changes of length eps.
+def first_right(network: nn.Module, images: Images, labels: Labels) -> Tensor:
+    """Return the indices of the first 100 images that the network gets right, asking for no more than it takes.
 
-    A change is a full step against a random gradient: random signs in l-inf, a point of the sphere in l2, a few
-    pixels in l1. `checks.noise_breaks_nothing` takes the result.
+    Raises InvalidModelError where an output is not finite.
     """
-    generator, batches = keyed_generator(seed, _NOISE), Batches(_BATCH)
-    standing = torch.ones(len(images), dtype=torch.bool, device=images.device)
-    for _ in range(draws):
-        # drawn for all images, so that the draws do not depend on which are still standing
-        noise = torch.randn(images.shape, generator=generator).to(images)
-        index = standing.nonzero().flatten()
-        if len(index) == 0:
+    right = torch.zeros(0, dtype=torch.long, device=images.device)
+    for first in range(0, len(images), _IMAGES):
+        index = torch.arange(len(images), device=images.device)[first : first + _IMAGES]
+        logits = Batches(_BATCH).run(network, images[index])
+        _must_be_finite(logits.flatten(1), "network's output")
+        right = torch.cat([right, index[margin(logits, labels[index]) > 0]])
+        if len(right) >= _IMAGES:
             break
-        moved = threat.step(images[index], noise[index], images[index], threat.eps)
-        standing[index] = margin(batches.run(network, moved), labels[index]) > 0
-    return standing
+    return right[:_IMAGES]
+
+
+def worst_case_checks(objective: Objective, images: Images, threat: ThreatModel, seed: int) -> tuple[Check, ...]:
+    """Return checks 1 to 3 of what a worst-case search makes small, and whether it falls with steps and with eps."""
+    found = objective_checks(objective, images, threat, seed)
+    if all(check.passed is not None for check in found):
+        with own_randomness(images.device, seed):
+            found += _falling(objective, images[:_IMAGES], threat, seed)
+    else:
+        found += _skipped((FALLS_WITH_STEPS, FALLS_WITH_EPS), "there is no gradient")
+    return tuple(check._replace(name=f"worst case: {check.name}") for check in found)
 
 
 def reaching_eps(threat: ThreatModel, images: Images) -> float:
@@ -162,6 +177,27 @@ def _linearity(objective: Objective, clean: Images, start: Images, gradient: Ten
 
 
 @torch.enable_grad()
+def _falling(objective: Objective, clean: Images, threat: ThreatModel, seed: int) -> tuple[Check, Check]:
+    """Checks 11 and 18 of an objective: does it fall as far with more steps, and in a wider ball, as with less?"""
+    start, few = _values(objective, clean), PGD(2, 0.5, random_start=False, batch_size=_BATCH)
+    many, near = replace(few, steps=8, relative_step=0.25), replace(threat, eps=threat.eps / 2)
+    runs = [
+        minimise(objective, clean, ball, search, keyed_generator(seed, _START))
+        for ball, search in ((threat, many), (threat, few), (near, many))
+    ]
+    most, *less = (start - run.value for run in runs)
+    passes = [runs[0].passes + runs[1].passes, runs[2].passes]
+    # where nothing falls the ratio is NaN, which passes nothing
+    ratios = [float(most.mean() / fall.mean()) for fall in less]
+    rules = (FALLS_WITH_STEPS, FALLS_WITH_EPS)
+    steps, eps = (
+        rule.judged(passed=ratio >= rule.limit, figure=ratio if isfinite(ratio) else None, passes=cost)
+        for rule, ratio, cost in zip(rules, ratios, passes, strict=True)
+    )
+    return steps, eps
+
+
+@torch.enable_grad()
 def _unbounded(objective: Objective, clean: Images, threat: ThreatModel, seed: int) -> Check:
     """Check 5: the share of images that survive where every image can be made grey."""
     low, high = threat.pixel_range
@@ -184,20 +220,6 @@ def _output_checks(network: nn.Module, clean: Images) -> tuple[Check, Check]:
     apart = float(torch.stack([unit - units[0] for unit in units]).abs().nan_to_num(2.0).max())
     logits = LOGITS.judged(passed=share < 1, figure=share)
     return logits, DETERMINISM.judged(passed=apart < DETERMINISM.limit, figure=apart)
-
-
-@torch.no_grad()
-def _first_right(network: nn.Module, images: Images, labels: Labels) -> Tensor:
-    """Return the indices of the first 100 images that the network gets right, asking for no more than it takes."""
-    right = torch.zeros(0, dtype=torch.long, device=images.device)
-    for first in range(0, len(images), _IMAGES):
-        index = torch.arange(len(images), device=images.device)[first : first + _IMAGES]
-        logits = Batches(_BATCH).run(network, images[index])
-        _must_be_finite(logits.flatten(1), "network's output")
-        right = torch.cat([right, index[margin(logits, labels[index]) > 0]])
-        if len(right) >= _IMAGES:
-            break
-    return right[:_IMAGES]
 
 
 def _gradient(objective: Objective, images: Images) -> Tensor:
@@ -244,16 +266,3 @@ def _no_gradient(fault: InvalidModelError) -> Check:
 
 def _skipped(rules: tuple[Rule, ...], reason: str) -> tuple[Check, ...]:
     return tuple(rule.skipped(reason) for rule in rules)
-
-
-@contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Give a network that draws noise its own, the same for the same seed, and put the global generators back."""
-    key = keyed_generator(seed, _NETWORK).initial_seed()
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.default_generator.manual_seed(key)
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(key)
-        yield

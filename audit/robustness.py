@@ -10,20 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from audit import checks
-from audit.accuracy import Accuracy, Proportion, logits_of, measure_accuracy, wilson
+from audit.accuracy import Accuracy, Proportion, logits_of, measure_accuracy, measure_randomised, wilson
 from audit.attacks import TIERS, LabelAttack, Stage, cross_entropy_objective, margin, margin_objective, never_done
 from audit.borrowed import BORROWED
 from audit.checks import Check
 from audit.errors import UnknownNameError, UsageError
-from audit.masking import quick_checks, reaching_eps
+from audit.masking import first_right, quick_checks, reaching_eps
 from audit.minimal import DDN, CarliniWagner, carlini_wagner, ddn
 from audit.pgd import PGD, minimise
+from audit.randomised import MeanOfDraws, own_randomness
 from audit.threat import ThreatModel, threat_model
 from audit.types import Images, Labels, keyed_generator
 
 LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
 _SAMPLE = 100  # images that the attack is compared with itself on
-_TRANSFER, _SETTLING = 91, 92
+_HALVINGS = 4
+_TRANSFER, _SETTLING, _HALFWAY = 91, 92, 93
 
 
 class Robustness(NamedTuple):
@@ -46,10 +48,8 @@ class Target:
     images: Images
     labels: Labels
 
-    def first_right(self, most: int, batch_size: int) -> "Target":
-        """Return at most so many images, the first that the network names rightly."""
-        right = margin(logits_of(self.network, self.images, batch_size), self.labels) > 0
-        index = right.nonzero().flatten()[:most]
+    def part(self, index: Tensor) -> "Target":
+        """Return some of the images, by their indices (M,)."""
         return Target(self.network, self.images[index], self.labels[index])
 
 
@@ -57,41 +57,70 @@ def attacked(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: in
     """Return accuracies under an attack, with the checks that need little more than it met anyway.
 
     Those of the network's gradients and outputs (1 to 5, 7 and 8), and 14 and 15 where the attack tries noise or
-    Square.
+    asks for outputs only. A network that fails check 8 is attacked through its mean and judged by the majority of its
+    draws.
     """
-    accuracy = measure_accuracy(subject.network, subject.images, subject.labels, threat, attack, seed)
+    everything = (subject.network, subject.images, subject.labels)
     if threat.eps == 0:
-        return Robustness(accuracy, ())
-    quick = quick_checks(subject.network, subject.images, subject.labels, threat, seed)
-    return Robustness(accuracy, (*quick, *_blind_checks(subject, threat, accuracy, attack, seed)))
+        return Robustness(measure_accuracy(*everything, threat, attack, seed), ())
+    quick = quick_checks(*everything, threat, seed)
+    if not checks.randomised(quick):
+        accuracy = measure_accuracy(*everything, threat, attack, seed)
+        return Robustness(accuracy, (*quick, *_blind_checks(subject, threat, accuracy, attack, seed)))
+    accuracy = measure_randomised(*everything, threat, attack, seed)
+    with own_randomness(subject.images.device, seed):
+        steady = Target(MeanOfDraws(subject.network), subject.images, subject.labels)
+        return Robustness(accuracy, (*quick, *_blind_checks(steady, threat, accuracy, attack, seed)))
 
 
 def _blind_checks(
     subject: Target, threat: ThreatModel, accuracy: Accuracy, attack: LabelAttack, seed: int
 ) -> list[Check]:
-    """What random corners and Square broke that no gradient finds, not even in ten more searches for these images."""
-    found, siege = [], accuracy.siege
+    """What attacks without a gradient broke that none finds, not even in ten more searches for these images."""
+    found, siege, asking = [], accuracy.siege, attack.asking_in(threat.norm)
     for number, name in enumerate(accuracy.names):
-        if name not in (f"noise-{attack.noise}", f"square-{attack.queries}"):
+        if name not in (f"noise-{attack.noise}", asking):
             continue
         before = siege.robust | (siege.stage >= number)
         after = before & ~(siege.stage == number)
-        after[_found_by_gradient(subject, threat, (before & ~after).nonzero().flatten(), seed)] = True
-        if name == f"noise-{attack.noise}":
-            found.append(checks.noise_breaks_nothing(before, after))
-        else:
+        anew = (before & ~after).nonzero().flatten()[:_SAMPLE]
+        after[_found_by_gradient(subject, threat, anew, seed)] = True
+        if name == asking and threat.norm != "linf":
+            left = anew[~after[anew]]
+            after[_found_halfway(subject.part(left), siege.images[left], threat, left, seed)] = True
+        if name == asking:
             found.append(checks.queries_gain_little(before, after, attack.queries))
+        else:
+            found.append(checks.noise_breaks_nothing(before, after))
     return found
 
 
 def _found_by_gradient(subject: Target, threat: ThreatModel, index: Tensor, seed: int) -> Tensor:
     """Return which of a few images (A,) harder searches break too: these say that the attack was short, not misled."""
-    index = index[:_SAMPLE]
     if len(index) == 0:
         return index
-    few, search = Target(subject.network, subject.images[index], subject.labels[index]), PGD(40, 0.1, restarts=5)
+    few, search = subject.part(index), PGD(40, 0.1, restarts=5)
     left = [_left(few, threat, seed, stage) for stage in (Stage("margin", search), Stage("ce", search))]
     return index[~(left[0] & left[1])]
+
+
+def _found_halfway(few: Target, broken: Images, threat: ThreatModel, index: Tensor, seed: int) -> Tensor:
+    """Return which of a few images (A,) a gradient finds too, once halfway to those of a wide-ranging search.
+
+    The search by differences looks far beyond where a gradient does, and leaves hollows that a descent stays in. That
+    masks nothing: from halfway, or from as far as the image is still right, an honest gradient leads on.
+    """
+    if len(index) == 0:
+        return index
+    start, share = few.images, torch.full_like(few.labels, 0.5, dtype=torch.float32)
+    for _ in range(_HALVINGS):
+        start = few.images + share.view(-1, 1, 1, 1) * (broken - few.images)
+        lost = ~(margin(logits_of(few.network, start, _SAMPLE), few.labels) > 0)
+        share = torch.where(lost, share / 2, share)
+    search, generator = PGD(40, 0.05), keyed_generator(seed, _HALFWAY)
+    objective = margin_objective(few.network, few.labels)
+    found = minimise(objective, few.images, threat, search, generator, threat.project(start, few.images))
+    return index[found.done & (found.step > 0)]  # a start that is lost already shows nothing
 
 
 def compared(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> tuple[Check, ...]:
@@ -99,19 +128,23 @@ def compared(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: in
 
     Nothing applies where the network gets no image right, or eps is 0.
     """
-    few = subject.first_right(_SAMPLE, attack.batch_size)
+    few = subject.part(first_right(subject.network, subject.images, subject.labels))
     if len(few.images) == 0 or threat.eps == 0:
         return ()
     left = partial(_left, few, threat, seed)
+    clean = margin(logits_of(few.network, few.images, attack.batch_size), few.labels)
     once, settled = PGD(20, 0.15), PGD(40, 0.15)
     cross_entropy, margins = left(Stage("ce", once)), left(Stage("margin", once))
+    # logits scaled so that the typical margin is one: where they are huge, cross-entropy has no gradient
+    scaled = Target(_Scaled(few.network, 1 / float(clean.median())), few.images, few.labels)
+    rescaled = _left(scaled, threat, seed, Stage("ce", once))
     whole = measure_accuracy(few.network, few.images, few.labels, threat, attack, seed).robust
     return (
         checks.single_step_beaten(left(Stage("ce", PGD(1, 1.0, random_start=False))), whole),
         checks.losses_agree(cross_entropy, margins),
-        checks.rescaling_gains_little(cross_entropy, _rescaled(few, threat, seed, Stage("ce", once))),
+        checks.rescaling_gains_little(cross_entropy, rescaled),
         checks.steps_gain_little(margins, left(Stage("margin", settled))),
-        _settling(few, threat, seed, settled),
+        _settling(few, threat, seed, settled, float(clean.std(correction=0)) or 1.0),
         checks.restarts_gain_little(whole, whole & left(Stage("margin", PGD(20, 0.15, restarts=5)))),
     )
 
@@ -119,14 +152,6 @@ def compared(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: in
 def _left(subject: Target, threat: ThreatModel, seed: int, stage: Stage) -> Tensor:
     alone = LabelAttack((stage,))
     return measure_accuracy(subject.network, subject.images, subject.labels, threat, alone, seed).robust
-
-
-def _rescaled(subject: Target, threat: ThreatModel, seed: int, stage: Stage) -> Tensor:
-    """Attack logits scaled so that the typical margin is one: where they are huge, cross-entropy has no gradient."""
-    typical = margin(logits_of(subject.network, subject.images, _SAMPLE), subject.labels).median()
-    return _left(
-        Target(_Scaled(subject.network, 1 / float(typical)), subject.images, subject.labels), threat, seed, stage
-    )
 
 
 class _Scaled(nn.Module):
@@ -139,9 +164,8 @@ class _Scaled(nn.Module):
         return self.factor * self.network(images)
 
 
-def _settling(subject: Target, threat: ThreatModel, seed: int, pgd: PGD) -> Check:
+def _settling(subject: Target, threat: ThreatModel, seed: int, pgd: PGD, spread: float) -> Check:
     """Whether ten steps fewer would have found the same: of the margin, by the spread of margins on clean images."""
-    spread = float(margin(logits_of(subject.network, subject.images, _SAMPLE), subject.labels).std(correction=0)) or 1.0
     fewer = PGD(pgd.steps - 10, pgd.relative_step, pgd.random_start)
     found = []
     for search in (fewer, pgd):

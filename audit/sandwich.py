@@ -18,9 +18,10 @@ from audit.errors import UsageError
 from audit.estimates import Estimator, FloorKind, MIEstimate, Subject, Vulnerability
 from audit.information import encode
 from audit.threat import ThreatModel
-from audit.types import Features, keyed_generator
+from audit.types import Features, Images, Judged, Objective, keyed_generator
 
 _READ, _CHOOSE, _SEARCH, _CENTRES = range(41, 45)
+_VARIES = 1e-6  # of the largest feature: less deviation is rounding
 _ROWS = 1024  # how many rows of the (N, N) table are held at once
 
 
@@ -126,6 +127,25 @@ class Sandwich(Estimator):
         features = encode(subject.encoder, subject.images, self.batch_size).features
         return self._read(features, self.scale(features), seed)
 
+    def objective(self, subject: Subject) -> Objective | None:
+        """Return an image's row of the upper guaranteed bound beside all other images, in nats: its own is left out.
+
+        It is small where the image's features lie among those of others. None where features hardly vary.
+        """
+        clean = encode(subject.encoder, subject.images, self.batch_size).features
+        if not float(clean.var(0, correction=0).mean().sqrt()) > _VARIES * float(clean.abs().max()):
+            return None
+        middle, scale = clean.mean(0), self.scale(clean)
+        rows = _precise((clean - middle) / scale)
+
+        def objective(images: Images, index: Tensor) -> Judged:
+            features = _precise((subject.encoder(images).features - middle) / scale)
+            exponents = _exponents(features, rows, 1.0).scatter(1, index[:, None], -torch.inf)
+            value = log(len(rows) - 1) - exponents.logsumexp(1)
+            return Judged(value.to(images), torch.zeros_like(index, dtype=torch.bool))
+
+        return objective
+
     def vulnerability(
         self, subject: Subject, threat: ThreatModel, seed: int, normal: MIEstimate | None = None
     ) -> Vulnerability:
@@ -150,7 +170,7 @@ class Sandwich(Estimator):
         if self.absolute:
             return self.noise
         deviation, largest = float(features.var(0, correction=0).mean().sqrt()), float(features.abs().max())
-        return self.noise * deviation if deviation > 1e-6 * largest else max(1.0, largest)
+        return self.noise * deviation if deviation > _VARIES * largest else max(1.0, largest)
 
     def _read(self, features: Features, scale: float, seed: int) -> MIEstimate:
         scaled = (features - features.mean(0)) / scale

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from audit.attacks import margin
-from audit.borrowed import BORROWED, AutoAttack, BorrowedAttack, Counted, HopSkipJump, borrowed_attack, square
+from audit.borrowed import (
+    BORROWED,
+    AutoAttack,
+    BorrowedAttack,
+    ByDifferences,
+    Counted,
+    HopSkipJump,
+    blind_attack,
+    borrowed_attack,
+)
 from audit.errors import EnvironmentFault, InvalidModelError, UnknownNameError, UsageError
 from audit.threat import Linf, threat_model
 
@@ -19,6 +28,7 @@ DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 DISTANCE = {"linf": 0.02, "l2": 0.3, "l1": 0.1}
 # the table's own attacks, with fewer queries where these are most of the time
 QUICK = {**BORROWED, "autoattack-standard": AutoAttack(queries=50), "hopskipjump": HopSkipJump(steps=10)}
+SQUARE = AutoAttack(("square",), 300)
 OURS_HERE = [name for name in QUICK if name != "hopskipjump"]
 EVERY = pytest.mark.parametrize("name", [*OURS_HERE, pytest.param("hopskipjump", marks=pytest.mark.slow)])
 
@@ -67,11 +77,12 @@ def kept(network, images, labels):
     return margin(network(images).detach(), labels) > 0
 
 
+ASKED = [("differences", norm, classes) for norm in DISTANCE for classes in (2, 3)]
 WHOLE = [("autoattack-standard", "linf", 2), ("autoattack-standard", "linf", 3), ("autoattack-standard", "l2", 4)]
 PARTS = [(name, norm, classes) for name in ("apgd", "fab") for norm in DISTANCE for classes in (2, 3, 4)]
 
 
-@pytest.mark.parametrize(("name", "norm", "classes"), WHOLE + PARTS)
+@pytest.mark.parametrize(("name", "norm", "classes"), WHOLE + PARTS + ASKED)
 def test_the_known_boundary_is_reached_and_never_undercut(name, norm, classes):
     network, distance = Planes(classes), DISTANCE[norm]
     images, labels = network.images_at(distance, norm, 4)
@@ -82,13 +93,12 @@ def test_the_known_boundary_is_reached_and_never_undercut(name, norm, classes):
         assert (threat.distance(found.images, images) <= threat.eps + 1e-6).all()
 
 
-@pytest.mark.parametrize(("norm", "share"), [("linf", 1.25), ("l2", 5)])
-def test_square_reaches_a_boundary_that_squares_can_reach(norm, share):
-    network, distance = Planes(2, (1, 16, 16), smooth=True), DISTANCE[norm]
-    images, labels = network.images_at(distance, norm, 6)
-    found = square(network, images, labels, threat_model(norm, share * distance), 0)
+def test_square_reaches_a_boundary_that_squares_can_reach():
+    network, distance = Planes(2, (1, 16, 16), smooth=True), DISTANCE["linf"]
+    images, labels = network.images_at(distance, "linf", 6)
+    found = SQUARE(network, images, labels, Linf(1.25 * distance), 0)
     assert not kept(network, found.images, labels).any()
-    held = square(network, images, labels, threat_model(norm, 0.99 * distance), 0)
+    held = SQUARE(network, images, labels, Linf(0.99 * distance), 0)
     assert kept(network, held.images, labels).all()
     assert 0 < found.forwards < held.forwards
     assert found.backwards == held.backwards == 0
@@ -127,8 +137,15 @@ def small(classes=4, count=4):
     return network, images, network(images).argmax(1)
 
 
-@EVERY
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        pytest.param(name, norm, marks=pytest.mark.slow if name == "hopskipjump" else ())
+        for name in QUICK
+        for norm in ("linf", "l2")
+        if (name, norm) != ("square", "l2")
+    ],
+)
 @pytest.mark.parametrize("count", [1, 4])
 def test_candidates_are_legal_and_the_same_for_the_same_seed(name, norm, count):
     network, images, labels = small(count=count)
@@ -145,7 +162,7 @@ def test_candidates_are_legal_and_the_same_for_the_same_seed(name, norm, count):
 
 def test_another_seed_gives_other_draws():
     network, images, labels = small()
-    first, second = (square(network, images, labels, Linf(0.3), seed).images for seed in (0, 1))
+    first, second = (SQUARE(network, images, labels, Linf(0.3), seed).images for seed in (0, 1))
     assert not torch.equal(first, second)
 
 
@@ -186,7 +203,9 @@ def test_parameters_are_thawed_even_when_the_attack_fails(name):
             raise RuntimeError("the plug was pulled")
 
     network, (_, images, labels) = Broken(), small()
-    with pytest.raises(InvalidModelError, match=r"pyautoattack fails .* shape \(1, 8, 8\): RuntimeError the plug"):
+    with pytest.raises(
+        InvalidModelError, match=r"(pyautoattack|differences) fails .* shape \(1, 8, 8\): RuntimeError the plug"
+    ):
         QUICK[name](network, images, labels, Linf(0.1), 0)
     assert all(p.requires_grad for p in network.parameters())
 
@@ -241,8 +260,8 @@ class Copied(nn.Flatten):
 def test_a_network_whose_logits_are_a_view_of_its_images_keeps_them():
     images = torch.rand(6, 1, 3, 3, generator=seeded())
     labels = images.flatten(1).argmax(1)
-    wanted = square(Copied(), images, labels, Linf(0.2), 0)
-    found = square(nn.Flatten(), images, labels, Linf(0.2), 0)
+    wanted = SQUARE(Copied(), images, labels, Linf(0.2), 0)
+    found = SQUARE(nn.Flatten(), images, labels, Linf(0.2), 0)
     assert torch.equal(found.images, wanted.images)
     assert not kept(nn.Flatten(), wanted.images, labels).all()
 
@@ -274,7 +293,7 @@ def test_candidates_become_legal_whatever_a_package_returns(norm):
 
 def test_what_a_package_warns_of_is_left_to_the_checks_of_the_audit(caplog):
     network, images, labels = small()
-    square(nn.Sequential(network, nn.Softmax(1)), images, labels, Linf(0.1), 0)
+    SQUARE(nn.Sequential(network, nn.Softmax(1)), images, labels, Linf(0.1), 0)
     assert not caplog.records
 
 
@@ -317,6 +336,11 @@ def test_wrong_usage_is_one_sentence():
         BORROWED["hopskipjump"](network, images, labels, threat_model("l1", 0.1), 0)
     with pytest.raises(UsageError, match=r"within \(0.0, 1.0\), not within \(-1.0, 1.0\)"):
         BORROWED["square"](network, images, labels, Linf(0.1, (-1.0, 1.0)), 0)
+    for norm in ("l2", "l1"):
+        with pytest.raises(UsageError, match=f"not in '{norm}'.*use `differences`"):
+            BORROWED["square"](network, images, labels, threat_model(norm, 0.1), 0)
+        assert blind_attack(threat_model(norm, 0.1), 7) == ByDifferences(7)
+    assert blind_attack(Linf(0.1), 7) == AutoAttack(("square",), 7)
     with pytest.raises(UnknownNameError, match="did you mean 'square'"):
         borrowed_attack("sqare")
     assert borrowed_attack("square") == AutoAttack(("square",), 300)

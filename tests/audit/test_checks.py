@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from audit import checks
 from audit.accuracy import measure_accuracy
-from audit.attacks import TIERS, margin, margin_objective
+from audit.attacks import TIERS, LabelAttack, margin, margin_objective
 from audit.checks import TRUST, trustworthy
 from audit.errors import EnvironmentFault, UsageError
-from audit.masking import objective_checks, quick_checks, reaching_eps, withstands_noise
+from audit.masking import objective_checks, quick_checks, reaching_eps, worst_case_checks
 from audit.threat import THREATS, Linf, threat_model
 from audit.types import Judged
 from model_zoo.datasets import ImageRequest, load_images
@@ -36,6 +36,7 @@ def _file(name):
 
 MUTANTS, CAUGHT_BY = (getattr(_file("mutants"), table) for table in ("MUTANTS", "CAUGHT_BY"))
 NORMS = pytest.mark.parametrize(("norm", "eps"), [("linf", 0.2), ("l2", 0.8), ("l1", 3.0)])
+NOISE = LabelAttack(noise=100)
 ALL = [1, 2, 2, 3, 4, 5, 7, 8]
 
 
@@ -219,7 +220,7 @@ def test_clipping_the_input_stalls_attacks_at_the_edge_of_the_range_and_the_unbo
 
 
 def test_a_network_that_looks_at_the_whole_batch_is_not_deterministic():
-    network = nn.Sequential(nn.BatchNorm2d(1, momentum=0.0), network_of("vgg-robust"))
+    network = nn.Sequential(nn.BatchNorm2d(1, momentum=0.0), network_of.__wrapped__("vgg-robust"))  # one of its own
     network.train()
     assert 8 in failed(checked(network))
 
@@ -430,6 +431,44 @@ def test_the_margin_is_judged_alike_as_an_objective():
     assert found[2].figure == by_number(checked(network))[3].figure
 
 
+def test_the_worst_case_of_an_honest_objective_falls_with_steps_and_with_eps():
+    images = 0.2 + 0.8 * torch.rand(12, 1, 8, 8, generator=seeded())
+    found = worst_case_checks(critic, images, Linf(0.05), 0)
+    assert [(check.number, check.passed) for check in found] == [
+        (1, True),
+        (2, True),
+        (3, True),
+        (11, True),
+        (18, True),
+    ]
+    assert all(check.name.startswith("worst case: ") for check in found)
+    assert [check.level for check in found] == ["trust", "trust", "trust", "note", "note"]
+    assert sum(check.passes for check in found) <= 19 * len(images)
+    assert found[4].figure > 1.5  # twice as far, nearly
+
+
+def test_a_worst_case_that_leads_nowhere_is_not_trusted():
+    images = torch.rand(12, 1, 8, 8, generator=seeded())
+
+    def rounded(batch, index):
+        return Judged(
+            critic((batch * 20).round() / 20 + 0 * batch, index).value + 0 * batch.flatten(1).sum(1), index < 0
+        )
+
+    def uphill(batch, index):
+        value = critic(batch, index).value
+        return Judged(2 * value.detach() - value, index < 0)
+
+    def cut(batch, index):
+        return critic(batch.detach(), index)
+
+    for objective, wrong in ((rounded, {2, 3, 11, 18}), (uphill, {3, 11, 18}), (cut, {1})):
+        found = worst_case_checks(objective, images, Linf(0.05), 0)
+        assert failed(found) == wrong
+        assert not trustworthy(found)
+        assert [check.number for check in found] == [1, 2, 3, 11, 18]
+
+
 # --- noise
 
 
@@ -444,9 +483,9 @@ def test_noise_breaks_what_is_near_the_boundary_and_never_what_is_out_of_reach(n
     sign = torch.where(labels == 0, 1.0, -1.0)
     now = (images.flatten(1) @ slope) * sign
     images = images + ((margins - now) * sign / slope.square().sum()).view(-1, 1, 1, 1) * slope.view(1, 1, 8, 8)
-    standing = withstands_noise(network, images, labels, threat, 0)
+    standing, again = (measure_accuracy(network, images, labels, threat, NOISE, 0).robust for _ in range(2))
     assert torch.equal(standing, torch.arange(60) % 2 == 1)
-    assert torch.equal(standing, withstands_noise(network, images, labels, threat, 0))
+    assert torch.equal(standing, again)
 
 
 @pytest.mark.parametrize("norm", sorted(THREATS))
@@ -459,11 +498,26 @@ def test_noise_is_legal_and_as_long_as_eps(norm):
             return torch.tensor([1.0, 0.0]).expand(len(batch), 2)
 
     threat = threat_model(norm, 0.2)
-    assert withstands_noise(Recording(), images, torch.zeros(3, dtype=torch.long), threat, 0, draws=9).all()
+    labels, corners = torch.zeros(3, dtype=torch.long), LabelAttack(noise=9, fast=False)
+    assert measure_accuracy(Recording(), images, labels, threat, corners, 0).robust.all()
+    seen = seen[1:]  # the clean images come first
     lengths = torch.cat([threat.distance(batch, images) for batch in seen])
     assert len(lengths) == 27
     torch.testing.assert_close(lengths, torch.full((27,), 0.2))
-    assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 27
+    # in l1 a corner is one pixel of 64, and two draws may agree
+    assert len(torch.cat(seen).flatten(1).unique(dim=0)) >= (24 if norm == "l1" else 27)
+
+
+def test_a_network_that_draws_is_worded_as_such_and_not_trusted():
+    sound = checked(network_of("baseline-h-robust"))
+    assert checks.verdict(sound) == "measured"
+    assert not checks.randomised(sound)
+    drawing = [check._replace(passed=False) if check.number == 8 else check for check in sound]
+    assert checks.randomised(drawing)
+    assert not trustworthy(drawing)
+    assert checks.verdict(drawing) == "randomised: majority verdict of 20 draws, no point estimate"
+    masked = [check._replace(passed=False) if check.number == 3 else check for check in sound]
+    assert checks.verdict(masked) == checks.UPPER_BOUND
 
 
 # --- attacks compared

@@ -20,6 +20,7 @@ from audit.measurement import AuditSettings, audit_model
 from audit.mine import Mine
 from audit.pgd import PGD
 from audit.records import AuditRecord, RecordStore
+from audit.sandwich import Sandwich
 from audit.theory import information_floor
 from audit.threat import L1, L2, Linf
 from audit.vulnerability import WorstCaseSearch
@@ -384,3 +385,45 @@ def test_input_that_is_refused(network, images, labels, error, message):
 
 def test_records_of_audits_are_records(record):
     assert AuditRecord.from_dict(record.to_dict()) == record
+
+
+def test_the_search_of_the_worst_case_is_checked_and_a_failed_one_is_not_trusted(network, held_out):
+    settings = replace(QUICK, estimator=Sandwich(steps=2, start_steps=2, draws=1), seeds=(0,))
+    found = audit_model(network, *held_out, "logits", Linf(0.1), settings)
+    ours = [check for check in found.checks if check["name"].startswith("worst case: ")]
+    assert [check["number"] for check in ours] == [1, 2, 3, 11, 18]
+    assert all(check["passed"] for check in ours[:3])
+    assert not found.untrusted
+    assert sum(check["passes"] for check in ours) <= 20 * 19
+
+    class Flat(nn.Module):
+        def forward(self, images):
+            return network((images * 16).round() / 16 + 0 * images) + 0 * images.flatten(1).sum(1, keepdim=True)
+
+    layer = measurement.LayerAudit(Flat(), *held_out, "logits", settings)
+    failed = [check for check in layer.under(Linf(0.1)).checks if check.level == "trust" and check.passed is False]
+    assert {check.number for check in failed} >= {2, 3}
+    masked = audit_model(Flat(), *held_out, "logits", Linf(0.1), settings)
+    assert any(flag.startswith("untrusted: the worst-case information is an upper bound") for flag in masked.flags)
+    assert masked.untrusted
+    still = measurement.LayerAudit(network, *held_out, "logits", settings)
+    assert still.under(Linf(0.0)).checks == ()
+
+
+def test_estimators_without_an_objective_and_layers_that_do_not_vary_have_none(network, held_out):
+    subject = Subject(measurement.Representation(network, "logits").encode, *held_out)
+    assert QUICK.estimator.objective(subject) is None
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    nn.init.zeros_(flat[1].weight)
+    assert Sandwich().objective(Subject(measurement.Representation(flat, "logits").encode, *held_out)) is None
+
+
+def test_other_norms_say_what_ran_and_only_they_have_another_identity(network, held_out):
+    asking = replace(
+        QUICK, attack=replace(QUICK.attack, queries=5), estimator=Sandwich(steps=2, start_steps=2, draws=1)
+    )
+    names = {t.norm: audit_model(network, *held_out, "logits", t, asking) for t in (Linf(0.1), L2(0.5))}
+    assert names["linf"].attack.endswith("+square-5")
+    assert names["l2"].attack.endswith("+differences-5")
+    assert names["linf"].details["identity"]["settings"] == repr(asking)
+    assert names["l2"].details["identity"]["settings"] != repr(asking)
