@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data/cifar10-test-a.parquet
 CHECKPOINTS ?= ../shared/checkpoints
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint figures bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -14,6 +14,10 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
+
+# every figure of the docs, from the rows committed beside it
+figures: $(VENV)/.installed
+	$(BIN)/rvaudit figures docs
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

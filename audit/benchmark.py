@@ -1,49 +1,21 @@
-"""Cells in, records out: the only module (beside the command line) that joins the measurements and the registry."""
+"""A benchmark's cells in, records out: what is there is not computed again, and nothing that is there is lost."""
 
-import platform
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from shutil import rmtree
 
-import torch
+from filelock import FileLock, Timeout
 
-from audit.certificate import VERSION as CERTIFICATE_VERSION
-from audit.certificate import CertificateSettings
-from audit.certification import Case, CertificationSettings, Examples, LayerCertificate, certify_layers
 from audit.config import Cell, cells
-from audit.errors import AuditError, EnvironmentFault, UnknownNameError, UsageError
-from audit.measurement import VERSION, LayerAudit, assemble, check_input
+from audit.errors import EnvironmentFault, UsageError
 from audit.records import AuditRecord, RecordStore, digest, write_atomically
-from audit.robustness import Robustness, Target, attacked
 from audit.sections import BenchmarkConfig
-from model_zoo.catalogue import bundled_names
-from model_zoo.datasets import NAMED, ImageRequest, ImageSet, check_fit, load_at_most, load_images
-from model_zoo.entries import ModelEntry, parse_ref
-from model_zoo.load import LoadedModel, SourceSettings, identify, load_model
+from audit.workbench import RunOptions, Watcher, Workbench
+from model_zoo.lookup import expand_ref
 
-_EXAMPLES = 1000  # training images that heads beside a certificate learn on
-_DECIDING_OPTIONS = ("arch", "num_classes", "mean", "std", "shape")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where things come from and what may be done: nothing here decides a number."""
-
-    sources: SourceSettings = field(default_factory=SourceSettings)
-    data_dir: Path = Path("data")
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
-class Watcher:
-    """What a run tells while it goes: a stage of a cell, and a record with whether it was already there."""
-
-    stage: Callable[[Cell, str], None] = lambda _cell, _stage: None
-    done: Callable[[AuditRecord, bool], None] = lambda _record, _known: None
+_LOCKS = ".locks"
 
 
 def expand(config: BenchmarkConfig) -> list[Cell]:
@@ -51,16 +23,7 @@ def expand(config: BenchmarkConfig) -> list[Cell]:
 
     The cells of one model stay together: it is loaded and attacked once.
     """
-    found: list[Cell] = []
-    for cell in cells(config):
-        source, _, pattern = cell.ref.partition(":")
-        if source != "bundled" or not set("*?[") & set(pattern):
-            found.append(cell)
-            continue
-        names = [name for name in bundled_names() if fnmatchcase(name, pattern)]
-        if not names:
-            raise UnknownNameError("bundled pattern", pattern, bundled_names())
-        found += [replace(cell, ref=f"bundled:{name}") for name in names]
+    found = [replace(cell, ref=ref) for cell in cells(config) for ref in expand_ref(cell.ref)]
     first = {cell.ref: number for number, cell in reversed(list(enumerate(found)))}
     return sorted(found, key=lambda cell: first[cell.ref])
 
@@ -89,243 +52,43 @@ def run(
     """Audit every cell that has no record yet and return all records, in the order of the cells.
 
     One model's failure never stops the others: it becomes a record with the reason, and is tried again next time.
+    Several processes may work in one folder: a cell that another one is at is left for the end, and waited for.
     """
-    workbench = _Workbench(options or RunOptions(), watcher or Watcher())
-    store, records = RecordStore(folder), []
-    for cell in todo:
-        record, known = workbench.run(cell, store)
-        if not known:
-            store.write(record)
-        if record.valid:
-            store.path(_failed_id(cell)).unlink(missing_ok=True)
-        workbench.watcher.done(record, known)
-        records.append(record)
-    return records
+    bench = Workbench(options or RunOptions(), watcher or Watcher())
+    store, records = RecordStore(folder), dict[int, AuditRecord]()
+    waiting = list(enumerate(todo))
+    for patience in (False, True):
+        left = []
+        for number, cell in waiting:
+            with one_at_a_time(folder, bench.cell_id(cell), wait=patience) as mine:
+                if not mine:
+                    left.append((number, cell))
+                    continue
+                records[number] = bench.record(cell, store)
+        waiting = left
+    rmtree(folder / _LOCKS, ignore_errors=True)  # every cell has its record: nobody waits any more
+    return [records[number] for number in range(len(todo))]
 
 
-def device_of(name: str) -> torch.device:
-    """Return the device of a name; `auto` takes the GPU where there is one. Raises UsageError, EnvironmentFault."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@contextmanager
+def one_at_a_time(folder: Path, cell_id: str, *, wait: bool) -> Iterator[bool]:
+    """Hold a cell against other processes while the block runs, and tell whether it is held.
+
+    The lock dies with its process. Where a file system has none, a cell may be computed twice, to the same end.
+    Raises EnvironmentFault where the folder cannot be written to.
+    """
+    lock = FileLock(folder / _LOCKS / cell_id)
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; legal: auto, cpu, cuda, cuda:<number>, mps") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentFault(f"device {name!r} is not here: {torch.cuda.device_count()} GPUs are; use --device cpu")
-    return device
-
-
-class _Workbench:
-    """One model, one set of images and the accuracies measured with them, kept while consecutive cells share them."""
-
-    def __init__(self, options: RunOptions, watcher: Watcher) -> None:
-        self.options, self.watcher = options, watcher
-        self.device = device_of(options.device)
-        self._images: dict[tuple[str, int | None], ImageSet] = {}
-        self._entries: dict[str, ModelEntry] = {}
-        self._model: tuple[str, LoadedModel] | None = None
-        self._certificates: dict[str, LayerCertificate] = {}
-        self._attacked: dict[str, Robustness] = {}
-        self._layer: tuple[str, LayerAudit] | None = None
-
-    def run(self, cell: Cell, store: RecordStore) -> tuple[AuditRecord, bool]:
-        """Return the cell's record, and whether it was already there."""
-        started = time.monotonic()
-        try:
-            self.watcher.stage(cell, "loading")
-            images, entry = self._image_set(cell), self._entry(cell.ref)
-            identity = _identity(cell, images, entry)
-            known = store.read(digest(identity))
-            if known is not None:
-                return known, True
-            record = self._measure(cell, images)
-        except Exception as error:  # a foreign network may raise anything, and must not stop the others
-            return _failure(cell, error), False
-        named = _labelled(record, cell, entry, replace(self._loaded(cell.ref).entry, ref=cell.ref))
-        provenance = _provenance(self.device)
-        details = {**named.details, "identity": identity, "provenance": provenance, "data_sha256": images.sha256}
-        return replace(named, cell_id=digest(identity), seconds=time.monotonic() - started, details=details), False
-
-    def _measure(self, cell: Cell, images: ImageSet) -> AuditRecord:
-        model = self._loaded(cell.ref)
-        check_fit(model, images)
-        pixels, labels = images.images, images.labels
-        check_input(model.network, pixels, labels)
-        self.watcher.stage(cell, "attacking")
-        robustness = self._robustness(cell, model, images)
-        self.watcher.stage(cell, "estimating information")
-        key = f"{cell.ref} {images.sha256} {cell.layer} {cell.settings}"
-        if self._layer is None or self._layer[0] != key:
-            self._layer = (key, LayerAudit(model.network, pixels, labels, cell.layer, cell.settings))
-        measured = self._layer[1].under(cell.threat)
-        record = assemble(robustness, measured, cell.layer, cell.threat, cell.settings)
-        if not cell.settings.certificate:
-            return record
-        return _with_certificate(record, self._certified(cell, model, images))
-
-    def _certified(self, cell: Cell, model: LoadedModel, images: ImageSet) -> LayerCertificate:
-        """A certificate belongs to a layer and a threat model: estimators share it."""
-        key = f"{images.sha256} {cell.layer} {cell.threat} {cell.settings.attack} {cell.settings.seeds[0]}"
-        if key not in self._certificates:
-            self.watcher.stage(cell, "certifying")
-            case = Case(model.network, images.images, images.labels, len(images.classes), examples=self._examples(cell))
-            ask = CertificationSettings(CertificateSettings(seed=cell.settings.seeds[0]), cell.settings.attack)
-            self._certificates[key] = certify_layers(case, [cell.layer], [cell.threat], ask)[0].row
-        return self._certificates[key]
-
-    def _examples(self, cell: Cell) -> Examples | None:
-        """Images of the training split to train heads on; sets without one have the network's own head only."""
-        if cell.dataset not in NAMED:
-            return None
-        options = self.options
-        asked = ImageRequest(_EXAMPLES, "train", data_dir=options.data_dir, offline=options.sources.offline)
-        found = load_at_most(cell.dataset, asked)
-        return Examples(found.images.to(self.device), found.labels.to(self.device))
-
-    def _robustness(self, cell: Cell, model: LoadedModel, images: ImageSet) -> Robustness:
-        """What attacks found belongs to a model and a threat model: layers share them."""
-        key = f"{images.sha256} {cell.threat} {cell.settings.attack} {cell.settings.seeds[0]}"
-        if key not in self._attacked:
-            attack, seed = cell.settings.attack, cell.settings.seeds[0]
-            target = Target(model.network, images.images, images.labels)
-            self._attacked[key] = attacked(target, cell.threat, attack, seed)
-        return self._attacked[key]
-
-    def _image_set(self, cell: Cell) -> ImageSet:
-        """The cell's images, moved to the device once."""
-        key = (cell.dataset, cell.images)
-        if key not in self._images:
-            request = ImageRequest(
-                count=cell.images, data_dir=self.options.data_dir, offline=self.options.sources.offline
-            )
-            found = load_images(cell.dataset, request)
-            pixels, labels = found.images.to(self.device), found.labels.to(self.device)
-            self._images = {key: replace(found, images=pixels, labels=labels)}
-        return self._images[key]
-
-    def _entry(self, ref: str) -> ModelEntry:
-        if ref not in self._entries:
-            self._entries[ref] = identify(ref, self.options.sources)
-        return self._entries[ref]
-
-    def _loaded(self, ref: str) -> LoadedModel:
-        if self._model is None or self._model[0] != ref:
-            self._attacked.clear()
-            self._certificates.clear()
-            model = load_model(ref, self.options.sources)
-            model.network.to(self.device)
-            self._model = (ref, model)
-        return self._model[1]
-
-
-def _with_certificate(record: AuditRecord, found: LayerCertificate) -> AuditRecord:
-    return replace(
-        record,
-        certified_bound=found.certified_bound,
-        certified_bound_population=found.certified_bound_population,
-        certified_tier=found.certified_tier if found.certified_bound is not None else "",
-        best_head=found.best_head or "",
-        best_head_accuracy=found.best_head_accuracy,
-        flags=(*record.flags, *(flag.replace("weak attack", "weak_attack") for flag in found.flags)),
-        passes=(record.passes or 0) + found.passes + found.attack_passes,
-        details={**record.details, "certificate": found.to_dict()},
-    )
-
-
-def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]:
-    """Everything that decides the cell's numbers, and nothing that does not."""
-    settings = asdict(cell.settings)
-    settings["estimator"]["name"] = cell.settings.estimator.name
-    for bound in cell.settings.estimator.memory_only:
-        del settings["estimator"][bound]
-    settings |= {"seeds": list(cell.settings.seeds)}  # a list, as JSON reads it back
-    del settings["attack"]["fast"]  # decides cost only
-    if settings["certificate"]:
-        settings["certificate"] = CERTIFICATE_VERSION
-    else:
-        del settings["certificate"]  # one measurement more changes no other
-    for name in ("stages", "borrowed"):
-        settings["attack"][name] = list(settings["attack"][name])
-    for stage in settings["attack"]["stages"]:
-        del stage["pgd"]["batch_size"]  # bounds memory only
-    return {
-        "version": VERSION,
-        "network": _network_identity(cell.ref),
-        "architecture": entry.architecture,
-        "code_sha256": entry.code_sha256,
-        "weights_sha256": entry.weights_sha256,
-        "data_sha256": images.sha256,
-        "layer": cell.layer,
-        "norm": cell.threat.norm,
-        "eps": cell.threat.eps,
-        "settings": settings,
-    }
-
-
-def _network_identity(ref: str) -> str | dict[str, str]:
-    """The same weights make another network with another normalisation; a file's path and labels decide nothing."""
-    parsed = parse_ref(ref)
-    if parsed.source != "file":
-        return ref
-    return {name: parsed.options[name] for name in _DECIDING_OPTIONS if name in parsed.options}
-
-
-def _labelled(record: AuditRecord, cell: Cell, pinned: ModelEntry, loaded: ModelEntry) -> AuditRecord:
-    """Fill in who was audited; trust that was only taken on faith becomes a flag."""
-    flags = list(record.flags)
-    if not pinned.pinned:
-        flags.append("unpinned: the hash of the weights was recorded, not compared with a published one")
-    if loaded.code_trusted:
-        flags.append("code_trusted: user code built the network")
-    notes = {"reference": loaded.reference, "licence": loaded.licence, "recorded_ref": loaded.ref}
-    published = [asdict(number) for number in loaded.published]
-    return replace(
-        record,
-        model=cell.name or loaded.name,
-        source=loaded.source,
-        family=loaded.family or loaded.architecture or "unknown",
-        training=loaded.training,
-        trained_eps=loaded.trained_eps,
-        dataset=cell.dataset,
-        weights_sha256=pinned.weights_sha256,
-        weights_pinned=pinned.pinned,
-        code_trusted=loaded.code_trusted,
-        flags=tuple(flags),
-        details={**record.details, "renames": list(loaded.renames), "notes": notes, "published": published},
-    )
-
-
-def _failed_id(cell: Cell) -> str:
-    return digest({"failed": [cell.ref, cell.dataset, cell.layer, cell.threat.norm, cell.threat.eps]})
-
-
-def _failure(cell: Cell, error: BaseException) -> AuditRecord:
-    first = next(iter(str(error).splitlines()), "")
-    reason = first if isinstance(error, AuditError) else f"{type(error).__name__}: {first}".removesuffix(": ")
-    return AuditRecord(
-        cell_id=_failed_id(cell),
-        model=cell.name or cell.ref,
-        source=cell.ref.partition(":")[0],
-        family="unknown",
-        training="unknown",
-        trained_eps=0.0,
-        dataset=cell.dataset,
-        layer=cell.layer,
-        norm=cell.threat.norm,
-        eps=cell.threat.eps,
-        weights_sha256="unknown",
-        estimator=cell.settings.estimator.name,
-        attack=cell.settings.attack.name,
-        seeds=len(cell.settings.seeds),
-        images=cell.images or 0,
-        status="failed",
-        reason=reason,
-        details={"error": type(error).__name__, "exit_code": getattr(error, "exit_code", 1)},
-    )
-
-
-def _provenance(device: torch.device) -> dict[str, str]:
-    packages = ("rvaudit", "torch", "torchvision", "timm", "robustbench", "numpy")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"python": platform.python_version(), "device": hardware, **{name: version(name) for name in packages}}
+        (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write to {folder}: {error.strerror or error}") from error
+    try:
+        yield True
+    finally:
+        lock.release()

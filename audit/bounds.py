@@ -7,6 +7,7 @@ are all off-diagonal ones.
 
 from collections.abc import Callable
 from math import log
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,14 @@ from torch import Tensor
 from audit.types import Scores
 
 Bound = Callable[[Scores], Tensor]
+
+
+class Pairs(NamedTuple):
+    """Scores of joint pairs (N,) and of product pairs (N, K), row i of which shares x_i with joint pair i."""
+
+    joint: Tensor
+    product: Tensor
+
 
 SMILE_CLIP = 5.0
 """Where SMILE clips the scores of product pairs: the middle of what its authors tried."""
@@ -73,7 +82,7 @@ def jensen_shannon(scores: Scores) -> Tensor:
     """
     count = len(scores)
     product = F.softplus(scores).sum() - F.softplus(scores.diagonal()).sum()
-    return 2 * log(2) - F.softplus(-scores.diagonal()).mean() - product / (count * (count - 1))
+    return _jensen_shannon(scores.diagonal(), product / (count * (count - 1)))
 
 
 def offsets(scores: Scores) -> Tensor:
@@ -83,6 +92,32 @@ def offsets(scores: Scores) -> Tensor:
     Donsker-Varadhan value on other features means something.
     """
     return scores.logsumexp(1) - log(scores.shape[1])
+
+
+def donsker_varadhan_of(pairs: Pairs) -> Tensor:
+    """Return E_joint[T] - ln E_product[exp T] in nats, from pairs: T is free up to a constant.
+
+    Source: Donsker & Varadhan 1983.
+    """
+    return pairs.joint.mean() - _log_mean_exp(pairs.product, pairs.product.numel())
+
+
+def jensen_shannon_of(pairs: Pairs) -> Tensor:
+    """Return 2 ln 2 + E_joint[ln sigmoid T] + E_product[ln(1 - sigmoid T)] in nats, from pairs: T has no freedom.
+
+    Source: Nowozin, Cseke & Tomioka 2016, Table 6.
+    """
+    return _jensen_shannon(pairs.joint, F.softplus(pairs.product).mean())
+
+
+def energy_of(pairs: Pairs) -> Tensor:
+    """Return E_joint[T] - E_x[ln E_y[exp T]] in nats, from pairs: T is free up to a function of x.
+
+    Where the product pairs hold all K labels, this is ln K less the softmax cross-entropy.
+
+    Source: Zhu, An & Niu 2020, the energy-based objective.
+    """
+    return (pairs.joint - offsets(pairs.product)).mean()
 
 
 BOUNDS: dict[str, Bound] = {
@@ -98,4 +133,13 @@ BOUNDS: dict[str, Bound] = {
 def _off_diagonal_log_mean_exp(scores: Scores) -> Tensor:
     count = len(scores)
     hidden = scores.masked_fill(torch.eye(count, dtype=torch.bool, device=scores.device), -torch.inf)
-    return hidden.flatten().logsumexp(0) - log(count * (count - 1))
+    return _log_mean_exp(hidden, count * (count - 1))
+
+
+def _log_mean_exp(scores: Tensor, count: int) -> Tensor:
+    return scores.flatten().logsumexp(0) - log(count)
+
+
+def _jensen_shannon(joint: Tensor, product: Tensor) -> Tensor:
+    """The bound from joint scores (N,) and the mean softplus of product scores ()."""
+    return 2 * log(2) - F.softplus(-joint).mean() - product

@@ -8,8 +8,18 @@ import click
 
 from audit.cli_attack import attack_command as attack_command
 from audit.cli_certificate import certify_command as certify_command
-from audit.cli_certificate import verify_command as verify_command
+from audit.cli_features import features_command as features_command
+from audit.cli_features import saliency_command as saliency_command
 from audit.cli_options import FOLDER, image_shape, run_options, slug, source_options
+from audit.cli_reproduce import reproduce_command as reproduce_command
+from audit.cli_run import plan_command as plan_command
+from audit.cli_run import status_command as status_command
+from audit.cli_run import validate_command as validate_command
+from audit.cli_verbs import compare_command as compare_command
+from audit.cli_verbs import convert_command as convert_command
+from audit.cli_verbs import doctor_command as doctor_command
+from audit.cli_verbs import export_command as export_command
+from audit.cli_verify import verify_command as verify_command
 from audit.errors import ConfigError, UsageError
 
 COMMANDS = {
@@ -17,11 +27,21 @@ COMMANDS = {
     "audit": "Audit one model.",
     "attack": "Attack one model, and check the attack.",
     "certify": "Bound every head on a layer, with exhibits.",
-    "verify": "Check the exhibits of a certificate.",
+    "verify": "Check a run folder, or the exhibits of a certificate.",
+    "validate": "Find every fault of a benchmark file.",
+    "plan": "Forecast what a benchmark costs.",
+    "status": "Tell what of a run is done, failed or to do.",
+    "compare": "Pair the cells of two runs, and tell what differs.",
+    "export": "Write a run as csv, parquet or safetensors.",
+    "convert": "Turn a checkpoint into safetensors, safely.",
+    "doctor": "Look for what this machine lacks.",
     "calibrate": "Hold estimators against channels whose information is known.",
+    "features": "Rank the features of a layer by their vulnerability.",
+    "saliency": "Map where a layer finds its information.",
+    "reproduce": "Compute a table or figure of the paper.",
     "models": "List the models that can be named.",
     "layers": "List the layers of a model.",
-    "train": "Train a bundled model again from its recipe.",
+    "train": "Train a model from its recipe.",
 }
 
 _ESTIMATORS = ("sandwich", "label-information")
@@ -31,9 +51,22 @@ _ESTIMATORS = ("sandwich", "label-information")
 @click.argument("config", type=click.Path(path_type=Path), default=Path("benchmark.yaml"))
 @click.option("--out", type=FOLDER, default=None, help="The run folder. [runs/<name of the benchmark>]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON array, nothing else.")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="In this process, or one task a cell on a Ray cluster.",
+)
+@click.option("--address", default=None, help="The Ray cluster. [one on this machine]")
+@click.option("--workers", type=click.IntRange(1), default=None, help="Processes of a cluster on this machine.")
+@click.option("--gpus-per-cell", type=click.FloatRange(0), default=0.0, show_default=True, help="Such as 0.25.")
 @source_options
 def run_command(config: Path, out: Path | None, as_json: bool, **where: Any) -> int:
-    """Run the benchmark that CONFIG describes; finished cells of its run folder are not computed again."""
+    """Run the benchmark that CONFIG describes; finished cells of its run folder are not computed again.
+
+    Several processes, here or on machines that share the folder, may run the same CONFIG at once.
+    """
     from audit.benchmark import claim, expand
     from audit.config import read_config
 
@@ -155,25 +188,46 @@ def layers_command(model: str, shape: str | None, as_json: bool, **where: Any) -
 @click.command("train")
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True)
 @click.option("--out", type=FOLDER, default=Path("trained"), show_default=True, help="Where weights and card go.")
-def train_command(recipes: tuple[str, ...], out: Path) -> None:
-    """Train bundled models again; RECIPE is a name of `rvaudit models --source bundled`, or all."""
-    from audit.display import Display
-    from model_zoo.recipes import RECIPES, find_recipe, train_recipe
+@click.option("--dataset", default=None, help="For guess-first recipes: a data set, such as parquet:PATH. [digits]")
+@click.option("--count", type=click.IntRange(1), default=None, help="For guess-first recipes: how many images. [all]")
+@click.option("--epochs", type=int, default=None, help="For guess-first recipes. [200]")
+@click.option("--seed", type=click.IntRange(0), default=None, help="For guess-first recipes. [0]")
+def train_command(recipes: tuple[str, ...], out: Path, **run: Any) -> None:
+    """Train bundled models again; RECIPE is a name of `rvaudit models --source bundled`, or all.
 
-    chosen = list(RECIPES.values()) if recipes == ("all",) else [find_recipe(name) for name in recipes]
-    for recipe in chosen:
-        with Display(recipe.epochs) as display:
-            card = train_recipe(recipe, out, display.step)
+    Others are guess-first/NAME, with NAME c-dv, c-js, c-dv-ie, c-js-ie, cnn, vib or lenet: load what they leave as
+    file:OUT/<name>.safetensors. A run that was stopped goes on where it was.
+    """
+    from audit.display import Display
+    from model_zoo.recipes import RECIPES, GuessFirstRecipe, GuessFirstRun, find_recipe, train_guess_first, train_recipe
+
+    given = {name: value for name, value in run.items() if value is not None}
+    for recipe in list(RECIPES.values()) if recipes == ("all",) else [find_recipe(name) for name in recipes]:
+        if isinstance(recipe, GuessFirstRecipe):
+            settings = GuessFirstRun(**given)
+            with Display(settings.epochs or recipe.training.epochs) as display:
+                card = train_guess_first(recipe, settings, out, display.step)
+        elif given:
+            raise UsageError(f"recipe {recipe.id} is fixed: leave out --{' --'.join(given)}")
+        else:
+            with Display(recipe.epochs) as display:
+                card = train_recipe(recipe, out, display.step)
         natural, adversarial = (number["value"] for number in card["published"])
-        click.echo(f"{recipe.id}: natural {natural:.3f}, adversarial {adversarial:.3f}, sha256 {card['sha256']}")
+        click.echo(f"{card['id']}: natural {natural:.3f}, adversarial {adversarial:.3f}, sha256 {card['sha256']}")
 
 
 def _run_cells(cells: list[Any], folder: Path, where: dict[str, Any]) -> list[Any]:
-    from audit.benchmark import Watcher, run
+    from audit.benchmark import run
     from audit.display import Display
+    from audit.workbench import Watcher
 
     with Display(len(cells)) as display:
         watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
+        if where.get("executor") == "ray":
+            from audit.executors import Cluster, run_on_ray
+
+            cluster = Cluster(where["address"], where["workers"], where["gpus_per_cell"])
+            return run_on_ray(cells, folder, run_options(where), watcher, cluster)
         return run(cells, folder, run_options(where), watcher)
 
 

@@ -97,9 +97,9 @@ def _threat(request: dict[str, Any]) -> Any:
 
 
 def _subjects(refs: tuple[str, ...], dataset: str, request: dict[str, Any]) -> dict[str, Any]:
-    from audit.benchmark import device_of
     from audit.measurement import check_input
     from audit.robustness import Target
+    from audit.workbench import device_of
     from model_zoo.datasets import ImageRequest, check_fit, load_images
     from model_zoo.load import load_model
 

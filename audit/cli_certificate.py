@@ -1,4 +1,4 @@
-"""The commands `certify` and `verify`: what no head on a layer can exceed, and the check of its exhibits."""
+"""The command `certify`: what no head on a layer can exceed, with exhibits that `verify` checks."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from audit.cli_options import run_options, source_options
-from audit.errors import IntegrityError, MismatchError, UsageError
+from audit.errors import MismatchError, UsageError
 
 _SHORT_TIERS = {
     "proved": "proved",
@@ -67,53 +67,6 @@ def certify_command(model: str, dataset: str, as_json: bool, **request: Any) -> 
     return 0
 
 
-@click.command("verify")
-@click.argument("witness", type=_FILE)
-@click.option("--model", required=True, help="The model that the witness is of.")
-@click.option("--dataset", required=True, help="The data set that its images were moved from.")
-@click.option("--images", type=click.IntRange(1), default=None, help="How many, from the first. [as in the witness]")
-@click.option("--balanced", is_flag=True, help="Equally many images of each class, not the first ones.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
-@source_options
-def verify_command(witness: Path, model: str, dataset: str, as_json: bool, **where: Any) -> None:
-    """Check every claim of a WITNESS file by one forward pass, trusting nothing of the search behind it.
-
-    Exit code 5 where anything does not agree, with the first image that does not.
-    """
-    from audit.measurement import weights_sha256
-    from audit.meeting import Layer
-    from audit.representation import Representation
-    from audit.witness import read, verify
-
-    claimed = read(witness)
-    network, pixels, labels = _claimed_parts(model, dataset, where["images"] or len(claimed.labels), where)
-    weights = weights_sha256(network)
-    if weights != claimed.header.weights_sha256:
-        raise IntegrityError(f"{witness} is of weights {claimed.header.weights_sha256}, these are {weights}")
-    try:
-        layer = Layer.of(Representation(network, claimed.header.layer))
-        header = verify(witness, layer, pixels, labels, weights).header
-    except UsageError as error:  # the layer is the file's own word
-        raise IntegrityError(f"{witness} names a layer that cannot be checked: {error}") from error
-    bound = header.bound
-    if as_json:
-        click.echo(json.dumps(_verdict(header), allow_nan=False))
-        return
-    from audit.display import plain
-
-    click.echo(
-        f"accepted: no head on {plain(header.layer)} keeps more than {bound.kept} of {bound.images} images "
-        f"({bound.certified:.4f}) at {header.threat.norm} {header.threat.eps:.6g}; {header.tier}"
-    )
-
-
-def _verdict(header: Any) -> dict[str, Any]:
-    return {
-        "accepted": True, "layer": header.layer, "norm": header.threat.norm, "eps": header.threat.eps,
-        "images": header.bound.images, "certified_bound": header.bound.certified, "certified_tier": header.tier,
-    }  # fmt: skip
-
-
 def _settings(request: dict[str, Any]) -> Any:
     from audit.attacks import TIERS as ATTACKS
     from audit.certificate import CertificateSettings
@@ -148,8 +101,8 @@ def _case(model: str, dataset: str, request: dict[str, Any]) -> tuple[Any, Any]:
     """Return the loaded model and what is to be certified, on the device."""
     from dataclasses import replace
 
-    from audit.benchmark import device_of
     from audit.certification import Case, Examples
+    from audit.workbench import device_of
     from model_zoo.datasets import ImageRequest, load_images
     from model_zoo.load import load_model
 
@@ -280,9 +233,9 @@ def _shown(row: dict[str, Any], eps: str) -> tuple[str, ...]:
     )
 
 
-def _claimed_parts(model: str, dataset: str, count: int, where: dict[str, Any]) -> tuple[Any, Any, Any]:
+def claimed_parts(model: str, dataset: str, count: int, where: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Return network, images and labels to hold a witness against."""
-    from audit.benchmark import device_of
+    from audit.workbench import device_of
     from model_zoo.datasets import ImageRequest, load_at_most
     from model_zoo.load import load_model
 

@@ -28,7 +28,7 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_options(where: dict[str, Any]) -> Any:
     """Return the `RunOptions` that the source options stand for."""
-    from audit.benchmark import RunOptions
+    from audit.workbench import RunOptions
     from model_zoo.load import SourceSettings
 
     sources = SourceSettings(

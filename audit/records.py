@@ -80,7 +80,7 @@ class AuditRecord:
     best_head: str = ""
     best_head_accuracy: float | None = None
     flags: tuple[str, ...] = ()
-    checks: tuple[dict[str, Any], ...] = ()  # is the attack to be believed: number, name, level, passed, figure, ...
+    checks: tuple[dict[str, Any], ...] = ()  # is it to be believed: number, name, level, passed, figure...
     passes: int | None = None
     seconds: float | None = None
 
@@ -101,6 +101,11 @@ class AuditRecord:
     def untrusted(self) -> bool:
         """Whether the attack failed a trust check: the adversarial accuracy is an upper bound, and is not ranked."""
         return any(flag.startswith("untrusted") for flag in self.flags)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the network failed a gate: it is broken or not what it seems, is shown, and is not ranked."""
+        return any(flag.startswith("gated") for flag in self.flags)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, the schema name first."""

@@ -1,124 +1,69 @@
-"""The sections of a benchmark: what each may hold, and the settings it stands for. No YAML here."""
+"""The sections of a benchmark: what each may hold, and the settings it stands for. No YAML and no torch here."""
 
-from collections.abc import Callable
-from dataclasses import fields, replace
-from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal, Union
+from collections.abc import Iterator
+from math import inf
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    create_model,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_serializer
 
-from audit.attacks import TIERS, LabelAttack, two_losses
-from audit.critics import CriticShape
-from audit.errors import AuditError, UnknownNameError
-from audit.estimates import Estimator
-from audit.estimators import ESTIMATORS
-from audit.information import CriticTraining
-from audit.measurement import AuditSettings
-from audit.mine import Mine
-from audit.pgd import PGD
+from audit.estimator_sections import ESTIMATOR_SECTIONS, AnyEstimator, EstimatorSection, SandwichSection, Section
+from audit.limits import Count, Names, Number, StepSize, as_list, known
+from audit.limits import parse_number as parse_number
 from audit.records import canonical_json
-from audit.threat import ThreatModel, threat_model
-from audit.vulnerability import WorstCaseSearch
 
-
-def parse_number(value: object) -> float:
-    """Return a number written as 0.03, 1e-3 or 8/255.
-
-    >>> parse_number("8/255") == 8 / 255
-    True
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"not a number or fraction such as 8/255: {value!r}")
-    try:
-        # only fractions as Fraction: it would write all the digits of "1e99999999" out
-        return float(Fraction(value.replace(" ", "")) if isinstance(value, str) and "/" in value else value)
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise ValueError(f"not a number or fraction such as 8/255: {value!r}") from error
-
-
-def _as_tuple(value: object) -> list[object]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-Number = Annotated[float, BeforeValidator(parse_number)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-
-
-def _raised_as_value_error(make: Callable[[], object]) -> None:
-    """Pydantic collects ValueErrors; our own errors would end the reading at the first fault."""
-    try:
-        make()
-    except AuditError as error:
-        raise ValueError(str(error)) from error
-
-
-class _Section(BaseModel):
-    """Values that `made_of` checks one by one: no fault hides another one, and each keeps its line."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
-    made_of: ClassVar[type[Any] | None] = None
-
-    @field_validator("*")
-    @classmethod
-    def _legal(cls, value: Any, info: ValidationInfo) -> Any:
-        name, made_of = str(info.field_name), cls.made_of
-        if made_of is not None and name in {known.name for known in fields(made_of)}:
-            _raised_as_value_error(lambda: made_of(**{name: value}))
-        return value
+NORMS = ("linf", "l2", "l1")
+TIERS = ("smoke", "audit", "leaderboard")
 
 
 def _legal_norm(norm: str) -> str:
-    _raised_as_value_error(lambda: threat_model(norm, 0.0))
+    known("norm", norm.lower() if norm.lower() in NORMS else norm, NORMS)
     return norm
 
 
 def _legal_radius(eps: float, info: ValidationInfo) -> float:
-    if "norm" in info.data:  # else the norm is at fault, and says so
-        _raised_as_value_error(lambda: threat_model(info.data["norm"], eps))
+    norm = info.data.get("norm")  # missing where the norm itself is at fault, and says so
+    if norm is not None and not 0 <= eps < inf:
+        raise ValueError(f"eps {eps!r} is not a finite radius >= 0 in pixel units (images lie in [0, 1])")
+    if norm is not None and norm.lower() == "linf" and eps > 1:
+        raise ValueError(f"eps {eps!r} is outside [0, 1], the range of pixels: write 8/255 for 8 grey levels")
     return eps
 
 
 def _legal_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    _raised_as_value_error(lambda: AuditSettings(seeds=seeds))
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {list(seeds)} must be at least one, each named once")
     return seeds
 
 
 Radius = Annotated[Number, AfterValidator(_legal_radius)]
-Radii = Annotated[tuple[Radius, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-Seeds = Annotated[tuple[int, ...], BeforeValidator(_as_tuple), AfterValidator(_legal_seeds)]
+Radii = Annotated[tuple[Radius, ...], BeforeValidator(as_list), Field(min_length=1)]
+Seeds = Annotated[tuple[int, ...], BeforeValidator(as_list), AfterValidator(_legal_seeds)]
 
 
-class ThreatConfig(_Section):
+class ThreatConfig(Section):
     """A norm and one or more radii in pixel units."""
+
+    decides = ("norm", "eps")
 
     norm: Annotated[str, AfterValidator(_legal_norm)] = "linf"
     eps: Radii
 
-    def models(self) -> list[ThreatModel]:
-        """Return one threat model a radius."""
-        return [threat_model(self.norm, eps) for eps in self.eps]
 
+class ModelConfig(Section):
+    """A model reference, and what differs for this model from the benchmark's own settings.
 
-class ModelConfig(_Section):
-    """A model reference, and what differs for this model from the benchmark's own settings."""
+    The reference and the data set decide through what they name: the hashes of weights and images.
+    """
+
+    decides = ("ref", "dataset", "images", "layers", "threats")
+    labels = ("name",)
 
     ref: str
     name: str | None = None
     dataset: str | None = None
     images: int | None = Field(default=None, ge=1)
     layers: Names | None = None
-    threats: Annotated[tuple[ThreatConfig, ...], BeforeValidator(_as_tuple)] | None = None
+    threats: Annotated[tuple[ThreatConfig, ...], BeforeValidator(as_list)] | None = None
 
 
 def _as_model(value: object) -> object:
@@ -126,131 +71,19 @@ def _as_model(value: object) -> object:
 
 
 def _as_models(value: object) -> object:
-    return [_as_model(item) for item in _as_tuple(value)]
+    return [_as_model(item) for item in as_list(value)]
 
 
-class CriticConfig(_Section):
-    """The critic network; see `audit.critics.CriticShape`."""
-
-    made_of: ClassVar[type[Any] | None] = CriticShape
-
-    name: str = CriticShape.name
-    width: int = CriticShape.width
-    embedding: int = CriticShape.embedding
-    channels: int = CriticShape.channels
-    view: int = CriticShape.view
-    dropout: Number = CriticShape.dropout
-    flip: bool = CriticShape.flip
-
-
-class SearchConfig(_Section):
-    """How mine searches the worst case; see `audit.vulnerability.WorstCaseSearch`."""
-
-    made_of: ClassVar[type[Any] | None] = WorstCaseSearch
-
-    collapse_steps: int = WorstCaseSearch.collapse_steps
-    rounds: int = WorstCaseSearch.rounds
-    relative_step: Number = WorstCaseSearch.relative_step
-    critic_steps: int = WorstCaseSearch.critic_steps
-
-
-class MineConfig(_Section):
-    """The paper's estimator; see `audit.information.CriticTraining`."""
-
-    made_of: ClassVar[type[Any] | None] = CriticTraining
-
-    name: Literal["mine"] = "mine"
-    bound: str = CriticTraining.bound
-    steps: int = CriticTraining.steps
-    batch_size: int = CriticTraining.batch_size
-    learning_rate: Number = CriticTraining.learning_rate
-    weight_decay: Number = CriticTraining.weight_decay
-    every: int = CriticTraining.every
-    patience: int = CriticTraining.patience
-    averaging: Number = CriticTraining.averaging
-    critic: CriticConfig = CriticConfig()
-    search: SearchConfig = SearchConfig()
-
-    def estimator(self) -> Estimator:
-        """Return the estimator with these settings."""
-        values = self.model_dump(exclude={"name", "critic", "search"})
-        training = CriticTraining(**values, shape=CriticShape(**self.critic.model_dump()))
-        return Mine(training, WorstCaseSearch(**self.search.model_dump()))
-
-
-class _PlainConfig(_Section):
-    """An estimator whose section is its own fields."""
-
-    name: str
-
-    def estimator(self) -> Estimator:
-        """Return the estimator with these settings."""
-        found: Estimator = replace(ESTIMATORS[self.name], **self.model_dump(exclude={"name"}))
-        return found
-
-
-def _plain_section(name: str) -> type[_PlainConfig]:
-    """Return the section of an estimator: its simple fields with the defaults of `ESTIMATORS`."""
-    default = ESTIMATORS[name]
-    simple = [known for known in fields(default) if known.type in (int, float, bool, tuple[int, ...])]
-    typed = {known.name: (Number if known.type is float else known.type, getattr(default, known.name))
-             for known in simple if known.name not in _NAMED_BY}  # fmt: skip
-    made = create_model(f"{name} section", __base__=_PlainConfig, name=(Literal[name], name), **typed)  # type: ignore[call-overload]
-    made.made_of = type(default)
-    section: type[_PlainConfig] = made
-    return section
-
-
-_NAMED_BY = ("per_position",)  # what the estimator's name already says
-ESTIMATOR_SECTIONS: dict[str, type[MineConfig] | type[_PlainConfig]] = {
-    name: MineConfig if name == "mine" else _plain_section(name) for name in ESTIMATORS
-}
-
-
-def _as_estimator(value: object) -> object:
-    """A name or a mapping with one, validated by the section of that name."""
-    mapping = {"name": value} if isinstance(value, str) else value
-    if not isinstance(mapping, dict) or not isinstance(mapping.get("name"), str):
-        raise ValueError(f"an estimator is a name or a mapping with one; legal: {', '.join(ESTIMATORS)}")
-    if mapping["name"] not in ESTIMATORS:
-        _raised_as_value_error(lambda: _unknown_estimator(mapping["name"]))
-    return mapping
-
-
-def _unknown_estimator(name: str) -> None:
-    raise UnknownNameError("estimator", name, ESTIMATORS)
-
-
-def _section_name(value: object) -> str | None:
-    return value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-
-
-AnyEstimator: Any = Annotated[
-    Union[*(Annotated[section, Tag(name)] for name, section in ESTIMATOR_SECTIONS.items())],
-    Discriminator(_section_name),
-    BeforeValidator(_as_estimator),
-]
-
-
-def _legal_tier(tier: str) -> str:
-    if tier not in TIERS:
-        _raised_as_value_error(lambda: _unknown_tier(tier))
-    return tier
-
-
-def _unknown_tier(tier: str) -> None:
-    raise UnknownNameError("tier", tier, TIERS)
-
-
-class AttackConfig(_Section):
+class AttackConfig(Section):
     """A tier by its name, or steps, sizes and restarts of one's own: on the cross-entropy, then on the margin."""
 
-    made_of: ClassVar[type[Any] | None] = PGD
+    decides = ("tier", "steps", "relative_step", "restarts")
+    settings_of = "audit.pgd:PGD"
 
-    tier: Annotated[str, AfterValidator(_legal_tier)] | None = None
-    steps: int = PGD.steps
-    relative_step: Number = PGD.relative_step
-    restarts: int = PGD.restarts
+    tier: Annotated[str, AfterValidator(lambda name: known("tier", name, TIERS))] | None = None
+    steps: Count = 10
+    relative_step: StepSize = 0.25
+    restarts: Count = 1
 
     @field_validator("steps", "relative_step", "restarts")
     @classmethod
@@ -259,11 +92,32 @@ class AttackConfig(_Section):
             raise ValueError(f"{info.field_name} and a tier exclude each other: a tier says how hard it searches")
         return value
 
-    def attack(self) -> LabelAttack:
-        """Return the tier's attack, or one's own; the audit tier where nothing is said."""
-        own = self.model_fields_set - {"tier"}
-        if not own:
-            return TIERS[self.tier or "audit"]
+    @property
+    def own(self) -> bool:
+        """Whether steps of one's own were asked for, not a tier.
+
+        Run folders of earlier versions spell the audit tier as `tier: null` beside the default steps.
+        """
+        said = self.model_fields_set
+        spelled_out = said == set(type(self).model_fields) and self.tier is None
+        default = (self.steps, self.relative_step, self.restarts) == (10, 0.25, 1)
+        return bool(said - {"tier"}) and not (spelled_out and default)
+
+    @model_serializer
+    def _as_read_back(self) -> dict[str, Any]:
+        """Only what was said: the default steps beside a tier, or beside nothing, would be read back as one's own."""
+        if self.own:
+            return {"steps": self.steps, "relative_step": self.relative_step, "restarts": self.restarts}
+        return {} if self.tier is None else {"tier": self.tier}
+
+    def attack(self) -> Any:
+        """Return the `LabelAttack` of the tier, or one's own; the audit tier where nothing is said."""
+        from audit.attacks import TIERS as ATTACKS
+        from audit.attacks import two_losses
+        from audit.pgd import PGD
+
+        if not self.own:
+            return ATTACKS[self.tier or "audit"]
         return two_losses(PGD(self.steps, self.relative_step, restarts=self.restarts))
 
 
@@ -271,34 +125,62 @@ def _as_attack(value: object) -> object:
     return {"tier": value} if isinstance(value, str) else value
 
 
-class BenchmarkConfig(_Section):
+class Planned(NamedTuple):
+    """One cell before anything is loaded: its number among the estimators tells the settings."""
+
+    model: ModelConfig
+    dataset: str
+    images: int | None
+    layer: str
+    norm: str
+    eps: float
+    estimator: EstimatorSection
+
+
+class BenchmarkConfig(Section):
     """A benchmark: models x layers x threat models, each over all seeds."""
+
+    decides = ("dataset", "models", "threats", "layers", "images", "seeds", "reduce", "estimators", "certificate",
+               "attack")  # fmt: skip
+    labels = ("name",)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")
     dataset: str
     models: Annotated[tuple[ModelConfig, ...], BeforeValidator(_as_models), Field(min_length=1)]
-    threats: Annotated[tuple[ThreatConfig, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+    threats: Annotated[tuple[ThreatConfig, ...], BeforeValidator(as_list), Field(min_length=1)]
     layers: Names = ("logits",)
     images: int | None = Field(default=None, ge=1)
-    seeds: Seeds = AuditSettings().seeds
+    seeds: Seeds = (0, 1, 2)
     reduce: Literal["flatten", "mean"] = "flatten"
-    estimators: Annotated[tuple[AnyEstimator, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
-        ESTIMATOR_SECTIONS["sandwich"](),  # type: ignore[call-arg]
+    estimators: Annotated[tuple[AnyEstimator, ...], BeforeValidator(as_list), Field(min_length=1)] = (
+        SandwichSection(),
     )
     certificate: bool = False
     attack: Annotated[AttackConfig, BeforeValidator(_as_attack)] = AttackConfig()
 
     @field_validator("estimators")
     @classmethod
-    def _distinct(cls, estimators: tuple[Any, ...]) -> tuple[Any, ...]:
-        names = [each.estimator().name for each in estimators]
+    def _distinct(cls, estimators: tuple[EstimatorSection, ...]) -> tuple[EstimatorSection, ...]:
+        names = [each.shown for each in estimators]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{', '.join(twice)} is named twice: tables tell estimators apart by name only")
         return estimators
 
-    def settings(self) -> list[AuditSettings]:
-        """Return, for each estimator, everything that decides numbers beside model, images and threat model."""
+    def planned(self) -> Iterator[Planned]:
+        """Yield the benchmark's cells, all of one model together; patterns of models are left as they are."""
+        for model in self.models:
+            dataset, images = model.dataset or self.dataset, model.images or self.images
+            for layer in model.layers or self.layers:
+                for estimator in self.estimators:
+                    for section in model.threats or self.threats:
+                        for eps in section.eps:
+                            yield Planned(model, dataset, images, layer, section.norm.lower(), eps, estimator)
+
+    def settings(self) -> list[Any]:
+        """Return, for each estimator, the `AuditSettings` with all that decides numbers beside model and images."""
+        from audit.measurement import AuditSettings
+
         attack = self.attack.attack()
         return [
             AuditSettings(each.estimator(), attack, self.seeds, self.reduce, self.certificate)
@@ -307,4 +189,11 @@ class BenchmarkConfig(_Section):
 
     def canonical(self) -> str:
         """Return the one spelling of this configuration."""
-        return canonical_json(self.model_dump(mode="json"))
+        data = self.model_dump(mode="json")
+        if not self.attack.own:  # spelled in full, as run folders have been stamped with
+            attack = self.attack
+            data["attack"] = {name: getattr(attack, name) for name in type(attack).model_fields}
+        return canonical_json(data)
+
+
+__all__ = ["ESTIMATOR_SECTIONS", "AttackConfig", "BenchmarkConfig", "ModelConfig", "Planned", "ThreatConfig"]

@@ -131,18 +131,22 @@ def architecture_family(architecture: str) -> str:
 
 def read_card(name: str) -> dict[str, Any]:
     """Return the card of a bundled model; raises UnknownNameError, or IntegrityError where keys are missing."""
-    path = BUNDLED / f"{name}.json"
     names = bundled_names()
     if name not in names:
         raise UnknownNameError("bundled model", name, names)
+    return read_card_file(BUNDLED / f"{name}.json", f"bundled model {name!r}")
+
+
+def read_card_file(path: Path, whose: str) -> dict[str, Any]:
+    """Return the card in a file; raises IntegrityError where it is none or lacks keys."""
     try:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in _CARD_KEYS if key not in card]
-    except (ValueError, TypeError) as error:
-        raise IntegrityError(f"the card {path} of bundled model {name!r} is not a JSON object: {error}") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise IntegrityError(f"the card {path} of {whose} is not a JSON object: {error}") from error
     if missing or card["training"] not in TRAININGS:
         fault = f"lacks {', '.join(missing)}" if missing else f"has training {card['training']!r}"
-        raise IntegrityError(f"the card {path} of bundled model {name!r} {fault}; train it again with its recipe")
+        raise IntegrityError(f"the card {path} of {whose} {fault}; train it again with its recipe")
     return card
 
 
@@ -153,15 +157,19 @@ def bundled_names() -> list[str]:
 
 def bundled_entry(name: str) -> ModelEntry:
     """Return the entry of a bundled model as its card tells it; errors as in `read_card`."""
-    card = read_card(name)
+    return card_entry(read_card(name), f"bundled:{name}", "bundled")
+
+
+def card_entry(card: Mapping[str, Any], ref: str, source: str) -> ModelEntry:
+    """Return the entry of a model as its card tells it."""
     published = tuple(
         PublishedNumber(metric=item["metric"], value=float(item["value"]), source=item["source"])
         for item in card["published"]
     )
     return ModelEntry(
-        ref=f"bundled:{name}",
-        name=name,
-        source="bundled",
+        ref=ref,
+        name=card["id"],
+        source=source,
         architecture=card["architecture"],
         family=card["family"],
         dataset=card["dataset"],

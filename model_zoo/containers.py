@@ -1,20 +1,19 @@
 """What a file is, judged from its bytes before anything in it is interpreted."""
 
 import json
-import pickletools
 import struct
 import zipfile
 from io import BytesIO
 
 from audit.errors import CheckpointError, UnsafeError
+from model_zoo.archives import MAX_MEMBERS, check_directory
 
 EXPORT_ADVICE = (
     "save only the tensors where the file comes from: "
     "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
 )
 _SLACK = 1_000_000
-_MAX_MEMBERS = 100_000
-_LEGACY_PICKLES = 5  # magic number, protocol, system info, contents, storage keys; raw storages follow
+_MAX_HEADER = 8_000_000  # some 80,000 tensors; parsed JSON takes up to 24 times the room of its text
 
 
 def sniff(data: bytes, origin: str) -> str:
@@ -55,61 +54,72 @@ def truncated(origin: str, detail: str) -> CheckpointError:
 
 
 def check_safetensors(data: bytes, origin: str) -> None:
-    """Raise CheckpointError where the header does not parse or does not describe exactly the bytes there are."""
+    """Raise CheckpointError where the header does not parse or does not describe exactly the bytes there are.
+
+    Raises UnsafeError for a header of more than 8 MB.
+    """
     length = struct.unpack("<Q", data[:8])[0]
     if 8 + length > len(data):
         raise truncated(origin, f"its header needs {8 + length} bytes, there are {len(data)}")
+    if length > _MAX_HEADER:
+        message = f"{origin} has a header of {length} bytes, more than {_MAX_HEADER}; it is not read"
+        raise UnsafeError(message)
     try:
         header = json.loads(data[8 : 8 + length])
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         expected = 8 + length + max(map(int, ends), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except Exception as error:  # foreign JSON fails in many ways, of which deep nesting is one
         message = f"{origin} is not a safetensors file: its header does not parse; fetch it again"
         raise CheckpointError("not_a_checkpoint", message) from error
     if expected > len(data):
         raise truncated(origin, f"its header announces {expected} bytes, there are {len(data)}")
 
 
-def check_zip(data: bytes, origin: str) -> None:
-    """Raise UnsafeError for a zip that holds code or unpacks to more than it is.
+def check_zip(data: bytes, origin: str) -> list[bytes]:
+    """Return the pickles of a zip that torch.save wrote, unread.
 
-    Raises CheckpointError (truncated, not_a_checkpoint) for one that torch.save did not write.
+    Raises UnsafeError for a zip that holds code, that unpacks to more than it is, or that readers may read
+    differently, CheckpointError (truncated, not_a_checkpoint) for one that torch.save did not write.
     """
+    whole = check_directory(data, origin)
     try:
-        members = zipfile.ZipFile(BytesIO(data)).infolist()
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
+        archive = zipfile.ZipFile(BytesIO(data))
+        members = archive.infolist()
+    except Exception as error:  # half a dozen kinds, by which field is damaged
         raise truncated(origin, "its zip directory is missing") from error
+    _check_members(members, len(data), origin)
+    if not whole:
+        raise UnsafeError(f"{origin} is a zip with something after its directory, which torch.save never writes")
+    try:
+        return [archive.read(member) for member in members if member.filename.endswith(".pkl")]
+    except Exception as error:
+        raise truncated(origin, f"its member {plain(str(error))} cannot be read") from error
+
+
+def _check_members(members: list[zipfile.ZipInfo], size: int, origin: str) -> None:
     names = [member.filename for member in members]
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         message = f"{origin} is a TorchScript archive, which holds code and is not run; {EXPORT_ADVICE}"
         raise UnsafeError(message)
+    if any(name.endswith((".py", "/extern_modules")) for name in names):
+        raise UnsafeError(f"{origin} is a torch package, which holds code and is not run; {EXPORT_ADVICE}")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         message = f"{origin} is a compressed zip, which torch.save never writes and which can unpack to any size; "
         raise UnsafeError(message + EXPORT_ADVICE)
     total = sum(member.file_size for member in members)
-    if total > len(data) + _SLACK or len(members) > _MAX_MEMBERS:
-        message = f"{origin} has {len(data)} bytes and claims {total} in {len(members)} members; it is not opened"
+    if total > size + _SLACK or len(members) > MAX_MEMBERS:
+        message = f"{origin} has {size} bytes and claims {total} in {len(members)} members; it is not opened"
         raise UnsafeError(message)
     if not any(name.rpartition("/")[2] == "data.pkl" for name in names):
         message = f"{origin} is a zip without data.pkl, so torch.save did not write it; give a weights file"
         raise CheckpointError("not_a_checkpoint", message)
 
 
-def pickled_globals(data: bytes) -> set[str]:
-    """Return the names that the pickles at the start of `data` would import, read without running anything.
+def plain(text: object, most: int = 80) -> str:
+    """Return text from a file as one short printable line: names in it may hold line breaks and terminal codes.
 
-    Raises ValueError where a pickle ends too early.
+    >>> plain("a\\x1b[2J\\n")
+    'a?[2J?'
     """
-    stream, found = BytesIO(data), set[str]()
-    for _ in range(_LEGACY_PICKLES):
-        if data[stream.tell() : stream.tell() + 1] != b"\x80":
-            break
-        strings: list[str] = []
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name == "GLOBAL":
-                found.add(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                found.add(".".join(strings[-2:]))
-            elif isinstance(argument, str):
-                strings.append(argument)
-    return found
+    shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: most + 1])
+    return shown if len(shown) <= most else f"{shown[:most]}..."

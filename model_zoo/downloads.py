@@ -10,18 +10,23 @@ import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from stat import S_ISREG
 
 import requests
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from audit.errors import CheckpointError, EnvironmentFault, IntegrityError
+from audit.errors import CheckpointError, EnvironmentFault, IntegrityError, UnsafeError
 from model_zoo.containers import check_not_html, truncated
 
+MOST_BYTES = 32 << 30  # no weights of one model take more
 _CHUNK = 1 << 20
 _TIMEOUT = (10.0, 60.0)  # seconds to connect, and between two pieces
-_AGENT = "Mozilla/5.0 (compatible; rvaudit)"  # some hosts answer the default agent with a page
+_HEADERS = {
+    "User-Agent": "Mozilla/5.0 (compatible; rvaudit)",  # some hosts answer the default agent with a page
+    "Accept-Encoding": "identity",  # a packed body can unpack to any size
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +74,7 @@ def verify(path: Path, expected: str = "") -> str:
     """
     found = file_sha256(path)
     memory = path.with_name(f"{path.name}.sha256")
-    noted = re.match(r"[0-9a-f]{64}\b", memory.read_text(errors="replace")) if memory.is_file() else None
-    first_seen = noted[0] if noted else ""
+    first_seen = _noted(memory) if memory.is_file() else ""
     for name, wanted in (("published", expected.lower()), ("first seen", first_seen)):
         if wanted and not found.startswith(wanted):
             message = f"{path} has sha256 {found}, not the {name} {wanted}; delete it and fetch it again"
@@ -78,8 +82,32 @@ def verify(path: Path, expected: str = "") -> str:
     return found
 
 
+def _noted(memory: Path) -> str:
+    with memory.open(errors="replace") as file:
+        found = re.match(r"[0-9a-f]{64}\b", file.read(80))
+    return found[0] if found else ""
+
+
+def check_file(path: Path, most: int = MOST_BYTES) -> int:
+    """Return the size of a file in bytes.
+
+    Raises EnvironmentFault for what is no regular file (a folder, a pipe, a device), UnsafeError for one of more
+    than `most` bytes, which may take no room on the disk and still fill the memory.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read {path}: {error.strerror or error}") from error
+    if not S_ISREG(status.st_mode):
+        raise EnvironmentFault(f"cannot read {path}: it is not a file but a folder, a pipe or a device")
+    if status.st_size > most:
+        raise UnsafeError(f"{path} has {status.st_size} bytes, more than the {most} it may have; it is not read")
+    return status.st_size
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes in hex; raises EnvironmentFault where it cannot be read."""
+    check_file(path)
     digest = sha256()
     try:
         with path.open("rb") as file:
@@ -111,21 +139,37 @@ def _stream(download: Download, name: str, descriptor: int) -> int | None:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with (
-        requests.get(download.url, stream=True, timeout=_TIMEOUT, headers={"User-Agent": _AGENT}) as response,
+        requests.get(download.url, stream=True, timeout=_TIMEOUT, headers=_HEADERS) as response,
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         response.raise_for_status()
-        encoded = "Content-Encoding" in response.headers  # then the announced length is not the body's
-        length = response.headers.get("Content-Length", "")
-        announced = int(length) if length.isdigit() and not encoded else None
-        task = progress.add_task(f"fetching {name}", total=announced)
+        announced = _announced(response, download.url)
+        task, arrived = progress.add_task(f"fetching {name}", total=announced), 0
         try:
             for chunk in response.iter_content(_CHUNK):
+                arrived += len(chunk)
+                _check_amount(arrived, download.url)
                 os.write(descriptor, chunk)
                 progress.advance(task, len(chunk))
         except (requests.exceptions.ChunkedEncodingError, requests.ConnectionError):
             return announced if announced is not None else -1  # a short body is judged like any other
     return announced
+
+
+def _announced(response: requests.Response, url: str) -> int | None:
+    """Return the length that a server states; raises UnsafeError for a packed body and for one too long."""
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding != "identity":
+        raise UnsafeError(f"{url} was sent packed ({encoding[:20]!r}), which can unpack to any size; it is not kept")
+    length = response.headers.get("Content-Length", "")
+    announced = int(length) if length.isdigit() else None
+    _check_amount(announced or 0, url)
+    return announced
+
+
+def _check_amount(size: int, url: str) -> None:
+    if size > MOST_BYTES:
+        raise UnsafeError(f"{url} sends {size} bytes, more than the {MOST_BYTES} of any weights; it is not kept")
 
 
 def _check_body(download: Download, path: Path, announced: int | None) -> None:

@@ -14,9 +14,11 @@ from torch import nn
 from audit.errors import AuditError, EnvironmentFault, MismatchError, UnknownNameError, UnsafeError, UsageError
 from model_zoo import catalogue, libraries
 from model_zoo.architectures import build
+from model_zoo.cards import card_beside, prepare_carded
 from model_zoo.checkpoints import fit_weights, read_weights
 from model_zoo.downloads import file_sha256, verify
 from model_zoo.entries import TRAININGS, ModelEntry, ModelRef, is_model_ref, parse_fraction, parse_ref
+from model_zoo.fitting import most_bytes
 from model_zoo.prepared import ImageShape, Prepared, SourceSettings
 
 _NORMS = ("linf", "l2", "l1")
@@ -34,18 +36,20 @@ class _Architecture:
 
 
 def prepare_file(ref: ModelRef, sources: SourceSettings) -> Prepared:
-    """Read the options of a `file:` reference and hash its weights.
+    """Read the options of a `file:` reference, or without any the card beside its weights, and hash the weights.
 
     Raises UsageError for missing or illegal options, UnsafeError for a Python factory without `trust_code`,
     EnvironmentFault for a missing file, IntegrityError for another hash than `sha256=`.
     """
     options = ref.options
+    if not options and (card := card_beside(Path(ref.target))):
+        return prepare_carded(Path(ref.target), card)
     num_classes = _count(options.get("num_classes", ""))
     shape = _shape(options["shape"]) if "shape" in options else None
     architecture = _architecture(options.get("arch", ""), num_classes, shape, sources)
     mean, std = _normalisation(options.get("mean", ""), options.get("std", ""))
     path = Path(ref.target)
-    if not path.is_file():
+    if not path.exists():
         read_weights(path)  # raises the sentence for a missing file
     wanted = options.get("sha256", "")
     training = options.get("training", "unknown")
@@ -71,7 +75,7 @@ def prepare_file(ref: ModelRef, sources: SourceSettings) -> Prepared:
     return Prepared(
         entry=entry,
         build=architecture.build,
-        fit=lambda network: fit_weights(network, read_weights(path)),
+        fit=lambda network: fit_weights(network, read_weights(path, most=most_bytes(network))),
         num_classes=num_classes,
         image_shape=shape or architecture.image_shape,
         mean=mean,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from audit.errors import InvalidModelError, MismatchError
+from model_zoo.containers import plain
 from model_zoo.layouts import Weights
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -15,6 +16,8 @@ _CONSTANTS = ("mu", "sigma", "mean", "std")
 _MAX_CONSTANT = 16  # a normalisation has one number per channel; anything larger was learned
 _MAX_STRIPS = 4
 _COUNTER = "num_batches_tracked"
+_ROOM = 10  # an optimiser's state and averages beside the weights take a few times their room
+_SPARE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,15 @@ class _Fit:
         return (*self.strips, *kept, *ignored)
 
 
+def most_bytes(network: nn.Module) -> int:
+    """Return the size in bytes beyond which a file is no checkpoint of this network: ten times its weights, and 64 MB.
+
+    A file is told from one that exhausts the machine before it is read.
+    """
+    state = network.state_dict().values()
+    return _ROOM * sum(tensor.numel() * tensor.element_size() for tensor in state) + _SPARE
+
+
 def fit_weights(network: nn.Module, weights: Weights, ignorable: str = "") -> tuple[str, ...]:
     """Copy a checkpoint's tensors into a network; return every unwrapping, renaming and omission in words.
 
@@ -54,7 +66,7 @@ def fit_weights(network: nn.Module, weights: Weights, ignorable: str = "") -> tu
     _check_names(fit, state)
     used = {name: tensor for name, tensor in fit.tensors.items() if name in state}
     _check_shapes(used, state)
-    _check_finite(used)
+    _check_finite(used, state)
     network.load_state_dict({**state, **used}, strict=True)
     return (*weights.notes, *fit.notes, *_dtype_notes(used, state))
 
@@ -154,9 +166,13 @@ def _output_counts(wrong: Mapping[str, Tensor], state: dict[str, Tensor]) -> tup
     return (int(stored[0]), int(needed[0])) if stored and needed else None
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def _check_finite(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Count values that are not finite as the network will hold them: a large float64 is infinite in float32."""
+    kinds = {name: state[name].dtype for name in tensors if not name.endswith(_COUNTER)}
     counts = {
-        name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items() if tensor.is_floating_point()
+        name: int((~torch.isfinite(tensors[name].to(kind))).sum())
+        for name, kind in kinds.items()
+        if kind.is_floating_point or kind.is_complex
     }
     bad = [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]
     if bad:
@@ -177,5 +193,5 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _join(items: Iterable[str], limit: int = 4) -> str:
-    listed = list(items)
+    listed = [plain(item, 120) for item in items]
     return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -1,6 +1,7 @@
 """Data sets in the user's own files: a folder of classes, an npz archive, a Hugging Face image parquet."""
 
 import json
+import warnings
 import zipfile
 from collections.abc import Iterator
 from io import BytesIO
@@ -10,16 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from audit.errors import EnvironmentFault, UsageError
+from audit.errors import AuditError, EnvironmentFault, UnsafeError, UsageError
+from model_zoo.containers import plain
+from model_zoo.downloads import check_file
 from model_zoo.image_sets import RawImages
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _GREY = ("1", "L")
 _COLOUR = ("P", "PA", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
-_BATCH = 1024
+# Named, for Pillow also knows formats that it hands to other programs (EPS to Ghostscript).
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_BATCH = 128
+_MOST_PIXELS = 1 << 24
+_MOST_CLASSES = 1_000_000
+_MOST_ROWS = 20_000_000
+_PACKING = 100  # no archive of images is this many times smaller than they are
+_SLACK = 1_000_000
 
 
 def read_folder(path: Path, count: int | None) -> RawImages:
@@ -57,7 +67,7 @@ def read_npz(path: Path, count: int | None) -> RawImages:
     whole = RawImages(
         pixels=torch.from_numpy(np.ascontiguousarray(images)),
         labels=torch.from_numpy(labels.astype(np.int64)),
-        classes=tuple(map(str, arrays["classes"])) if "classes" in arrays else _numbered(int(labels.max())),
+        classes=tuple(map(str, arrays["classes"])) if "classes" in arrays else _numbered(int(labels.max()), path),
         indices=tuple(range(len(labels))),
         available=len(labels),
     )
@@ -67,14 +77,21 @@ def read_npz(path: Path, count: int | None) -> RawImages:
 def _npz_arrays(path: Path) -> dict[str, "np.ndarray[Any, Any]"]:
     _check_exists(path, "npz file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("images", "labels", "classes") if name in archive}
-            names = list(archive)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        _check_unpacked(unpacked, path)
+        with np.load(path, allow_pickle=False) as arrays_of:
+            arrays = {name: arrays_of[name] for name in ("images", "labels", "classes") if name in arrays_of}
+            names = list(arrays_of)
+    except AuditError:
+        raise
+    except Exception as error:  # zip, zlib, numpy and its parser of headers each raise their own
         message = f"{path} is not an npz archive of plain arrays ({_reason(error)})"
         raise EnvironmentFault(f"{message}; write it with numpy.savez(path, images=..., labels=...)") from error
     if "images" not in arrays or "labels" not in arrays:
-        raise UsageError(f"{path} needs the arrays 'images' and 'labels'; it has {', '.join(names) or 'none'}")
+        raise UsageError(
+            f"{path} needs the arrays 'images' and 'labels'; it has {', '.join(map(plain, names)) or 'none'}"
+        )
     return arrays
 
 
@@ -95,20 +112,22 @@ def read_parquet(path: Path, count: int | None) -> RawImages:
     columns that are missing or images of unequal size.
     """
     # Imported here because pyarrow takes half a second that other sets do not need.
-    import pyarrow
     import pyarrow.parquet
 
     _check_exists(path, "parquet file")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             image_column, label_column = _columns(file.schema_arrow.names, path)
-            rows = list(islice(_rows(file, image_column, label_column), count))
+            _check_groups(file.metadata, path)
+            rows = list(islice(_rows(file, image_column, label_column, path), count))
             classes = _class_names(file.schema_arrow.metadata or {}, label_column)
             if not classes:
-                labels = file.read(columns=[label_column]).column(0).to_pylist()
-                classes = _numbered(max(labels, default=0))
+                batches = file.iter_batches(columns=[label_column])
+                classes = _numbered(max((max(batch.column(0).to_pylist()) for batch in batches), default=0), path)
             available = file.metadata.num_rows
-    except (pyarrow.ArrowException, OSError, TypeError, AttributeError) as error:
+    except AuditError:
+        raise
+    except Exception as error:  # of pyarrow's kinds and Python's own, by which part is damaged
         message = f"{path} cannot be read as a Hugging Face image parquet ({_reason(error)})"
         raise EnvironmentFault(f"{message}; fetch it again") from error
     if not rows:
@@ -124,12 +143,32 @@ def _columns(names: list[str], path: Path) -> tuple[str, str]:
     image = next((name for name in ("image", "img") if name in names), None)
     label = next((name for name in ("label", "labels", "fine_label") if name in names), None)
     if image is None or label is None:
-        raise UsageError(f"{path} needs a column 'image' or 'img' and a column 'label'; it has {', '.join(names)}")
+        raise UsageError(
+            f"{path} needs a column 'image' or 'img' and a column 'label'; it has {', '.join(map(plain, names))}"
+        )
     return image, label
 
 
-def _rows(file: Any, image: str, label: str) -> Iterator[tuple[bytes, int]]:
+def _check_groups(metadata: Any, path: Path) -> None:
+    """Raise UnsafeError for more rows than any image set has, or far more bytes than the file could hold."""
+    if metadata.num_rows > _MOST_ROWS:
+        raise UnsafeError(f"{path} claims {metadata.num_rows} rows, more than {_MOST_ROWS}; it is not read")
+    _check_unpacked(sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)), path)
+
+
+def _check_unpacked(unpacked: int, path: Path) -> None:
+    """Raise UnsafeError for a file that unpacks to more than a hundred times its size."""
+    size = check_file(path)
+    if unpacked > _PACKING * size + _SLACK:
+        message = f"{path} has {size} bytes and unpacks to {unpacked}"
+        raise UnsafeError(f"{message}, more than {_PACKING} times as many; it is not read")
+
+
+def _rows(file: Any, image: str, label: str, path: Path) -> Iterator[tuple[bytes, int]]:
+    unpacked = 0
     for batch in file.iter_batches(batch_size=_BATCH, columns=[image, label]):
+        unpacked += batch.nbytes  # one image named by every row takes no room in the file
+        _check_unpacked(unpacked, path)
         images, labels = batch.column(image).to_pylist(), batch.column(label).to_pylist()
         yield from ((item["bytes"], number) for item, number in zip(images, labels, strict=True))
 
@@ -146,15 +185,29 @@ def _class_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
 def _decode(origin: str, source: Path | bytes | None) -> Tensor:
     """Return one image as uint8 (C, H, W): one channel for grey images, three for all others."""
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:  # type: ignore[arg-type]
-            mode = image.mode
-            pixels = np.array(image.convert("L" if mode in _GREY else "RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, AttributeError, TypeError) as error:
+        if isinstance(source, Path):
+            check_file(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit only warns; ours refuses
+            mode, pixels = _pixels(origin, BytesIO(source) if isinstance(source, bytes) else source)
+    except AuditError:
+        raise
+    except Image.DecompressionBombError as error:  # what Pillow refuses by itself, before it says the size
+        raise UnsafeError(f"{origin} claims more than {_MOST_PIXELS} pixels; it is not decoded") from error
+    except Exception as error:  # every format's reader raises kinds of its own
         message = f"{origin} cannot be decoded as an image ({_reason(error)}); remove or replace it"
         raise EnvironmentFault(message) from error
     if mode not in (*_GREY, *_COLOUR):
         raise UsageError(f"{origin} has the pixel format {mode}; store 8-bit grey or colour images")
     return torch.from_numpy(pixels)[None] if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _pixels(origin: str, source: Any) -> tuple[str, "np.ndarray[Any, Any]"]:
+    with Image.open(source, formats=_FORMATS) as image:
+        width, height = image.size
+        if width * height > _MOST_PIXELS:
+            raise UnsafeError(f"{origin} claims {width}x{height} pixels, more than {_MOST_PIXELS}; it is not decoded")
+        return image.mode, np.array(image.convert("L" if image.mode in _GREY else "RGB"))
 
 
 def _stack(decoded: list[tuple[str, Tensor]]) -> Tensor:
@@ -166,14 +219,17 @@ def _stack(decoded: list[tuple[str, Tensor]]) -> Tensor:
     return torch.stack([image for _, image in decoded])
 
 
-def _numbered(highest: int) -> tuple[str, ...]:
+def _numbered(highest: int, path: Path) -> tuple[str, ...]:
+    if highest >= _MOST_CLASSES:
+        raise UsageError(f"labels of {path} reach {highest}; number the classes from 0, below {_MOST_CLASSES}")
     return tuple(str(number) for number in range(highest + 1))
 
 
 def _check_exists(path: Path, kind: str) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise EnvironmentFault(f"{kind} {path} does not exist; give the path of a file")
+    check_file(path)
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+    return plain((str(error).strip().splitlines() or [type(error).__name__])[0], 160).rstrip(".")

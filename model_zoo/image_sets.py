@@ -1,5 +1,6 @@
 """The named data sets: scikit-learn's digits, which come with the package, and torchvision's, which are fetched."""
 
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,10 +125,21 @@ def _open(name: str, split: str, data_dir: Path, *, download: bool) -> Any:
 def _explained(name: str, data_dir: Path, offline: bool) -> Iterator[None]:
     """Turn what torchvision raises for a missing or unreachable data set into one sentence."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _contained_archives():
             warnings.simplefilter("ignore")  # numpy about the age of the stored arrays
             yield
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
+    except Exception as error:  # damaged files fail in torchvision's readers with any kind
         why = "offline mode does not fetch it" if offline else "it could not be fetched"
         message = f"data set {name} is not complete in {data_dir} and {why} ({type(error).__name__})"
         raise EnvironmentFault(f"{message}; fetch it on a machine with a network and copy that folder here") from error
+
+
+@contextmanager
+def _contained_archives() -> Iterator[None]:
+    """Let nothing that torchvision unpacks leave its folder: it asks for no filter, and the default is none."""
+    former = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = former

@@ -9,7 +9,7 @@ from torch import nn
 from audit.errors import MismatchError
 from model_zoo import libraries
 from model_zoo.checkpoints import Weights, fit_weights, read_contents, read_weights
-from model_zoo.fitting import strip_prefix
+from model_zoo.fitting import most_bytes, strip_prefix
 from model_zoo.layouts import unwrap
 
 # Training-time modules that some RobustBench files hold and the published architectures leave out, and
@@ -35,7 +35,7 @@ def fit_timm(network: nn.Module, weights: Weights, ignorable: str = "") -> tuple
 
 def fit_torchvision(network: nn.Module, path: Path) -> tuple[str, ...]:
     """Fit torchvision's weights, joining the layer names of its old DenseNet files (`norm.1` -> `norm1`)."""
-    weights = read_weights(path)
+    weights = read_weights(path, most=most_bytes(network))
     renamed = {_DENSENET.sub(r"\1\2.", name): tensor for name, tensor in weights.tensors.items()}
     changed = len(set(renamed) - set(weights.tensors))
     note = (f"joined the layer numbers of {changed} DenseNet names (norm.1 -> norm1)",) if changed else ()
@@ -56,7 +56,7 @@ def fit_robustbench(network: nn.Module, name: str, paths: Sequence[Path]) -> tup
     """
     if len(paths) == 1:
         last = "Kireev2021Effectiveness" in name or name == "Andriushchenko2020Understanding"
-        return _fit_member(network, read_weights(paths[0], ("last",) if last else ()))
+        return _fit_member(network, read_weights(paths[0], ("last",) if last else (), most_bytes(network)))
     notes: list[str] = []
     for part, path in enumerate(paths):
         for member, weights in _members(network, name, part, path):
@@ -79,13 +79,14 @@ def _fit_member(network: nn.Module, weights: Weights) -> tuple[str, ...]:
 
 def _members(network: nn.Module, name: str, part: int, path: Path) -> list[tuple[nn.Module, Weights]]:
     """Return the sub-networks that one file of an ensemble belongs to, with their weights."""
+    most = most_bytes(network)
     if name.startswith("Bai2024MixedNUTS"):
-        return [(_child(network, "std_model" if part == 0 else "rob_model"), read_weights(path))]
+        return [(_child(network, "std_model" if part == 0 else "rob_model"), read_weights(path, most=most))]
     if not name.startswith("Bai2023Improving"):
-        return [(_child(network, f"models.{part}"), read_weights(path))]
+        return [(_child(network, f"models.{part}"), read_weights(path, most=most))]
     if part < 2:
-        return [(_child(network, f"comp_model.models.{part}"), read_weights(path))]
-    contents, digest = read_contents(path)
+        return [(_child(network, f"comp_model.models.{part}"), read_weights(path, most=most))]
+    contents, digest = read_contents(path, most)
     pairs = []
     for child, key in (("policy_net", "model"), ("bn", "bn")):
         tensors, notes = unwrap(contents, str(path), (key,))

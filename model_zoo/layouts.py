@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from audit.errors import CheckpointError
+from model_zoo.containers import plain
 
 # Tried in this order: the trained weights first, never an optimiser's or an average's.
 STATE_KEYS = (
@@ -62,8 +63,8 @@ def _step_into(contents: object, origin: str, notes: list[str]) -> object:
     if isinstance(contents, Mapping):
         key = _state_key(contents)
         if key is not None:
-            rest = sorted(str(other) for other in contents if other != key)
-            notes.append(f"unwrapped {str(key)!r}" + (f", ignored {_join(rest)}" if rest else ""))
+            rest = sorted(_label(other) for other in contents if other != key)
+            notes.append(f"unwrapped {_label(key)!r}" + (f", ignored {_join(rest)}" if rest else ""))
             return contents[key]
     message = f"{origin} holds no state dict (a mapping from names to tensors): {_describe(contents)}"
     raise CheckpointError("not_a_checkpoint", message)
@@ -84,25 +85,35 @@ def _state_key(contents: Mapping[object, object]) -> object | None:
 
 def _keep_tensors(contents: Mapping[object, object], origin: str, notes: list[str]) -> dict[str, Tensor]:
     tensors = _tensors(contents)
-    other = sorted(str(key) for key in contents if key not in tensors)
+    other = sorted(_label(key) for key, value in contents.items() if not isinstance(value, Tensor))
     if other:
         notes.append(f"ignored entries that are not tensors: {_join(other)}")
     for key, tensor in tensors.items():
         if tensor.is_meta or tensor.is_quantized or tensor.is_sparse or str(tensor.layout) != "torch.strided":
             kind = "has no data" if tensor.is_meta else "is sparse or quantised"
-            message = f"{origin}: tensor {key!r} {kind}; save a plain state dict of dense tensors"
+            message = f"{origin}: tensor {_label(key)!r} {kind}; save a plain state dict of dense tensors"
             raise CheckpointError("not_a_checkpoint", message)
-    return {str(key): tensor.detach() for key, tensor in tensors.items()}
+    return {_name(key): tensor.detach() for key, tensor in tensors.items()}
 
 
 def _describe(contents: object) -> str:
     if isinstance(contents, Mapping):
-        return f"it is a mapping with the keys {_join([str(key) for key in contents]) or '(none)'}"
+        return f"it is a mapping with the keys {_join([_label(key) for key in contents]) or '(none)'}"
     if isinstance(contents, list | tuple):
         return f"it is a list of {len(contents)}; save one state dict to a file"
     return f"it is a {type(contents).__name__}"
 
 
+def _name(key: object) -> str:
+    """Return a tensor's name as the file has it; keys that are no names at all are called by their type."""
+    return key if isinstance(key, str) else _label(key)
+
+
+def _label(key: object) -> str:
+    """Return a key to show. Foreign ones may be of any kind."""
+    return plain(key, 60) if isinstance(key, str | int | float) else f"a key of the type {type(key).__name__}"
+
+
 def _join(names: Sequence[str], limit: int = 6) -> str:
-    shown = ", ".join(name[:60] for name in names[:limit])
+    shown = ", ".join(names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from audit.errors import EnvironmentFault, MismatchError, UnknownNameError
+from audit.errors import AuditError, EnvironmentFault, MismatchError, UnknownNameError
+from model_zoo.containers import plain
 from model_zoo.entries import PretrainedFacts
 
 # Entries whose constructor would fetch weights of its own: an equal architecture is built in its place.
@@ -98,8 +99,11 @@ def timm_build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     try:
         with _quiet():
             network: nn.Module = timm.create_model(name, pretrained=False, **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise MismatchError(f"timm cannot build {name!r} with {dict(arguments)}: {error}") from error
+    except AuditError:
+        raise
+    except Exception as error:  # a stranger's options can fail in any line of a constructor
+        options = plain(dict(arguments), 300)
+        raise MismatchError(f"timm cannot build {name!r} with {options}: {plain(error, 300)}") from error
     return network
 
 

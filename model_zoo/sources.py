@@ -1,6 +1,5 @@
 """One small function per source: locate and hash the weights, and say how to build and fill the network."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,20 +7,19 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from audit.errors import EnvironmentFault, UnsafeError, UsageError
+from audit.errors import EnvironmentFault
 from model_zoo import catalogue, key_rules, libraries
 from model_zoo.architectures import build
 from model_zoo.catalogue import pretrained_entry
 from model_zoo.checkpoints import fit_weights, read_weights
 from model_zoo.downloads import Download, fetch, verify
 from model_zoo.entries import ModelEntry, ModelRef, PretrainedFacts
-from model_zoo.hub import hub_file
-from model_zoo.prepared import ImageShape, Prepared, SourceSettings
+from model_zoo.fitting import most_bytes
+from model_zoo.hub import build_within, config_facts, hub_file, read_config
+from model_zoo.prepared import Prepared, SourceSettings
 
 _DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 _DRIVE_LINK = "https://drive.google.com/file/d/"
-# Options through which a repository's configuration would make timm read files of its own choice.
-_RESERVED = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def prepare_timm(ref: ModelRef, sources: SourceSettings) -> Prepared:
@@ -47,8 +45,8 @@ def prepare_hub(ref: ModelRef, sources: SourceSettings) -> Prepared:
     """
     folder = sources.cache / "hf-hub" / ref.target
     config_path, _ = hub_file(ref.target, "config.json", folder / "config.json", offline=sources.offline)
-    config = _read_config(config_path, ref.target)
-    facts = _hub_facts(config, ref.target)
+    config = read_config(config_path, ref.target)
+    facts = config_facts(config, ref.target)
     path, pinned = hub_file(ref.target, "model.safetensors", folder / "model.safetensors", offline=sources.offline)
     entry = replace(
         pretrained_entry(f"hf-hub:{ref.target}", facts),
@@ -58,43 +56,8 @@ def prepare_hub(ref: ModelRef, sources: SourceSettings) -> Prepared:
         weights_sha256=verify(path),
         pinned=pinned,
     )
-    return _from_timm(facts, entry, path, config.get("model_args", {}))
-
-
-def _read_config(path: Path, repo: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        reserved = sorted(set(config.get("model_args", {})) & set(_RESERVED))
-        named = isinstance(config["architecture"], str)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        message = f"config.json of {repo} is not in timm's layout (architecture, num_classes, pretrained_cfg)"
-        raise UsageError(f"{message}; only such repositories can be read") from error
-    if reserved or not named:
-        what = ", ".join(reserved) or "an architecture that is not a name"
-        raise UnsafeError(f"config.json of {repo} sets {what}, through which timm would read other files; refused")
-    return dict(config)
-
-
-def _hub_facts(config: Mapping[str, Any], repo: str) -> PretrainedFacts:
-    base = libraries.timm_facts(config["architecture"])
-    try:
-        told = {**config, **config.get("pretrained_cfg", {})}
-        return replace(
-            base,
-            name=config["architecture"],
-            num_classes=int(config.get("num_classes", told.get("num_classes", base.num_classes))),
-            image_shape=_shape(told.get("input_size", base.image_shape)),
-            mean=tuple(float(value) for value in told.get("mean", base.mean)),
-            std=tuple(float(value) for value in told.get("std", base.std)),
-            licence=str(told.get("license", "")),
-        )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"config.json of {repo} holds a value of the wrong kind: {error}") from error
-
-
-def _shape(values: Any) -> ImageShape:
-    channels, height, width = values
-    return int(channels), int(height), int(width)
+    prepared = _from_timm(facts, entry, path, config.get("model_args", {}))
+    return replace(prepared, build=lambda: build_within(prepared.build, path))
 
 
 def _from_timm(facts: PretrainedFacts, entry: ModelEntry, path: Path, arguments: Mapping[str, Any]) -> Prepared:
@@ -102,7 +65,7 @@ def _from_timm(facts: PretrainedFacts, entry: ModelEntry, path: Path, arguments:
     return Prepared(
         entry=entry,
         build=lambda: libraries.timm_build(facts.name, merged),
-        fit=lambda network: key_rules.fit_timm(network, read_weights(path)),
+        fit=lambda network: key_rules.fit_timm(network, read_weights(path, most=most_bytes(network))),
         num_classes=facts.num_classes,
         image_shape=facts.image_shape,
         mean=facts.mean,
@@ -193,7 +156,7 @@ def prepare_bundled(ref: ModelRef, _: SourceSettings) -> Prepared:
     return Prepared(
         entry=replace(entry, weights_sha256=verify(path, card["sha256"]), pinned=True),
         build=lambda: build(card["architecture"], card["arguments"]),
-        fit=lambda network: fit_weights(network, read_weights(path)),
+        fit=lambda network: fit_weights(network, read_weights(path, most=most_bytes(network))),
         num_classes=card["num_classes"],
-        image_shape=_shape(card["image_shape"]),
+        image_shape=tuple(card["image_shape"]),
     )

@@ -94,7 +94,7 @@ def unranked_reason(row: Row) -> str:
     if row["rank"] != "unranked":
         return ""
     failure = [] if row["status"] == "valid" else [row["status"]]
-    distrust = [flag for flag in split_flags(row["flags"]) if flag.startswith("untrusted")]
+    distrust = [flag for flag in split_flags(row["flags"]) if flag.startswith(("untrusted", "gated"))]
     told = plain_text("; ".join([*failure, *contradictions(row["flags"]), *distrust]))
     return told or ("no claim to rank" if not row["ranks"] else "no RV")
 

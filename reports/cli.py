@@ -5,8 +5,11 @@ Nothing heavy is imported before a command runs: `rvaudit --help` loads neither 
 
 import importlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import click
 from audit.errors import AuditError, EnvironmentFault, UsageError
 from reports.text import plain_text
 
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 _PIPE_WIDTH = 160
 _RUN = click.Path(path_type=Path)
 
@@ -38,8 +41,34 @@ class LazyGroup(click.Group):
         return found
 
 
+class Terminated(BaseException):
+    """Another process asked this one to end: nothing that catches errors may catch it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: what a command returns, or that of the error."""
+    with _ending_when_asked():
+        return _exit_code(arguments)
+
+
+@contextmanager
+def _ending_when_asked() -> Iterator[None]:
+    """Unwind on SIGTERM, as on Ctrl-C, so that nothing is left half-written; only the main thread hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result = cli.main(args=words, prog_name="rvaudit", standalone_mode=False)
@@ -53,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _complain("interrupted; the same command resumes")
         return _INTERRUPTED
+    except Terminated:
+        _complain("ended by SIGTERM; the same command resumes")
+        return _TERMINATED
 
 
 @click.group(
@@ -67,7 +99,7 @@ def cli() -> None:
     """Audit how robust a pretrained model's representation is, and read the results.
 
     Exit codes: 0 all well, 1 some model failed, 2 usage, 3 environment, 4 refused for safety, 5 integrity,
-    130 interrupted.
+    130 interrupted, 143 ended by SIGTERM.
     """
 
 
@@ -97,12 +129,14 @@ def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None)
 
 
 @cli.command("figures")
-@click.argument("run", type=_RUN)
-def figures_command(run: Path) -> None:
-    """Redraw the figures of a run folder."""
+@click.argument("path", type=_RUN)
+@click.option("--only", default=None, help="Of a folder of studies: one study, such as figure3 or theorem-3.2.")
+def figures_command(path: Path, only: str | None) -> None:
+    """Redraw the figures of a run folder, or those of a folder of committed study rows, such as docs."""
     from reports.publish import write_figures
+    from reports.studies import draw_studies, holds_studies
 
-    _list_paths(write_figures(run))
+    _list_paths(draw_studies(path, only) if only or holds_studies(path) else write_figures(path))
 
 
 @cli.command("report")
@@ -154,3 +188,7 @@ def _list_paths(paths: Sequence[Path]) -> None:
 def _complain(message: str) -> None:
     lines = [plain_text(line) for line in message.splitlines()] or [""]
     click.echo("Error: " + "\n".join(lines), err=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,8 @@ _MEANINGS = {
     "figures; the model is shown but not ranked",
     "untrusted": "the attack failed a check of trust, so the network may only seem robust: the accuracy is an upper "
     "bound, and the model is not ranked",
+    "gated": "the network failed a gate: it is broken, or not what it should be; it is shown with its figures and not "
+    "ranked",
     "saturated": "the estimate is limited by the number of images: with more it would be larger",
     "not_converged": "the critic was not at its best when training stopped: the estimate is likely too small",
     "over_fitted": "the critic knows its training or validation images better than others: the estimate is likely off",

@@ -1,12 +1,10 @@
 """The report: one self-contained HTML file that opens offline and runs nothing but its own script."""
 
 import base64
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
-from typing import Any
 
 import pandas as pd
 from jinja2 import DictLoader, Environment, StrictUndefined
@@ -16,19 +14,20 @@ from audit.records import AuditRecord, CalibrationRow
 from reports.boards import concords, settings, trials
 from reports.calibration import calibration_sentence, failed_calibration
 from reports.cells import HEADERS
-from reports.contradictions import cross_check
+from reports.drawings import spark
 from reports.estimators import place
 from reports.explanations import explain, flag_name
 from reports.figures import agreement_figure, calibration_figure, figure1, figure2, figure_bytes
+from reports.model_pages import anchors, model_pages
 from reports.ranking import leaderboard
 from reports.sentences import family_order, summary
-from reports.table import setting_title, split_flags, to_frame
-from reports.text import plain_text, short_name
+from reports.table import split_flags, to_frame
+from reports.text import plain_text, short_name, shorten
 
-# the parts of a record's details that have a place of their own, in reading order; others follow
-DETAIL_ORDER = ("notes", "per_seed", "curves", "identity", "provenance", "renames")
 _TEMPLATE = "report.html.j2"
+_PARTS = (_TEMPLATE, "models.html.j2")
 _ONE_PANEL = 6.0  # inches
+_LONGEST = 2000  # characters of one value of a record
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,12 @@ class Picture:
     wide: bool
 
 
-@dataclass(frozen=True)
-class ModelDetails:
-    """Everything else a record says about one model."""
-
-    name: str
-    reference: str
-    facts: dict[str, Any]
-    parts: dict[str, Any]
-
-
 def render_report(records: Sequence[AuditRecord], calibration: Sequence[CalibrationRow] = ()) -> str:
     """Return the HTML report of records and of their estimators' calibration; the same ones give the same bytes."""
     frame = leaderboard(to_frame(records))
     css, js = _asset("report.css"), _asset("report.js")
     template = _environment().get_template(_TEMPLATE)
+    pages = model_pages(records, frame)
     return template.render(
         policy=_policy(css, js),
         css=css,
@@ -73,13 +63,15 @@ def render_report(records: Sequence[AuditRecord], calibration: Sequence[Calibrat
         flags=_flags(frame),
         failures=_failures(frame),
         attacks=sorted({plain_text(attack) for attack in frame["attack"]}),
-        models=_details(records, frame),
+        models=pages,
+        links=anchors(pages),
+        certified=any(record.certified_bound is not None for record in records),
     )
 
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=DictLoader({_TEMPLATE: _asset(_TEMPLATE)}),
+        loader=DictLoader({name: _asset(name) for name in _PARTS}),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -115,6 +107,9 @@ def _notices(records: Sequence[AuditRecord]) -> list[str]:
             f"The adversarial accuracy is an upper bound, attack not trustworthy, of: {', '.join(distrusted)}. "
             "They are not ranked."
         )
+    gated = sorted({short_name(record.model) for record in records if record.gated})
+    if gated:
+        notices.append(f"Failed a gate, so broken or not what they should be: {', '.join(gated)}. They are not ranked.")
     return notices
 
 
@@ -171,39 +166,7 @@ def _failures(frame: pd.DataFrame) -> list[tuple[str, str]]:
     return [(plain_text(model), plain_text(status).removeprefix("failed: ")) for model, status in pairs]
 
 
-def _details(records: Sequence[AuditRecord], frame: pd.DataFrame) -> list[ModelDetails]:
-    by_cell = {record.cell_id: record for record in cross_check(records)}
-    titles = {row["cell_id"]: setting_title(row) for _, row in frame.iterrows()}
-    return [_model_details(by_cell[cell], titles[cell]) for cell in frame["cell_id"]]
-
-
-def _model_details(record: AuditRecord, setting: str) -> ModelDetails:
-    data = record.to_dict()
-    details, checks = data.pop("details"), data.pop("checks")
-    later = sorted(set(details) - set(DETAIL_ORDER))
-    parts = {name: details[name] for name in [*DETAIL_ORDER, *later] if details.get(name)}
-    if checks:
-        parts = {"checks_of_the_attack": list(checks), **parts}
-    facts = {name: value for name, value in data.items() if value not in (None, "", ())}
-    name = f"{short_name(record.model)}, {setting}, {plain_text(record.estimator)}"
-    return ModelDetails(name, record.model, facts, parts)
-
-
 def _plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return plain_text(str(value)).encode(errors="replace").decode()
-
-
-def spark(values: Sequence[object]) -> str:
-    """Return the points of a small curve (100 x 24) through numbers, or "" where they make none.
-
-    >>> spark([0, 1])
-    ''
-    """
-    numbers = [float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)]
-    if len(numbers) < 8 or len(numbers) < len(values):
-        return ""
-    low, span = min(numbers), max(numbers) - min(numbers) or 1.0
-    step = 100 / (len(numbers) - 1)
-    return " ".join(f"{i * step:.1f},{23 - 22 * (v - low) / span:.1f}" for i, v in enumerate(numbers))
+    return shorten(plain_text(str(value)), _LONGEST)

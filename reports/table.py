@@ -83,9 +83,15 @@ def contradicted(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def sound(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows hold an RV that nothing refutes, beside an attack to be believed."""
+    """Return which rows hold an RV that nothing refutes, of a fit network, beside an attack to be believed."""
     trusted = frame["attack_trust"].ne(UPPER_BOUND)
-    return frame["status"].eq("valid") & frame["rv"].notna() & ~contradicted(frame) & trusted
+    return frame["status"].eq("valid") & frame["rv"].notna() & ~contradicted(frame) & trusted & ~_gated(frame)
+
+
+def _gated(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows are of a network that failed a gate: it is not what it should be."""
+    shut = [any(flag.startswith("gated") for flag in split_flags(cell)) for cell in frame["flags"]]
+    return pd.Series(shut, index=frame.index, dtype=bool)
 
 
 def ranked(frame: pd.DataFrame) -> "pd.Series[bool]":
@@ -130,7 +136,7 @@ def _cells(record: AuditRecord) -> dict[str, object]:
 
 
 def _trust(record: AuditRecord) -> str:
-    if not record.checks:
+    if all(check.get("level") == "gate" for check in record.checks):
         return "not checked"
     return UPPER_BOUND if record.untrusted else "trusted"
 

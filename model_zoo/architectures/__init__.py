@@ -7,12 +7,17 @@ from torch import nn
 
 from audit.errors import MismatchError, UnknownNameError
 from model_zoo.architectures.digits import VGG, BaselineH, DenseNet, ResNet
+from model_zoo.architectures.hypothesis import VIB, HypothesisNet, LeNet, PlainCNN
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "baseline-h": BaselineH,
     "vgg": VGG,
     "resnet": ResNet,
     "densenet": DenseNet,
+    "hypothesis-net": HypothesisNet,
+    "plain-cnn": PlainCNN,
+    "vib": VIB,
+    "lenet": LeNet,
 }
 
 

@@ -1,5 +1,25 @@
-"""How the bundled checkpoints are made; `rvaudit train RECIPE` runs one again."""
+"""How checkpoints are made: `rvaudit train RECIPE` makes a bundled one again, or one of the "Guess First" networks."""
 
-from model_zoo.recipes.digits import RECIPES, Recipe, find_recipe, train_recipe
+from audit.errors import UnknownNameError
+from model_zoo.recipes.digits import RECIPES, Recipe, train_recipe
+from model_zoo.recipes.guess_first import GUESS_FIRST, GuessFirstRecipe, GuessFirstRun, train_guess_first
 
-__all__ = ["RECIPES", "Recipe", "find_recipe", "train_recipe"]
+__all__ = [
+    "GUESS_FIRST",
+    "RECIPES",
+    "GuessFirstRecipe",
+    "GuessFirstRun",
+    "Recipe",
+    "find_recipe",
+    "train_guess_first",
+    "train_recipe",
+]
+
+
+def find_recipe(name: str) -> Recipe | GuessFirstRecipe:
+    """Return a recipe by name; raises UnknownNameError with the nearest names."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name not in GUESS_FIRST:
+        raise UnknownNameError("recipe", name, [*RECIPES, *GUESS_FIRST])
+    return GUESS_FIRST[name]

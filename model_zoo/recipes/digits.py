@@ -15,8 +15,8 @@ from torch import nn
 from audit.accuracy import measure_accuracy
 from audit.attacks import TIERS
 from audit.errors import UnknownNameError
-from audit.supervised import ClassifierTraining, train_classifier
 from audit.records import write_atomically
+from audit.supervised import ClassifierTraining, train_classifier
 from audit.threat import Linf
 from model_zoo.architectures import build
 from model_zoo.checkpoints import write_safetensors

@@ -42,6 +42,17 @@
     count.textContent = wanted ? shown + " of " + rows.length + " rows" : "";
   }
 
+  function reveal() {
+    const target = document.getElementById(location.hash.slice(1));
+    if (target && target.tagName === "DETAILS") {
+      target.open = true;
+      target.scrollIntoView();
+    }
+  }
+
+  window.addEventListener("hashchange", reveal);
+  reveal();
+
   if (filter) {
     filter.closest("p").hidden = false;
     filter.addEventListener("input", apply);

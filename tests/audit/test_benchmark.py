@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from audit import benchmark
+from audit import workbench
 from audit.attacks import LabelAttack, two_losses
-from audit.benchmark import Watcher, claim, device_of, expand, run
+from audit.benchmark import claim, expand, run
 from audit.config import Cell, read_config
 from audit.critics import CriticShape
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
@@ -24,6 +24,7 @@ from audit.records import AuditRecord, RecordStore
 from audit.reference import Reference
 from audit.threat import L2, Linf
 from audit.vulnerability import WorstCaseSearch
+from audit.workbench import Watcher, device_of
 from model_zoo.datasets import ImageRequest, load_images
 from model_zoo.load import load_model
 from reports.cli import main
@@ -108,7 +109,7 @@ def measuring(measured: Layer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def under(self, _threat: Any) -> Layer:
             return measured
 
-    monkeypatch.setattr(benchmark, "LayerAudit", Known)
+    monkeypatch.setattr(workbench, "LayerAudit", Known)
     return layers
 
 
@@ -143,7 +144,7 @@ def test_the_second_run_recomputes_nothing(
 ) -> None:
     before = _files(small / "run")
     for name in ("attacked", "LayerAudit", "load_model"):
-        monkeypatch.setattr(benchmark, name, None)
+        monkeypatch.setattr(workbench, name, None)
     assert main(["run", str(small / "small.yaml"), "--out", str(small / "run"), "--json"]) == 0
     assert _files(small / "run") == before
     rows = json.loads(capsys.readouterr().out)
@@ -193,13 +194,13 @@ def test_layers_share_accuracies_and_models_do_not(
     measuring: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attacked: list[Any] = []
-    real: Callable[..., Any] = benchmark.attacked
+    real: Callable[..., Any] = workbench.attacked
 
     def counting(*arguments: Any) -> Any:
         attacked.append(arguments[1])
         return real(*arguments)
 
-    monkeypatch.setattr(benchmark, "attacked", counting)
+    monkeypatch.setattr(workbench, "attacked", counting)
     pairs = [(layer, threat) for layer in ("logits", "penultimate") for threat in (Linf(0.1), L2(0.5))]
     cells = [replace(CELL, layer=layer, threat=threat) for layer, threat in pairs]
     records = run([*cells, replace(CELL, ref="bundled:digits-vgg-standard")], tmp_path)
@@ -214,11 +215,11 @@ def _with_attack(cell: Cell, attack: LabelAttack) -> Cell:
 
 def test_identity_is_what_decides_numbers_and_nothing_else() -> None:
     images = load_images("digits", ImageRequest(count=60))
-    entry = benchmark.identify(REF)
-    same = benchmark._identity(CELL, images, entry)
+    entry = workbench.identify(REF)
+    same = workbench._identity(CELL, images, entry)
     larger = replace(two_losses(PGD(steps=2, batch_size=7)), fast=False)
     harder = two_losses(PGD(steps=3))
-    assert benchmark._identity(_with_attack(replace(CELL, name="mine"), larger), images, entry) == same
+    assert workbench._identity(_with_attack(replace(CELL, name="mine"), larger), images, entry) == same
     assert "device" not in json.dumps(same)
     changed = [
         replace(CELL, threat=Linf(0.1)),
@@ -237,11 +238,11 @@ def test_identity_is_what_decides_numbers_and_nothing_else() -> None:
             )
         ),
     ]
-    ids = [benchmark.digest(benchmark._identity(cell, images, entry)) for cell in changed]
+    ids = [workbench.digest(workbench._identity(cell, images, entry)) for cell in changed]
     fewer = load_images("digits", ImageRequest(count=59))
-    ids.append(benchmark.digest(benchmark._identity(CELL, fewer, entry)))
-    ids.append(benchmark.digest(benchmark._identity(CELL, images, benchmark.identify("bundled:digits-vgg-standard"))))
-    assert len({*ids, benchmark.digest(same)}) == len(ids) + 1
+    ids.append(workbench.digest(workbench._identity(CELL, fewer, entry)))
+    ids.append(workbench.digest(workbench._identity(CELL, images, workbench.identify("bundled:digits-vgg-standard"))))
+    assert len({*ids, workbench.digest(same)}) == len(ids) + 1
 
 
 def test_one_models_failure_leaves_the_others_and_is_tried_again(
@@ -274,7 +275,7 @@ def test_one_models_failure_leaves_the_others_and_is_tried_again(
 
 
 def benchmark_folder() -> Path:
-    return Path(benchmark.__file__).parents[1] / "model_zoo" / "bundled"
+    return Path(workbench.__file__).parents[1] / "model_zoo" / "bundled"
 
 
 @pytest.mark.parametrize(
@@ -292,7 +293,7 @@ def test_whatever_a_network_raises_becomes_a_record(
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(benchmark, "LayerAudit", fail)
+    monkeypatch.setattr(workbench, "LayerAudit", fail)
     (record,) = run([CELL], tmp_path)
     assert (record.status, record.reason) == ("failed", reason)
     assert record.details["error"] == type(raised).__name__
@@ -335,7 +336,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_same_weights_with_another_normalisation_are_another_cell():
     ref = "file:{}?arch=nets.py:net&num_classes=10&mean={}&std=.5,.5,.5&name={}"
-    network = benchmark._network_identity
+    network = workbench._network_identity
     assert network(ref.format("a.pth", ".5,.5,.5", "one")) == network(ref.format("b.pth", ".5,.5,.5", "two"))
     assert network(ref.format("a.pth", ".5,.5,.5", "one")) != network(ref.format("a.pth", ".4,.4,.4", "one"))
     assert network("timm:resnet18") == "timm:resnet18"
@@ -371,13 +372,13 @@ def test_a_certificate_stands_beside_the_estimates_and_is_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    real = benchmark.certify_layers
+    real = workbench.certify_layers
 
     def counting(*arguments: Any) -> Any:
         made.append(arguments[1:3])
         return real(*arguments)
 
-    monkeypatch.setattr(benchmark, "certify_layers", counting)
+    monkeypatch.setattr(workbench, "certify_layers", counting)
     (tmp_path / "b.yaml").write_text(CERTIFIED)
     records = run(expand(read_config(tmp_path / "b.yaml")), tmp_path / "run")
     assert made == [(["logits"], [Linf(0.2)])]

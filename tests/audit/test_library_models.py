@@ -10,7 +10,7 @@ from torch import nn
 
 from audit import vulnerability
 from audit.attacks import two_losses
-from audit.benchmark import RunOptions, run
+from audit.benchmark import run
 from audit.config import Cell
 from audit.critics import CriticShape
 from audit.information import CriticTraining
@@ -20,6 +20,7 @@ from audit.pgd import PGD
 from audit.records import RecordStore
 from audit.threat import Linf
 from audit.vulnerability import WorstCaseSearch
+from audit.workbench import RunOptions
 from model_zoo import libraries
 from model_zoo.checkpoints import write_safetensors
 from model_zoo.downloads import file_sha256

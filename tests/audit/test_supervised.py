@@ -4,8 +4,8 @@ from torch import nn
 
 from audit.accuracy import measure_accuracy
 from audit.attacks import two_losses
-from audit.supervised import ClassifierTraining, train_classifier
 from audit.pgd import PGD
+from audit.supervised import ClassifierTraining, train_classifier
 from audit.threat import Linf
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from audit.attacks import TIERS, cross_entropy_objective, margin
-from audit.benchmark import RunOptions, expand, run
+from audit.benchmark import expand, run
 from audit.config import read_config
 from audit.labels import LabelLevel
 from audit.pgd import PGD, minimise
 from audit.records import AuditRecord
 from audit.types import keyed_generator
+from audit.workbench import RunOptions
 from model_zoo.datasets import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 

@@ -1,0 +1,73 @@
+"""Information elimination: taking the label out of a representation that is conditioned on a label hypothesis.
+
+Under the true hypothesis a representation need not tell which label it is: inference was told. What it does tell is
+measured by the maximum mean discrepancy (MMD) between the representations of one label and those of all.
+
+Source: Zhu, An & Niu 2020; Gretton et al. 2012 for the MMD.
+"""
+
+import torch
+from torch import Tensor
+
+from audit.errors import UsageError
+from audit.types import Features, Labels
+
+
+def mmd2(first: Features, second: Features, bandwidth: float | Tensor) -> Tensor:
+    """Return the unbiased estimate () of the squared MMD of two samples (N, D) and (M, D); it may be negative.
+
+    The kernel is exp(-|x - y|^2 / (2 bandwidth^2)). Raises UsageError for a sample of fewer than two.
+
+    Source: Gretton et al. 2012, eq. 3.
+    """
+    if min(len(first), len(second)) < 2:
+        raise UsageError(f"MMD of {len(first)} and {len(second)} samples: each side needs at least 2")
+    own = torch.cat([first.new_ones(len(first)), first.new_zeros(len(second))])
+    kernel = _kernel(_squared_distances(torch.cat([first, second])), bandwidth)
+    return _mmd2(kernel, own[None])[0]
+
+
+def information_elimination(representation: Features, labels: Labels, bandwidth: float | None = None) -> Tensor:
+    """Return the sum () over labels of the squared MMD between one label's representations and all of them.
+
+    `representation` (N, D) is each image's under its true hypothesis. For an estimate without bias the samples must be
+    disjoint. All samples are a mixture: a share p of the label's own, 1 - p of the others; so the discrepancy to all
+    is (1 - p)^2 times that to the others. That is estimated without bias where the batch is drawn at random, given
+    how many images the label has; a label with fewer than two, or all but one, counts nothing. The bandwidth is the
+    median distance between two different samples of the batch, a constant to the gradient.
+    """
+    distances = _squared_distances(representation)
+    width = median_distance(distances) if bandwidth is None else bandwidth
+    own = torch.nn.functional.one_hot(labels).T.to(representation)
+    counts = own.sum(1)
+    own = own[(counts >= 2) & (counts <= len(labels) - 2)]
+    shares = own.mean(1)
+    return ((1 - shares).square() * _mmd2(_kernel(distances, width), own)).sum()
+
+
+@torch.no_grad()
+def median_distance(squared: Tensor) -> Tensor:
+    """Return the median distance () between different samples, from their squared distances (N, N); at least 1e-6."""
+    rows, columns = torch.triu_indices(len(squared), len(squared), 1, device=squared.device)
+    return squared[rows, columns].median().sqrt().clamp_min(1e-6)
+
+
+def _squared_distances(samples: Features) -> Tensor:
+    squares = samples.square().sum(1)
+    return (squares[:, None] + squares[None] - 2 * samples @ samples.T).clamp_min(0)
+
+
+def _kernel(squared: Tensor, bandwidth: float | Tensor) -> Tensor:
+    return torch.exp(-squared / (2 * bandwidth**2))
+
+
+def _mmd2(kernel: Tensor, own: Tensor) -> Tensor:
+    """Unbiased squared MMD (L,) between the samples each row of `own` (L, N) marks with 1 and those it marks with 0.
+
+    No sample is compared with itself.
+    """
+    kernel = kernel - torch.diag(kernel.diagonal())
+    others = 1 - own
+    n, m = own.sum(1), others.sum(1)
+    within = ((own @ kernel) * own).sum(1) / (n * (n - 1)) + ((others @ kernel) * others).sum(1) / (m * (m - 1))
+    return within - 2 * ((own @ kernel) * others).sum(1) / (n * m)

@@ -1,0 +1,319 @@
+"""One cell into one record: the model and its images are loaded, attacked and measured, and what they share is kept.
+
+With `benchmark.py` the only module beside command lines and studies that joins measurements and registry.
+"""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from audit.certificate import VERSION as CERTIFICATE_VERSION
+from audit.certificate import CertificateSettings
+from audit.certification import Case, CertificationSettings, Examples, LayerCertificate, certify_layers
+from audit.checks import Check
+from audit.config import Cell
+from audit.errors import AuditError, EnvironmentFault, UsageError
+from audit.gates import gated, gates
+from audit.measurement import VERSION, LayerAudit, assemble, check_input
+from audit.records import AuditRecord, RecordStore, digest
+from audit.robustness import Robustness, Target, attacked
+from model_zoo.datasets import NAMED, ImageRequest, ImageSet, check_fit, load_at_most, load_images
+from model_zoo.entries import ModelEntry, parse_ref
+from model_zoo.load import LoadedModel, SourceSettings, identify, load_model
+
+_EXAMPLES = 1000  # training images that heads beside a certificate learn on
+_DECIDING_OPTIONS = ("arch", "num_classes", "mean", "std", "shape")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where things come from and what may be done: nothing here decides a number."""
+
+    sources: SourceSettings = field(default_factory=SourceSettings)
+    data_dir: Path = Path("data")
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What a run tells while it goes: a stage of a cell, and a record with whether it was already there."""
+
+    stage: Callable[[Cell, str], None] = lambda _cell, _stage: None
+    done: Callable[[AuditRecord, bool], None] = lambda _record, _known: None
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of a name; `auto` takes the GPU where there is one. Raises UsageError, EnvironmentFault."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}; legal: auto, cpu, cuda, cuda:<number>, mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentFault(f"device {name!r} is not here: {torch.cuda.device_count()} GPUs are; use --device cpu")
+    return device
+
+
+class Workbench:
+    """One model, one set of images and the accuracies measured with them, kept while consecutive cells share them."""
+
+    def __init__(self, options: RunOptions, watcher: Watcher) -> None:
+        self.options, self.watcher = options, watcher
+        self.device = device_of(options.device)
+        self._images: dict[tuple[str, int | None], ImageSet] = {}
+        self._entries: dict[str, ModelEntry] = {}
+        self._model: tuple[str, LoadedModel] | None = None
+        self._certificates: dict[str, LayerCertificate] = {}
+        self._attacked: dict[str, Robustness] = {}
+        self._gated: dict[str, tuple[Check, ...]] = {}
+        self._layer: tuple[str, LayerAudit] | None = None
+
+    def cell_id(self, cell: Cell) -> str:
+        """Return the hash of what decides the cell's numbers; of its name where that cannot be found out."""
+        try:
+            return digest(self._identity(cell))
+        except Exception:  # the record of the failure will say it
+            return _failed_id(cell)
+
+    def record(self, cell: Cell, store: RecordStore) -> AuditRecord:
+        """Return the cell's record, measured and stored where it is not there yet."""
+        try:
+            known = store.read(self.cell_id(cell))
+        except AuditError as error:
+            return self.keep(failure(cell, error), cell, store)
+        if known is None or not known.valid:  # what failed is tried again
+            return self.keep(self.compute(cell), cell, store)
+        self.watcher.done(known, True)
+        return known
+
+    def keep(self, record: AuditRecord, cell: Cell, store: RecordStore) -> AuditRecord:
+        """Store a new record, in the place of that of an earlier failure."""
+        store.write(record)
+        if record.valid:
+            store.path(_failed_id(cell)).unlink(missing_ok=True)
+        self.watcher.done(record, False)
+        return record
+
+    def compute(self, cell: Cell) -> AuditRecord:
+        """Measure a cell; whatever goes wrong becomes a record that says so."""
+        started = time.monotonic()
+        try:
+            self.watcher.stage(cell, "loading")
+            images, entry = self._image_set(cell), self._entry(cell.ref)
+            identity = self._identity(cell)
+            record = self._measure(cell, images)
+        except Exception as error:  # a foreign network may raise anything, and must not stop the others
+            seen = [check._asdict() for found in self._gated.values() for check in found]
+            return replace(failure(cell, error), checks=tuple(seen) if self._holds(cell.ref) else ())
+        named = _labelled(record, cell, entry, replace(self._loaded(cell.ref).entry, ref=cell.ref))
+        provenance = _provenance(self.device)
+        details = {**named.details, "identity": identity, "provenance": provenance, "data_sha256": images.sha256}
+        return replace(named, cell_id=digest(identity), seconds=time.monotonic() - started, details=details)
+
+    def _identity(self, cell: Cell) -> dict[str, Any]:
+        return _identity(cell, self._image_set(cell), self._entry(cell.ref))
+
+    def _measure(self, cell: Cell, images: ImageSet) -> AuditRecord:
+        model = self._loaded(cell.ref)
+        check_fit(model, images)
+        pixels, labels = images.images, images.labels
+        check_input(model.network, pixels, labels)
+        shut = self._gates(cell, model, images)
+        self.watcher.stage(cell, "attacking")
+        robustness = self._robustness(cell, model, images)
+        self.watcher.stage(cell, "estimating information")
+        key = f"{cell.ref} {images.sha256} {cell.layer} {cell.settings}"
+        if self._layer is None or self._layer[0] != key:
+            self._layer = (key, LayerAudit(model.network, pixels, labels, cell.layer, cell.settings))
+        measured = self._layer[1].under(cell.threat)
+        record = gated(assemble(robustness, measured, cell.layer, cell.threat, cell.settings), shut)
+        if not cell.settings.certificate:
+            return record
+        return _with_certificate(record, self._certified(cell, model, images))
+
+    def _gates(self, cell: Cell, model: LoadedModel, images: ImageSet) -> tuple[Check, ...]:
+        """What makes the network unfit to be ranked belongs to it and its images: layers and threat models share it."""
+        if images.sha256 not in self._gated:
+            told = model.entry.published if model.entry.dataset == cell.dataset else ()
+            published = next((number.value for number in told if number.metric == "natural_accuracy"), None)
+            self._gated[images.sha256] = gates(model.network, images.images, images.labels, published)
+        return self._gated[images.sha256]
+
+    def _certified(self, cell: Cell, model: LoadedModel, images: ImageSet) -> LayerCertificate:
+        """A certificate belongs to a layer and a threat model: estimators share it."""
+        key = f"{images.sha256} {cell.layer} {cell.threat} {cell.settings.attack} {cell.settings.seeds[0]}"
+        if key not in self._certificates:
+            self.watcher.stage(cell, "certifying")
+            case = Case(model.network, images.images, images.labels, len(images.classes), examples=self._examples(cell))
+            ask = CertificationSettings(CertificateSettings(seed=cell.settings.seeds[0]), cell.settings.attack)
+            self._certificates[key] = certify_layers(case, [cell.layer], [cell.threat], ask)[0].row
+        return self._certificates[key]
+
+    def _examples(self, cell: Cell) -> Examples | None:
+        """Images of the training split to train heads on; sets without one have the network's own head only."""
+        if cell.dataset not in NAMED:
+            return None
+        options = self.options
+        asked = ImageRequest(_EXAMPLES, "train", data_dir=options.data_dir, offline=options.sources.offline)
+        found = load_at_most(cell.dataset, asked)
+        return Examples(found.images.to(self.device), found.labels.to(self.device))
+
+    def _robustness(self, cell: Cell, model: LoadedModel, images: ImageSet) -> Robustness:
+        """What attacks found belongs to a model and a threat model: layers share them."""
+        key = f"{images.sha256} {cell.threat} {cell.settings.attack} {cell.settings.seeds[0]}"
+        if key not in self._attacked:
+            attack, seed = cell.settings.attack, cell.settings.seeds[0]
+            target = Target(model.network, images.images, images.labels)
+            self._attacked[key] = attacked(target, cell.threat, attack, seed)
+        return self._attacked[key]
+
+    def _image_set(self, cell: Cell) -> ImageSet:
+        """The cell's images, moved to the device once."""
+        key = (cell.dataset, cell.images)
+        if key not in self._images:
+            request = ImageRequest(
+                count=cell.images, data_dir=self.options.data_dir, offline=self.options.sources.offline
+            )
+            found = load_images(cell.dataset, request)
+            pixels, labels = found.images.to(self.device), found.labels.to(self.device)
+            self._images = {key: replace(found, images=pixels, labels=labels)}
+        return self._images[key]
+
+    def _entry(self, ref: str) -> ModelEntry:
+        if ref not in self._entries:
+            self._entries[ref] = identify(ref, self.options.sources)
+        return self._entries[ref]
+
+    def _holds(self, ref: str) -> bool:
+        return self._model is not None and self._model[0] == ref
+
+    def _loaded(self, ref: str) -> LoadedModel:
+        if self._model is None or self._model[0] != ref:
+            self._attacked.clear()
+            self._certificates.clear()
+            self._gated.clear()
+            model = load_model(ref, self.options.sources)
+            model.network.to(self.device)
+            self._model = (ref, model)
+        return self._model[1]
+
+
+def _with_certificate(record: AuditRecord, found: LayerCertificate) -> AuditRecord:
+    return replace(
+        record,
+        certified_bound=found.certified_bound,
+        certified_bound_population=found.certified_bound_population,
+        certified_tier=found.certified_tier if found.certified_bound is not None else "",
+        best_head=found.best_head or "",
+        best_head_accuracy=found.best_head_accuracy,
+        flags=(*record.flags, *(flag.replace("weak attack", "weak_attack") for flag in found.flags)),
+        passes=(record.passes or 0) + found.passes + found.attack_passes,
+        details={**record.details, "certificate": found.to_dict()},
+    )
+
+
+def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]:
+    """Everything that decides the cell's numbers, and nothing that does not."""
+    settings = asdict(cell.settings)
+    settings["estimator"]["name"] = cell.settings.estimator.name
+    for bound in cell.settings.estimator.memory_only:
+        del settings["estimator"][bound]
+    settings |= {"seeds": list(cell.settings.seeds)}  # a list, as JSON reads it back
+    del settings["attack"]["fast"]  # decides cost only
+    settings["attack"]["version"] = cell.settings.attack.version_in(cell.threat.norm)
+    if settings["certificate"]:
+        settings["certificate"] = CERTIFICATE_VERSION
+    else:
+        del settings["certificate"]  # one measurement more changes no other
+    for name in ("stages", "borrowed"):
+        settings["attack"][name] = list(settings["attack"][name])
+    for stage in settings["attack"]["stages"]:
+        del stage["pgd"]["batch_size"]  # bounds memory only
+    return {
+        "version": VERSION,
+        "network": _network_identity(cell.ref),
+        "architecture": entry.architecture,
+        "code_sha256": entry.code_sha256,
+        "weights_sha256": entry.weights_sha256,
+        "data_sha256": images.sha256,
+        "layer": cell.layer,
+        "norm": cell.threat.norm,
+        "eps": cell.threat.eps,
+        "settings": settings,
+    }
+
+
+def _network_identity(ref: str) -> str | dict[str, str]:
+    """The same weights make another network with another normalisation; a file's path and labels decide nothing."""
+    parsed = parse_ref(ref)
+    if parsed.source != "file":
+        return ref
+    return {name: parsed.options[name] for name in _DECIDING_OPTIONS if name in parsed.options}
+
+
+def _labelled(record: AuditRecord, cell: Cell, pinned: ModelEntry, loaded: ModelEntry) -> AuditRecord:
+    """Fill in who was audited; trust that was only taken on faith becomes a flag."""
+    flags = list(record.flags)
+    if not pinned.pinned:
+        flags.append("unpinned: the hash of the weights was recorded, not compared with a published one")
+    if loaded.code_trusted:
+        flags.append("code_trusted: user code built the network")
+    notes = {"reference": loaded.reference, "licence": loaded.licence, "recorded_ref": loaded.ref}
+    published = [asdict(number) for number in loaded.published]
+    return replace(
+        record,
+        model=cell.name or loaded.name,
+        source=loaded.source,
+        family=loaded.family or loaded.architecture or "unknown",
+        training=loaded.training,
+        trained_eps=loaded.trained_eps,
+        dataset=cell.dataset,
+        weights_sha256=pinned.weights_sha256,
+        weights_pinned=pinned.pinned,
+        code_trusted=loaded.code_trusted,
+        flags=tuple(flags),
+        details={**record.details, "renames": list(loaded.renames), "notes": notes, "published": published},
+    )
+
+
+def _failed_id(cell: Cell) -> str:
+    return digest({"failed": [cell.ref, cell.dataset, cell.layer, cell.threat.norm, cell.threat.eps]})
+
+
+def failure(cell: Cell, error: BaseException) -> AuditRecord:
+    """Return the record of a cell that could not be measured, with the reason in a sentence."""
+    first = next(iter(str(error).splitlines()), "")
+    reason = first if isinstance(error, AuditError) else f"{type(error).__name__}: {first}".removesuffix(": ")
+    return AuditRecord(
+        cell_id=_failed_id(cell),
+        model=cell.name or cell.ref,
+        source=cell.ref.partition(":")[0],
+        family="unknown",
+        training="unknown",
+        trained_eps=0.0,
+        dataset=cell.dataset,
+        layer=cell.layer,
+        norm=cell.threat.norm,
+        eps=cell.threat.eps,
+        weights_sha256="unknown",
+        estimator=cell.settings.estimator.name,
+        attack=cell.settings.attack.name_in(cell.threat.norm),
+        seeds=len(cell.settings.seeds),
+        images=cell.images or 0,
+        status="failed",
+        reason=reason,
+        details={"error": type(error).__name__, "exit_code": getattr(error, "exit_code", 1)},
+    )
+
+
+def _provenance(device: torch.device) -> dict[str, str]:
+    packages = ("rvaudit", "torch", "torchvision", "timm", "robustbench", "numpy")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"python": platform.python_version(), "device": hardware, **{name: version(name) for name in packages}}

@@ -1,0 +1,187 @@
+"""What a pickle would do, read from its opcodes before any of them runs; and the few values it may hold.
+
+torch's restricted reader runs no code, but a pickle of a kilobyte can still make it allocate gigabytes
+(`bytearray(10**10)`), nest tuples until hashing them overflows the stack, or fill the memory with empty lists.
+Such files are told from honest ones by their opcodes alone.
+"""
+
+import pickletools
+import re
+import struct
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any, NamedTuple
+
+from audit.errors import UnsafeError
+
+MAX_STEPS = 1_000_000  # an empty list takes one step and 64 bytes
+MAX_DEPTH = 30
+MAX_NESTED = 100_000
+_LEGACY_PICKLES = 5  # magic number, protocol, system info, contents, storage keys; raw storages follow
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# What a plain state dict's pickle names: tensors, their types and places, and the metadata kept beside them.
+_HARMLESS = re.compile(
+    r"torch\.(\w+Storage|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|Size|device|nn\.parameter\.Parameter"
+    r"|bool|b?float\w*|u?int\d+|complex\d+|serialization\._get_layout)|torch\.Tensor"
+    r"|collections\.(OrderedDict|Counter)|(__builtin__|builtins)\.(set|complex)|_codecs\.encode"
+    r"|argparse\.Namespace|numpy\.dtype|numpy\._?core\.multiarray\.scalar"
+)
+_CODES = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q"}
+_CODES |= {"f2": "e", "f4": "f", "f8": "d"}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the pickles of a file name, how far they go (depth of tuples, values in one nest of them), and whether
+    they end."""
+
+    names: frozenset[str]
+    depth: int
+    nested: int
+    whole: bool
+
+    @property
+    def offending(self) -> list[str]:
+        """The names that no plain checkpoint needs."""
+        return sorted(name for name in self.names if not _HARMLESS.fullmatch(name))
+
+
+def scan(data: bytes, origin: str) -> Scan:
+    """Return what the pickles at the start of `data` would do; nothing of them runs.
+
+    Raises UnsafeError where they take more than 1,000,000 steps.
+    """
+    found, stream, whole = _Reader(origin), BytesIO(data), True
+    for number in range(_LEGACY_PICKLES):
+        if number and data[stream.tell() : stream.tell() + 1] != b"\x80":
+            break
+        try:
+            found.read(pickletools.genops(stream))
+        except (ValueError, EOFError):
+            whole = False  # cut off, or something else between the opcodes, as joblib's arrays are
+            break
+    return Scan(frozenset(found.names), found.depth, found.nested, whole)
+
+
+def check_shape(found: Scan, origin: str) -> None:
+    """Raise UnsafeError for tuples nested so deeply, or so often in one another, that hashing one never ends."""
+    if found.depth > MAX_DEPTH or found.nested > MAX_NESTED:
+        message = f"{origin} nests tuples {found.depth} deep around {found.nested} values; it is not opened"
+        raise UnsafeError(message)
+
+
+class _Value(NamedTuple):
+    """What stands on the stack: a tuple's depth and the values in it, counted as often as they occur; or a text."""
+
+    depth: int = 0
+    size: int = 1
+    text: str = ""
+
+
+_ONE = _Value()
+
+
+@dataclass
+class _Reader:
+    """Follows a pickle's stack with texts and the sizes of tuples in the place of values."""
+
+    origin: str
+    names: set[str] = field(default_factory=set)
+    steps: int = 0
+    depth: int = 0
+    nested: int = 0
+
+    def read(self, opcodes: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
+        self.stack: list[_Value | None] = []  # None is a mark
+        self.memo: dict[int, _Value] = {}
+        for opcode, argument, _ in opcodes:
+            self.steps += 1
+            if self.steps > MAX_STEPS:
+                raise UnsafeError(f"{self.origin} is a pickle of more than {MAX_STEPS:,} steps; it is not opened")
+            self._name(opcode.name, argument)
+            self._move(opcode, argument)
+
+    def _name(self, opcode: str, argument: Any) -> None:
+        if opcode in ("GLOBAL", "INST"):
+            self.names.add(str(argument).replace(" ", "."))
+        elif opcode == "STACK_GLOBAL":
+            self.names.add(".".join(value.text for value in self.stack[-2:] if value))
+        elif opcode.startswith("EXT"):
+            self.names.add(f"entry {argument} of the extension registry")
+
+    def _move(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            key = len(self.memo) if name == "MEMOIZE" else int(argument)
+            self.memo[key] = self.stack[-1] or _ONE if self.stack else _ONE
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo.get(int(argument), _ONE))
+        elif name == "DUP":
+            self.stack.append(self.stack[-1] if self.stack else _ONE)
+        elif name == "TUPLE":
+            self._push_tuple(self._pop_to_mark())
+        elif name in _TUPLES:
+            self._push_tuple([self._pop() for _ in range(_TUPLES[name])])
+        else:
+            self._move_plainly(opcode)
+            if isinstance(argument, str) and self.stack and self.stack[-1] is _ONE:
+                self.stack[-1] = _Value(text=argument)
+
+    def _move_plainly(self, opcode: pickletools.OpcodeInfo) -> None:
+        before, after = opcode.stack_before, opcode.stack_after
+        if pickletools.markobject in before:
+            self._pop_to_mark()
+            before = before[: before.index(pickletools.markobject)]
+        for _ in before:
+            self._pop()
+        self.stack += [None if value is pickletools.markobject else _ONE for value in after]
+
+    def _push_tuple(self, parts: list[_Value]) -> None:
+        depth = 1 + max((part.depth for part in parts), default=0)
+        size = sum(part.size for part in parts)
+        self.depth = max(self.depth, depth)
+        if depth > 1:
+            self.nested = max(self.nested, size)
+        self.stack.append(_Value(depth, max(1, size)))
+
+    def _pop(self) -> _Value:
+        return (self.stack.pop() or _ONE) if self.stack else _ONE
+
+    def _pop_to_mark(self) -> list[_Value]:
+        parts = []
+        while self.stack:
+            part = self.stack.pop()
+            if part is None:
+                break
+            parts.append(part)
+        return parts
+
+
+class NumberKind:
+    """Stands in for numpy.dtype while a checkpoint is read: one of twelve kinds of plain numbers."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if code not in _CODES:
+            raise ValueError(f"a numpy scalar of the kind {code!r:.20}")
+        self.code, self.order = _CODES[code], "<"
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        """Take the byte order from what numpy stores beside a kind, and nothing else."""
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def number(kind: NumberKind, data: bytes = b"") -> float:
+    """Return the number that numpy stored; numpy itself never sees the bytes. Raises struct.error for others."""
+    value: float = struct.unpack(kind.order + kind.code, data)[0]
+    return value
+
+
+ALLOWED: list[Any] = [
+    Namespace,
+    (NumberKind, "numpy.dtype"),
+    (number, "numpy.core.multiarray.scalar"),  # the name before numpy 2
+    (number, "numpy._core.multiarray.scalar"),
+]
+"""Beside tensors: argparse.Namespace and numpy scalars, which real checkpoints hold as metadata."""
