@@ -132,7 +132,10 @@ def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None)
 @click.argument("path", type=_RUN)
 @click.option("--only", default=None, help="Of a folder of studies: one study, such as figure3 or theorem-3.2.")
 def figures_command(path: Path, only: str | None) -> None:
-    """Redraw the figures of a run folder, or those of a folder of committed study rows, such as docs."""
+    """Redraw the figures of a folder.
+
+    PATH is a run folder, or a folder of committed study rows such as docs.
+    """
     from reports.publish import write_figures
     from reports.studies import draw_studies, holds_studies
 

@@ -2,16 +2,27 @@
 
 import csv
 import json
+import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from audit import cli_features
+from audit.benchmark import RunOptions
 from audit.errors import UsageError
+from audit.features import FeatureSettings
+from audit.saliency import SaliencySettings
 from audit.studies import networks
+from audit.studies.figure3 import figure3
+from audit.studies.figure45 import SaliencyStudy, saliency_study
 from audit.studies.theorem32 import Sweep, theorem32
+from model_zoo.load import SourceSettings
 from reports.cli import main
 
+ROOT = Path(__file__).parents[2]
+FOLDER = Path(os.environ.get("RVAUDIT_THIRD_PARTY", ROOT.parent / "shared"))
 REF, LAYER = "bundled:digits-vgg-robust", "stages.1.0"
 FEW = ("--dataset", "digits", "--layer", LAYER, "--images", "20", "--feature", "0", "--feature", "3")
 
@@ -90,3 +101,21 @@ def test_a_sweep_that_cannot_be_is_refused(tmp_path):
         Sweep(samples=5)
     with pytest.raises(UsageError, match="no channel has mean 7"):
         theorem32(Sweep(mixtures=((7.0, 1.0),)), tmp_path)
+
+
+@pytest.mark.third_party
+@pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no third-party files in {FOLDER} (see RVAUDIT_THIRD_PARTY)")
+def test_third_party_networks_at_a_named_layer(tmp_path):
+    text = (ROOT / "tests" / "third_party_figure3.yaml").read_text().replace("../shared", str(FOLDER))
+    preset = tmp_path / "p.yaml"
+    preset.write_text(text.replace("tests/third_party_nets.py", str(ROOT / "tests/third_party_nets.py")))
+    cells = [replace(cell, images=20) for cell in networks.preset(preset, {}, 0, 0.0)[:2]]
+    options = RunOptions(SourceSettings(trust_code=True))
+    settings = FeatureSettings(steps=1, settle=2)
+    rows = figure3(cells, tmp_path, settings, options, lambda _stage, _done: None)
+    assert {row["model"] for row in rows} == {"marabou-medium", "resnet20"}
+    assert {row["field"] for row in rows} == {"10x10", "5x5"}
+    assert all(row["rv"] > 0 for row in rows)
+    study = SaliencyStudy(SaliencySettings(draws=2))
+    found = saliency_study(cells, tmp_path / "s", study, options, lambda _stage, _done: None)
+    assert all(row["alignment"] > 0 for row in found)
