@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.attacks import LOSSES, LabelAttack, Stage, margin, never_done, targeted_margin_objective
+from audit.attacks import LOSSES, LabelAttack, Stage, margin, never_done, search, targeted_margin_objective
 from audit.errors import InvalidModelError, UsageError
 from audit.fast import faster
 from audit.memory import Batches
-from audit.pgd import NEVER, Found, minimise
+from audit.pgd import NEVER, Found
 from audit.randomised import DRAWS, Majority, MeanOfDraws, own_randomness
 from audit.threat import ThreatModel
 from audit.types import Images, Labels, keyed_generator
@@ -186,7 +186,7 @@ class _Assault:
             objective = LOSSES[stage.loss](network, labels)
         objective = never_done(objective) if self.randomised else objective
         generator = keyed_generator(self.seed, _PURPOSE, number, rank)
-        found = minimise(objective, self.images[index], self.threat, stage.pgd, generator)
+        found = search(objective, self.images[index], self.threat, stage.pgd, generator)
         self.passes, self.forwards = self.passes + found.passes, self.forwards + found.forwards
         lost = self._confirm(index, found.images, number, found)
         self._mistaken = index[found.done & ~lost]

@@ -10,12 +10,13 @@ from filelock import FileLock, Timeout
 
 from audit.config import Cell, cells
 from audit.errors import EnvironmentFault, UsageError
+from audit.partial import remove_leftovers
 from audit.records import AuditRecord, RecordStore, digest, write_atomically
 from audit.sections import BenchmarkConfig
 from audit.workbench import RunOptions, Watcher, Workbench
 from model_zoo.lookup import expand_ref
 
-_LOCKS = ".locks"
+_LOCKS, _TRIES = ".locks", 10
 
 
 def expand(config: BenchmarkConfig) -> list[Cell]:
@@ -54,7 +55,8 @@ def run(
     One model's failure never stops the others: it becomes a record with the reason, and is tried again next time.
     Several processes may work in one folder: a cell that another one is at is left for the end, and waited for.
     """
-    bench = Workbench(options or RunOptions(), watcher or Watcher())
+    remove_leftovers(folder)
+    bench = Workbench(options or RunOptions(), watcher or Watcher(), folder)
     store, records = RecordStore(folder), dict[int, AuditRecord]()
     waiting = list(enumerate(todo))
     for patience in (False, True):
@@ -67,6 +69,8 @@ def run(
                 records[number] = bench.record(cell, store)
         waiting = left
     rmtree(folder / _LOCKS, ignore_errors=True)  # every cell has its record: nobody waits any more
+    if all(record.valid for record in records.values()):
+        bench.parts.forget()
     return [records[number] for number in range(len(todo))]
 
 
@@ -78,17 +82,26 @@ def one_at_a_time(folder: Path, cell_id: str, *, wait: bool) -> Iterator[bool]:
     Raises EnvironmentFault where the folder cannot be written to.
     """
     lock = FileLock(folder / _LOCKS / cell_id)
+    held = _taken(lock, wait=wait)
     try:
-        (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write to {folder}: {error.strerror or error}") from error
-    try:
-        yield True
+        yield held
     finally:
         lock.release()
+
+
+def _taken(lock: FileLock, *, wait: bool) -> bool:
+    place = Path(lock.lock_file).parent
+    for _ in range(_TRIES):
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            return False
+        except NotImplementedError:
+            return True
+        except (FileNotFoundError, FileExistsError):  # another process was done just now, and took the folder away
+            continue
+        except OSError as error:
+            raise EnvironmentFault(f"cannot write to {place.parent}: {error.strerror or error}") from error
+        return True
+    raise EnvironmentFault(f"cannot write to {place.parent}: {place.name} is taken away again and again")

@@ -99,13 +99,14 @@ def audit_command(model: str, dataset: str, out: Path | None, as_json: bool, **r
     The exit code is that of what failed, if anything did.
     """
     from audit.benchmark import claim, expand
+    from audit.reading import to_yaml
     from audit.records import digest
 
     fields = ("layers", "radii", "norm", "images", "seeds", "estimators", "reduce")
     where = {name: value for name, value in request.items() if name not in fields}
     config = _request(model, dataset, {name: request[name] for name in fields})
     folder = out or Path("runs") / f"{config.name}-{digest(config.canonical())[:8]}"
-    claim(folder, config, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    claim(folder, config, to_yaml(config))
     records = _run_cells(expand(config), folder, where)
     _calibrate_briefly(config, records, folder)
     _publish(records, folder, as_json)

@@ -12,8 +12,10 @@ from typing import Any
 
 from audit.config import Cell
 from audit.errors import EnvironmentFault
+from audit.outcomes import failure
+from audit.partial import remove_leftovers
 from audit.records import AuditRecord, RecordStore
-from audit.workbench import RunOptions, Watcher, Workbench, failure
+from audit.workbench import RunOptions, Watcher, Workbench
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,23 @@ def run_on_ray(
     the models of a benchmark one after the other, so the first models are finished first.
     Raises EnvironmentFault where Ray is not installed or the cluster cannot be reached.
     """
-    bench, store = Workbench(options, watcher), RecordStore(folder)
+    remove_leftovers(folder)
+    bench, store = Workbench(options, watcher, folder), RecordStore(folder)
     ids = [bench.cell_id(cell) for cell in todo]
     records = {n: bench.record(cell, store) for n, cell in enumerate(todo) if store.path(ids[n]).exists()}
     cluster = cluster or Cluster()
     ray = _connected(cluster)
     try:
         task = ray.remote(num_cpus=1, num_gpus=cluster.gpus_per_cell, max_retries=cluster.retries)(_computed)
-        out = {task.remote(cell, options): n for n, cell in enumerate(todo) if n not in records}
+        out = {task.remote(cell, options, folder.resolve()): n for n, cell in enumerate(todo) if n not in records}
         while out:
             (done, *_), _ = ray.wait(list(out), num_returns=1)
             number = out.pop(done)
             records[number] = bench.keep(_answer(ray, done, todo[number]), todo[number], store)
     finally:
         ray.shutdown()
+    if all(record.valid for record in records.values()):
+        bench.parts.forget()
     return [records[number] for number in range(len(todo))]
 
 
@@ -85,14 +90,14 @@ def _knock(address: str) -> None:
         raise EnvironmentFault(f"no Ray cluster at {address}: {error.strerror or error}") from error
 
 
-def _computed(cell: Cell, options: RunOptions) -> AuditRecord:
-    return _bench(options).compute(cell)
+def _computed(cell: Cell, options: RunOptions, folder: Path) -> AuditRecord:
+    return _bench(options, folder).compute(cell)
 
 
 @cache
-def _bench(options: RunOptions) -> Workbench:
+def _bench(options: RunOptions, folder: Path) -> Workbench:
     """A worker keeps its last model and what attacks found of it: the next cell is often the same model's."""
-    return Workbench(options, Watcher())
+    return Workbench(options, Watcher(), folder)
 
 
 def _answer(ray: Any, done: Any, cell: Cell) -> AuditRecord:

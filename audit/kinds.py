@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from audit.accuracy import wilson
-from audit.checks import UPPER_BOUND, Check
+from audit.checks import Check, verdict
 from audit.estimates import FloorKind
 from audit.theory import information_floor
 
@@ -87,10 +87,10 @@ def bound_flags(bound: float, adversarial_low: float) -> list[str]:
 
 
 def distrust_flags(checks: Iterable[Check]) -> list[str]:
-    """Return the flag of an attack that failed a trust check: it may have failed where the network did not."""
-    failed = [check for check in checks if check.level == "trust" and check.passed is False]
-    named = ", ".join(f"{check.number} {check.name}" for check in failed)
-    return [f"untrusted: the adversarial accuracy is an {UPPER_BOUND}: failed {named}"] if failed else []
+    """Return the flag of an attack that failed a trust check, worded as `checks.verdict` words its figure."""
+    checks = tuple(checks)
+    failed = ", ".join(f"{c.number} {c.name}" for c in checks if c.level == "trust" and c.passed is False)
+    return [f"untrusted: the adversarial accuracy ({verdict(checks)}) failed {failed}"] if failed else []
 
 
 def _contradiction(name: str, spread: Spread, least: float, slack: float) -> list[str]:

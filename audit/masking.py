@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from audit.attacks import cross_entropy_objective, margin, margin_objective
-from audit.checks import Check, Rule
+from audit.checks import Check, Rule, randomised
 from audit.errors import InvalidModelError
 from audit.gradients import input_gradient
 from audit.memory import Batches
@@ -78,6 +78,14 @@ def quick_checks(
             return _skipped((GRADIENT, *_OF_GRADIENT, *_OF_OUTPUTS), "the network gets no image right")
         clean, wanted = images[right], labels[right]
         return (*_gradient_checks(network, clean, wanted, threat, seed), *_output_checks(network, clean))
+
+
+def draws(network: nn.Module, images: Images, seed: int) -> bool:
+    """Return whether check 8 fails on the first 100 images: the network draws at random, or looks at whole batches."""
+    if len(images) == 0:
+        return False
+    with own_randomness(images.device, seed):
+        return randomised(_output_checks(network, images[:_IMAGES]))
 
 
 def objective_checks(objective: Objective, images: Images, threat: ThreatModel, seed: int) -> tuple[Check, ...]:

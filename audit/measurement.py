@@ -1,12 +1,13 @@
 """One audit: accuracies, normal- and worst-case information, RV, the limit they imply, and what speaks against it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from math import inf, isfinite, log, sqrt
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +114,21 @@ def check_input(network: nn.Module, images: Images, labels: Labels, fewest: int 
         raise MismatchError(f"labels reach from {first} to {last}, but the network has {outputs.shape[1]} outputs")
 
 
+Keep = Callable[[int, Literal["normal", "worst"], Callable[[], Any]], Any]
+"""Returns one seed's estimate of a case: computed now, or what an earlier process kept of it."""
+
+
+def _computed(_seed: int, _case: str, compute: Callable[[], Any]) -> Any:
+    return compute()
+
+
 class LayerAudit:
-    """One layer of one network on one set of images: what its threat models share is computed once."""
+    """One layer of one network on one set of images: what its threat models share is computed once.
+
+    Every seed's estimates go through `keep`, so that a run that is killed need not begin again.
+    """
+
+    keep: Keep = staticmethod(_computed)
 
     def __init__(self, network: nn.Module, images: Images, labels: Labels, layer: str, settings: AuditSettings) -> None:
         self.network, self.settings = network, settings
@@ -124,7 +138,8 @@ class LayerAudit:
     @cached_property
     def normal(self) -> tuple[MIEstimate, ...]:
         """The normal case for every seed: no threat model enters it."""
-        return tuple(self.settings.estimator.normal(self.subject, seed) for seed in self.settings.seeds)
+        normal = self.settings.estimator.normal
+        return tuple(self.keep(seed, "normal", partial(normal, self.subject, seed)) for seed in self.settings.seeds)
 
     @cached_property
     def dimension(self) -> int:
@@ -135,8 +150,9 @@ class LayerAudit:
     def under(self, threat: ThreatModel) -> Layer:
         """Return the layer's vulnerability for every seed, with the floors that predictions put under it."""
         settings = self.settings
+        both = settings.estimator.vulnerability
         per_seed = tuple(
-            settings.estimator.vulnerability(self.subject, threat, seed, normal)
+            self.keep(seed, "worst", partial(both, self.subject, threat, seed, normal))
             for seed, normal in zip(settings.seeds, self.normal, strict=True)
         )
         floors = _floors(self.network, self.subject, per_seed, settings) if self._proves else None

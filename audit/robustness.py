@@ -1,7 +1,7 @@
 """How a classifier stands up to attacks, and whether these are to be believed: tiers, checks, ladders, transfer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from typing import NamedTuple
@@ -15,10 +15,10 @@ from audit.attacks import TIERS, LabelAttack, Stage, cross_entropy_objective, ma
 from audit.borrowed import BORROWED
 from audit.checks import Check
 from audit.errors import UnknownNameError, UsageError
-from audit.masking import first_right, quick_checks, reaching_eps
+from audit.masking import draws, first_right, quick_checks, reaching_eps
 from audit.minimal import DDN, CarliniWagner, carlini_wagner, ddn
 from audit.pgd import PGD, minimise
-from audit.randomised import MeanOfDraws, own_randomness
+from audit.randomised import Majority, MeanOfDraws, own_randomness
 from audit.threat import ThreatModel, threat_model
 from audit.types import Images, Labels, keyed_generator
 
@@ -42,15 +42,30 @@ class Robustness(NamedTuple):
 
 @dataclass(frozen=True)
 class Target:
-    """A network, and images (N, C, H, W) with their labels (N,)."""
+    """A network, images (N, C, H, W) with their labels (N,), and whether the network is known to draw at random."""
 
     network: nn.Module
     images: Images
     labels: Labels
+    draws: bool = False
 
     def part(self, index: Tensor) -> "Target":
         """Return some of the images, by their indices (M,)."""
-        return Target(self.network, self.images[index], self.labels[index])
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def looked_at(self, seed: int) -> "Target":
+        """Return the same, after a look at whether the network draws at random."""
+        return replace(self, draws=draws(self.network, self.images, seed))
+
+    @property
+    def led(self) -> nn.Module:
+        """The network whose gradient searches follow: the mean of its draws where it draws."""
+        return MeanOfDraws(self.network) if self.draws else self.network
+
+    @property
+    def judge(self) -> nn.Module:
+        """The network that names classes: the majority of its draws where it draws."""
+        return Majority(self.network) if self.draws else self.network
 
 
 def attacked(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> Robustness:
@@ -64,13 +79,16 @@ def attacked(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: in
     if threat.eps == 0:
         return Robustness(measure_accuracy(*everything, threat, attack, seed), ())
     quick = quick_checks(*everything, threat, seed)
-    if not checks.randomised(quick):
-        accuracy = measure_accuracy(*everything, threat, attack, seed)
-        return Robustness(accuracy, (*quick, *_blind_checks(subject, threat, accuracy, attack, seed)))
-    accuracy = measure_randomised(*everything, threat, attack, seed)
+    subject = replace(subject, draws=checks.randomised(quick))
+    accuracy = _measured(subject, threat, attack, seed)
     with own_randomness(subject.images.device, seed):
-        steady = Target(MeanOfDraws(subject.network), subject.images, subject.labels)
+        steady = Target(subject.led, subject.images, subject.labels)
         return Robustness(accuracy, (*quick, *_blind_checks(steady, threat, accuracy, attack, seed)))
+
+
+def _measured(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> Accuracy:
+    measure = measure_randomised if subject.draws else measure_accuracy
+    return measure(subject.network, subject.images, subject.labels, threat, attack, seed)
 
 
 def _blind_checks(
@@ -126,19 +144,24 @@ def _found_halfway(few: Target, broken: Images, threat: ThreatModel, index: Tens
 def compared(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> tuple[Check, ...]:
     """Return checks 6 and 9 to 12: the attack beside weaker and stronger ones, on the first 100 images it gets right.
 
-    Nothing applies where the network gets no image right, or eps is 0.
+    A network that draws at random is searched through its mean and judged by the majority, as in `attacked`. Nothing
+    applies where the network gets no image right, or eps is 0.
     """
-    few = subject.part(first_right(subject.network, subject.images, subject.labels))
-    if len(few.images) == 0 or threat.eps == 0:
-        return ()
+    with own_randomness(subject.images.device, seed):
+        known = subject.looked_at(seed)
+        few = known.part(first_right(known.judge, known.images, known.labels))
+        return _compared(few, threat, attack, seed) if len(few.images) and threat.eps > 0 else ()
+
+
+def _compared(few: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> tuple[Check, ...]:
     left = partial(_left, few, threat, seed)
-    clean = margin(logits_of(few.network, few.images, attack.batch_size), few.labels)
+    clean = margin(logits_of(few.led, few.images, attack.batch_size), few.labels)
     once, settled = PGD(20, 0.15), PGD(40, 0.15)
     cross_entropy, margins = left(Stage("ce", once)), left(Stage("margin", once))
     # logits scaled so that the typical margin is one: where they are huge, cross-entropy has no gradient
-    scaled = Target(_Scaled(few.network, 1 / float(clean.median())), few.images, few.labels)
+    scaled = replace(few, network=_Scaled(few.network, 1 / float(clean.abs().median())))
     rescaled = _left(scaled, threat, seed, Stage("ce", once))
-    whole = measure_accuracy(few.network, few.images, few.labels, threat, attack, seed).robust
+    whole = _measured(few, threat, attack, seed).robust
     return (
         checks.single_step_beaten(left(Stage("ce", PGD(1, 1.0, random_start=False))), whole),
         checks.losses_agree(cross_entropy, margins),
@@ -150,8 +173,7 @@ def compared(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: in
 
 
 def _left(subject: Target, threat: ThreatModel, seed: int, stage: Stage) -> Tensor:
-    alone = LabelAttack((stage,))
-    return measure_accuracy(subject.network, subject.images, subject.labels, threat, alone, seed).robust
+    return _measured(subject, threat, LabelAttack((stage,)), seed).robust
 
 
 class _Scaled(nn.Module):
@@ -169,7 +191,7 @@ def _settling(subject: Target, threat: ThreatModel, seed: int, pgd: PGD, spread:
     fewer = PGD(pgd.steps - 10, pgd.relative_step, pgd.random_start)
     found = []
     for search in (fewer, pgd):
-        objective = margin_objective(subject.network, subject.labels)
+        objective = margin_objective(subject.led, subject.labels)
         generator = keyed_generator(seed, _SETTLING)  # the same start
         found.append(minimise(objective, subject.images, threat, search, generator))
     surviving = ~found[1].done
@@ -200,7 +222,7 @@ def climb(subject: Target, threat: ThreatModel, seed: int, multiples: tuple[floa
     A radius beyond the one at which a ball holds a grey image is cut to it. An image broken in a small ball is broken
     in a larger one, so the rungs' accuracies count it; the check compares what each rung found by itself.
     """
-    attack = TIERS["smoke"]
+    attack, subject = TIERS["smoke"], subject.looked_at(seed)
     most = reaching_eps(threat, subject.images)
     radii = sorted({min(multiple * threat.eps, most) for multiple in multiples})
     smallest = torch.full(subject.labels.shape, inf, device=subject.labels.device)
@@ -208,7 +230,7 @@ def climb(subject: Target, threat: ThreatModel, seed: int, multiples: tuple[floa
     rungs, passes, forwards = [], 0, 0
     for eps in radii:
         ball = threat_model(threat.norm, eps)
-        found = measure_accuracy(subject.network, subject.images, subject.labels, ball, attack, seed)
+        found = _measured(subject, ball, attack, seed)
         counts[eps] = int(found.robust.sum())
         passes, forwards = passes + found.passes, forwards + found.forwards
         smallest[~found.siege.correct] = 0.0
@@ -222,19 +244,23 @@ def transferred(sources: Mapping[str, Target], threat: ThreatModel, seed: int) -
 
     The attack takes the highest loss in the ball, not the first error: such images transfer better.
     """
-    moved = {name: _hardest(subject, threat, seed) for name, subject in sources.items()}
+    known = {name: subject.looked_at(seed) for name, subject in sources.items()}
+    moved = {name: _hardest(subject, threat, seed) for name, subject in known.items()}
     return {
-        source: {
-            target: margin(logits_of(other.network, images, 256), other.labels) > 0 for target, other in sources.items()
-        }
+        source: {target: _right(other, images, seed) for target, other in known.items()}
         for source, images in moved.items()
     }
 
 
 def _hardest(subject: Target, threat: ThreatModel, seed: int) -> Images:
-    objective = never_done(cross_entropy_objective(subject.network, subject.labels))
-    pgd = PGD(20, 0.15)
-    return minimise(objective, subject.images, threat, pgd, keyed_generator(seed, _TRANSFER)).images
+    objective, pgd = never_done(cross_entropy_objective(subject.led, subject.labels)), PGD(20, 0.15)
+    with own_randomness(subject.images.device, seed):
+        return minimise(objective, subject.images, threat, pgd, keyed_generator(seed, _TRANSFER)).images
+
+
+def _right(subject: Target, images: Images, seed: int) -> Tensor:
+    with own_randomness(images.device, seed):
+        return margin(logits_of(subject.judge, images, 256), subject.labels) > 0
 
 
 class Alone(NamedTuple):
@@ -255,20 +281,21 @@ def alone(name: str, subject: Target, threat: ThreatModel, seed: int) -> Alone:
     """
     name = _SHORT.get(name, name)
     if name in NEAREST:
-        return _nearest(name, subject, threat)
+        return _nearest(name, subject, threat, seed)
     if name not in ATTACKS:
         raise UnknownNameError("attack", name, ATTACKS)
     attack = LabelAttack((SEARCHES[name],)) if name in SEARCHES else LabelAttack(borrowed=(name,))
-    found = measure_accuracy(subject.network, subject.images, subject.labels, threat, attack, seed)
+    found = _measured(subject.looked_at(seed), threat, attack, seed)
     return Alone(name, found.adversarial, found.robust, found.passes, found.forwards)
 
 
-def _nearest(name: str, subject: Target, threat: ThreatModel) -> Alone:
+def _nearest(name: str, subject: Target, threat: ThreatModel, seed: int) -> Alone:
     if threat.norm != "l2":
         raise UsageError(
             f"{name} looks for the smallest l2 change, and the threat model is {threat.norm}; use --norm l2"
         )
-    found = NEAREST[name](subject.network, subject.images, subject.labels)
+    with own_randomness(subject.images.device, seed):
+        found = NEAREST[name](subject.network, subject.images, subject.labels)
     robust = ~found.broken(threat.eps)
     return Alone(name, wilson(int(robust.sum()), len(robust)), robust, found.passes, 0)
 

@@ -164,6 +164,18 @@ class L1(ThreatModel):
     norm: ClassVar[str] = "l1"
     moved_share: ClassVar[float] = 0.01
 
+    def project(self, images: Images, clean: Images) -> Images:
+        """Return the nearest legal images; what a pixel cannot spend at the end of its range is left to the others.
+
+        Source: Croce & Hein 2021, "Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers",
+        proposition 2.1.
+        """
+        clamped = images.clamp(*self.pixel_range)
+        legal = self.distance(clamped, clean) <= self.eps
+        if legal.all():
+            return clamped
+        return torch.where(_per_image(legal, images), clamped, self._nearest(images, clean)).clamp(*self.pixel_range)
+
     def distance(self, images: Images, clean: Images) -> Tensor:
         """Return the sum of absolute changes per image: (N,)."""
         return (images - clean).flatten(1).abs().sum(1)
@@ -173,20 +185,50 @@ class L1(ThreatModel):
         low, high = self.pixel_range
         blocked = ((gradient > 0) & (images <= low)) | ((gradient < 0) & (images >= high))
         movable = gradient.masked_fill(blocked, 0.0).flatten(1)
-        payable = ceil(self.eps / (0.5 * (high - low)))
-        count = max(1, min(payable, int(self.moved_share * movable.shape[1])))
+        count = max(1, min(self._payable, int(self.moved_share * movable.shape[1])))
         chosen = movable.abs().topk(count, dim=1).indices
         direction = torch.zeros_like(movable).scatter(1, chosen, movable.gather(1, chosen).sign())
         return (direction / direction.abs().sum(1, keepdim=True).clamp_min(1)).view_as(gradient)
 
+    def sparse_start(self, clean: Images, generator: torch.Generator) -> Images:
+        """Return legal images that differ from the clean ones in a few pixels, as the best corners of the ball do."""
+        count, size = len(clean), clean[0].numel()
+        few = torch.randint(1, min(size, max(1, 3 * self._payable // 2)) + 1, (count, 1), generator=generator)
+        chosen = torch.rand(count, size, generator=generator).argsort(1).argsort(1) < few
+        signs = torch.randint(0, 2, (count, size), generator=generator) * 2.0 - 1.0
+        # twice eps in all: about half of them meet the end of their range
+        delta = 2 * self.eps * chosen * signs / few
+        return self.project(clean + delta.view(clean.shape).to(clean), clean)
+
+    @property
+    def _payable(self) -> int:
+        """How many pixels eps can move by half the pixel range."""
+        low, high = self.pixel_range
+        return ceil(self.eps / (0.5 * (high - low)))
+
+    def _nearest(self, images: Images, clean: Images) -> Images:
+        low, high = self.pixel_range
+        delta = (images - clean).flatten(1)
+        wall = torch.where(delta > 0, high - clean.flatten(1), clean.flatten(1) - low)
+        kept = delta.sign() * (delta.abs() - self._level(delta.abs(), wall)).clamp_min(0).minimum(wall)
+        return super()._nearest(clean + kept.view_as(clean), clean)  # which sees to the rounding
+
+    def _level(self, size: Tensor, wall: Tensor) -> Tensor:
+        """Return the level (N, 1) that sizes (N, D) give up, up to their walls (N, D), for a sum of eps.
+
+        The sum falls with the level, in straight lines that bend where an entry reaches its wall, and zero.
+        """
+        bends, order = torch.cat([size, size - wall], 1).sort(dim=1, descending=True)
+        slope = torch.where(order < size.shape[1], 1.0, -1.0)
+        many, whole = slope.cumsum(1), (slope * bends).cumsum(1)
+        # at the first bend where the sum is above eps the level is passed; at the last one it is all walls
+        before = ((whole - bends * many <= self.eps).sum(1, keepdim=True) - 1).clamp_min(0)
+        level = (whole.gather(1, before) - self.eps) / many.gather(1, before).clamp_min(1)
+        return level.clamp_min(0)
+
     def _shrink(self, delta: Tensor) -> Tensor:
         # Duchi et al. 2008: soft-threshold by the level at which the sum of magnitudes is eps
-        magnitude = delta.abs().sort(dim=1, descending=True).values
-        surplus = magnitude.cumsum(1) - self.eps
-        rank = torch.arange(1, delta.shape[1] + 1, device=delta.device)
-        support = (magnitude * rank > surplus).sum(1, keepdim=True).clamp_min(1)
-        level = (surplus.gather(1, support - 1) / support).clamp_min(0)
-        return delta.sign() * (delta.abs() - level).clamp_min(0)
+        return delta.sign() * (delta.abs() - self._level(delta.abs(), delta.abs())).clamp_min(0)
 
     def _random_delta(self, count: int, size: int, generator: torch.Generator) -> Tensor:
         # exponential magnitudes with random signs, divided by their sum and one more draw: uniform in the ball

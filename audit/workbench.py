@@ -3,11 +3,10 @@
 With `benchmark.py` the only module beside command lines and studies that joins measurements and registry.
 """
 
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from audit.config import Cell
 from audit.errors import AuditError, EnvironmentFault, UsageError
 from audit.gates import gated, gates
 from audit.measurement import VERSION, LayerAudit, assemble, check_input
+from audit.outcomes import failed_id, failure, provenance, with_certificate
+from audit.partial import Parts
 from audit.records import AuditRecord, RecordStore, digest
 from audit.robustness import Robustness, Target, attacked
 from model_zoo.datasets import NAMED, ImageRequest, ImageSet, check_fit, load_at_most, load_images
@@ -28,6 +29,7 @@ from model_zoo.entries import ModelEntry, parse_ref
 from model_zoo.load import LoadedModel, SourceSettings, identify, load_model
 
 _EXAMPLES = 1000  # training images that heads beside a certificate learn on
+_SHARED = ("version", "network", "architecture", "code_sha256", "weights_sha256", "data_sha256")
 _DECIDING_OPTIONS = ("arch", "num_classes", "mean", "std", "shape")
 
 
@@ -64,10 +66,12 @@ def device_of(name: str) -> torch.device:
 class Workbench:
     """One model, one set of images and the accuracies measured with them, kept while consecutive cells share them."""
 
-    def __init__(self, options: RunOptions, watcher: Watcher) -> None:
+    def __init__(self, options: RunOptions, watcher: Watcher, folder: Path | None = None) -> None:
         self.options, self.watcher = options, watcher
         self.device = device_of(options.device)
+        self.parts = Parts(folder, self.device)
         self._images: dict[tuple[str, int | None], ImageSet] = {}
+        self._training: dict[str, ImageSet] = {}
         self._entries: dict[str, ModelEntry] = {}
         self._model: tuple[str, LoadedModel] | None = None
         self._certificates: dict[str, LayerCertificate] = {}
@@ -80,7 +84,7 @@ class Workbench:
         try:
             return digest(self._identity(cell))
         except Exception:  # the record of the failure will say it
-            return _failed_id(cell)
+            return failed_id(cell)
 
     def record(self, cell: Cell, store: RecordStore) -> AuditRecord:
         """Return the cell's record, measured and stored where it is not there yet."""
@@ -97,7 +101,8 @@ class Workbench:
         """Store a new record, in the place of that of an earlier failure."""
         store.write(record)
         if record.valid:
-            store.path(_failed_id(cell)).unlink(missing_ok=True)
+            store.path(failed_id(cell)).unlink(missing_ok=True)
+            self.parts.forget(record.cell_id)
         self.watcher.done(record, False)
         return record
 
@@ -113,12 +118,17 @@ class Workbench:
             seen = [check._asdict() for found in self._gated.values() for check in found]
             return replace(failure(cell, error), checks=tuple(seen) if self._holds(cell.ref) else ())
         named = _labelled(record, cell, entry, replace(self._loaded(cell.ref).entry, ref=cell.ref))
-        provenance = _provenance(self.device)
-        details = {**named.details, "identity": identity, "provenance": provenance, "data_sha256": images.sha256}
+        details = {
+            **named.details, "identity": identity, "provenance": provenance(self.device), "data_sha256": images.sha256
+        }  # fmt: skip
         return replace(named, cell_id=digest(identity), seconds=time.monotonic() - started, details=details)
 
     def _identity(self, cell: Cell) -> dict[str, Any]:
-        return _identity(cell, self._image_set(cell), self._entry(cell.ref))
+        found = _identity(cell, self._image_set(cell), self._entry(cell.ref))
+        if not cell.settings.certificate:
+            return found
+        training = self._training_set(cell)
+        return {**found, "examples_sha256": training.sha256 if training else None}
 
     def _measure(self, cell: Cell, images: ImageSet) -> AuditRecord:
         model = self._loaded(cell.ref)
@@ -132,11 +142,12 @@ class Workbench:
         key = f"{cell.ref} {images.sha256} {cell.layer} {cell.settings}"
         if self._layer is None or self._layer[0] != key:
             self._layer = (key, LayerAudit(model.network, pixels, labels, cell.layer, cell.settings))
+        self._layer[1].keep = partial(self._estimate, cell)
         measured = self._layer[1].under(cell.threat)
         record = gated(assemble(robustness, measured, cell.layer, cell.threat, cell.settings), shut)
         if not cell.settings.certificate:
             return record
-        return _with_certificate(record, self._certified(cell, model, images))
+        return with_certificate(record, self._certified(cell, model, images))
 
     def _gates(self, cell: Cell, model: LoadedModel, images: ImageSet) -> tuple[Check, ...]:
         """What makes the network unfit to be ranked belongs to it and its images: layers and threat models share it."""
@@ -153,17 +164,28 @@ class Workbench:
             self.watcher.stage(cell, "certifying")
             case = Case(model.network, images.images, images.labels, len(images.classes), examples=self._examples(cell))
             ask = CertificationSettings(CertificateSettings(seed=cell.settings.seeds[0]), cell.settings.attack)
-            self._certificates[key] = certify_layers(case, [cell.layer], [cell.threat], ask)[0].row
+            made = _part(self._identity(cell), "certificate", "layer", "norm", "eps", "examples_sha256")
+            made |= {"attack": repr(ask.attack), "seed": ask.certificate.seed, "method": CERTIFICATE_VERSION}
+            self._certificates[key] = self.parts.get(
+                made, lambda: certify_layers(case, [cell.layer], [cell.threat], ask)[0].row
+            )
         return self._certificates[key]
 
     def _examples(self, cell: Cell) -> Examples | None:
+        training = self._training_set(cell)
+        if training is None:
+            return None
+        return Examples(training.images.to(self.device), training.labels.to(self.device))
+
+    def _training_set(self, cell: Cell) -> ImageSet | None:
         """Images of the training split to train heads on; sets without one have the network's own head only."""
         if cell.dataset not in NAMED:
             return None
-        options = self.options
-        asked = ImageRequest(_EXAMPLES, "train", data_dir=options.data_dir, offline=options.sources.offline)
-        found = load_at_most(cell.dataset, asked)
-        return Examples(found.images.to(self.device), found.labels.to(self.device))
+        if cell.dataset not in self._training:
+            options = self.options
+            asked = ImageRequest(_EXAMPLES, "train", data_dir=options.data_dir, offline=options.sources.offline)
+            self._training = {cell.dataset: load_at_most(cell.dataset, asked)}
+        return self._training[cell.dataset]
 
     def _robustness(self, cell: Cell, model: LoadedModel, images: ImageSet) -> Robustness:
         """What attacks found belongs to a model and a threat model: layers share them."""
@@ -171,8 +193,18 @@ class Workbench:
         if key not in self._attacked:
             attack, seed = cell.settings.attack, cell.settings.seeds[0]
             target = Target(model.network, images.images, images.labels)
-            self._attacked[key] = attacked(target, cell.threat, attack, seed)
+            made = _part(self._identity(cell), "attack", "norm", "eps") | {"attack": repr(attack), "seed": seed}
+            self._attacked[key] = self.parts.get(made, lambda: _told(attacked(target, cell.threat, attack, seed)))
         return self._attacked[key]
+
+    def _estimate(self, cell: Cell, seed: int, case: str, compute: Callable[[], Any]) -> Any:
+        """Return one seed's estimate: the normal case belongs to all threat models, the worst to its cell alone."""
+        identity = self._identity(cell)
+        if case == "worst":
+            return self.parts.get({"part": "worst", "cell": digest(identity), "seed": seed}, compute, digest(identity))
+        settings = identity["settings"]
+        made = _part(identity, "normal", "layer") | {"estimator": settings["estimator"], "reduce": settings["reduce"]}
+        return self.parts.get(made | {"seed": seed}, compute)
 
     def _image_set(self, cell: Cell) -> ImageSet:
         """The cell's images, moved to the device once."""
@@ -205,18 +237,15 @@ class Workbench:
         return self._model[1]
 
 
-def _with_certificate(record: AuditRecord, found: LayerCertificate) -> AuditRecord:
-    return replace(
-        record,
-        certified_bound=found.certified_bound,
-        certified_bound_population=found.certified_bound_population,
-        certified_tier=found.certified_tier if found.certified_bound is not None else "",
-        best_head=found.best_head or "",
-        best_head_accuracy=found.best_head_accuracy,
-        flags=(*record.flags, *(flag.replace("weak attack", "weak_attack") for flag in found.flags)),
-        passes=(record.passes or 0) + found.passes + found.attack_passes,
-        details={**record.details, "certificate": found.to_dict()},
-    )
+def _told(found: Robustness) -> Robustness:
+    """Leave out the adversarial images: no record reads them, and they are most of what an attack leaves."""
+    siege = found.accuracy.siege
+    return found._replace(accuracy=found.accuracy._replace(siege=siege._replace(images=siege.images[:0].clone())))
+
+
+def _part(identity: dict[str, Any], part: str, *names: str) -> dict[str, Any]:
+    """Return what decides a part of a cell: the network and its images, and what is named of the cell's identity."""
+    return {"part": part, **{name: identity[name] for name in (*_SHARED, *names)}}
 
 
 def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]:
@@ -281,39 +310,3 @@ def _labelled(record: AuditRecord, cell: Cell, pinned: ModelEntry, loaded: Model
         flags=tuple(flags),
         details={**record.details, "renames": list(loaded.renames), "notes": notes, "published": published},
     )
-
-
-def _failed_id(cell: Cell) -> str:
-    return digest({"failed": [cell.ref, cell.dataset, cell.layer, cell.threat.norm, cell.threat.eps]})
-
-
-def failure(cell: Cell, error: BaseException) -> AuditRecord:
-    """Return the record of a cell that could not be measured, with the reason in a sentence."""
-    first = next(iter(str(error).splitlines()), "")
-    reason = first if isinstance(error, AuditError) else f"{type(error).__name__}: {first}".removesuffix(": ")
-    return AuditRecord(
-        cell_id=_failed_id(cell),
-        model=cell.name or cell.ref,
-        source=cell.ref.partition(":")[0],
-        family="unknown",
-        training="unknown",
-        trained_eps=0.0,
-        dataset=cell.dataset,
-        layer=cell.layer,
-        norm=cell.threat.norm,
-        eps=cell.threat.eps,
-        weights_sha256="unknown",
-        estimator=cell.settings.estimator.name,
-        attack=cell.settings.attack.name_in(cell.threat.norm),
-        seeds=len(cell.settings.seeds),
-        images=cell.images or 0,
-        status="failed",
-        reason=reason,
-        details={"error": type(error).__name__, "exit_code": getattr(error, "exit_code", 1)},
-    )
-
-
-def _provenance(device: torch.device) -> dict[str, str]:
-    packages = ("rvaudit", "torch", "torchvision", "timm", "robustbench", "numpy")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"python": platform.python_version(), "device": hardware, **{name: version(name) for name in packages}}

@@ -13,12 +13,6 @@ from model_zoo.hub import build_within
 from model_zoo.prepared import Prepared
 
 
-def card_beside(weights: Path) -> Path | None:
-    """Return the card of a weights file, of the same name but for the ending, or None where there is none."""
-    card = weights.with_suffix(".json")
-    return card if weights.is_file() and card != weights and card.is_file() else None
-
-
 def prepare_carded(weights: Path, path: Path) -> Prepared:
     """Read a card and check its weights against it.
 

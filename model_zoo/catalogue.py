@@ -150,6 +150,12 @@ def read_card_file(path: Path, whose: str) -> dict[str, Any]:
     return card
 
 
+def card_beside(weights: Path) -> Path | None:
+    """Return the card of a weights file, of the same name but for the ending, or None where there is none."""
+    card = weights.with_suffix(".json")
+    return card if weights.is_file() and card != weights and card.is_file() else None
+
+
 def bundled_names() -> list[str]:
     """Return the ids of the models that come with the package."""
     return sorted(path.stem for path in BUNDLED.glob("*.json"))

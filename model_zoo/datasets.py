@@ -110,7 +110,8 @@ def check_fit(model: LoadedModel, images: ImageSet) -> None:
         unequal = "channels" if shape[0] != model.image_shape[0] else "size"
         raise MismatchError(f"{name} takes images of {wanted}, {images.ref} has {found}: the {unequal} differ")
     if model.num_classes == 0:
-        raise MismatchError(f"{name} has no classifier, so its accuracy on {images.ref} is not defined")
+        message = f"{name} has no classifier, so its accuracy on {images.ref} is not defined"
+        raise MismatchError(f"{message}; audit it saved with a head, or bound every head on it: rvaudit certify")
     if classes != model.num_classes:
         raise MismatchError(f"{name} has {model.num_classes} outputs, data set {images.ref} has {classes} classes")
     if model.image_shape is None:

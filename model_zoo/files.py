@@ -14,7 +14,7 @@ from torch import nn
 from audit.errors import AuditError, EnvironmentFault, MismatchError, UnknownNameError, UnsafeError, UsageError
 from model_zoo import catalogue, libraries
 from model_zoo.architectures import build
-from model_zoo.cards import card_beside, prepare_carded
+from model_zoo.cards import prepare_carded
 from model_zoo.checkpoints import fit_weights, read_weights
 from model_zoo.downloads import file_sha256, verify
 from model_zoo.entries import TRAININGS, ModelEntry, ModelRef, is_model_ref, parse_fraction, parse_ref
@@ -42,7 +42,7 @@ def prepare_file(ref: ModelRef, sources: SourceSettings) -> Prepared:
     EnvironmentFault for a missing file, IntegrityError for another hash than `sha256=`.
     """
     options = ref.options
-    if not options and (card := card_beside(Path(ref.target))):
+    if not options and (card := catalogue.card_beside(Path(ref.target))):
         return prepare_carded(Path(ref.target), card)
     num_classes = _count(options.get("num_classes", ""))
     shape = _shape(options["shape"]) if "shape" in options else None

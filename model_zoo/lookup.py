@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from audit.errors import EnvironmentFault, UnknownNameError, UsageError
-from model_zoo.catalogue import BUNDLED, bundled_names, read_card, robustbench_row
+from model_zoo.catalogue import BUNDLED, bundled_names, card_beside, read_card, read_card_file, robustbench_row
 from model_zoo.downloads import verify
 from model_zoo.entries import ModelRef, is_model_ref, parse_ref
 
@@ -66,6 +66,9 @@ def _check_robustbench(ref: ModelRef) -> None:
 
 def _check_file(ref: ModelRef) -> None:
     path, arch = Path(ref.target), ref.options.get("arch", "")
+    if not ref.options and (card := card_beside(path)):
+        verify(path, read_card_file(card, f"the weights {path.name}")["sha256"])
+        return
     if not arch or "num_classes" not in ref.options:
         missing = "arch=" if not arch else "num_classes="
         raise UsageError(

@@ -16,7 +16,7 @@ from reports.calibration import calibration_sentence, failed_calibration
 from reports.cells import HEADERS
 from reports.drawings import spark
 from reports.estimators import place
-from reports.explanations import explain, flag_name
+from reports.explanations import distrusts_attack, distrusts_search, explain, flag_name
 from reports.figures import agreement_figure, calibration_figure, figure1, figure2, figure_bytes
 from reports.model_pages import anchors, model_pages
 from reports.ranking import leaderboard
@@ -101,11 +101,19 @@ def _notices(records: Sequence[AuditRecord]) -> list[str]:
         notices.append(f"User code was trusted to build: {', '.join(trusted)}.")
     if loose:
         notices.append(f"No hash of the weights was known beforehand for: {', '.join(loose)}.")
-    distrusted = sorted({short_name(record.model) for record in records if record.untrusted})
-    if distrusted:
+    attacked, searched = (
+        sorted({short_name(record.model) for record in records if any(told(flag) for flag in record.flags)})
+        for told in (distrusts_attack, distrusts_search)
+    )
+    if attacked:
         notices.append(
-            f"The adversarial accuracy is an upper bound, attack not trustworthy, of: {', '.join(distrusted)}. "
+            f"The adversarial accuracy is an upper bound, attack not trustworthy, of: {', '.join(attacked)}. "
             "They are not ranked."
+        )
+    if searched:
+        notices.append(
+            "The worst-case information is an upper bound, its search not trustworthy, of: "
+            f"{', '.join(searched)}. They are not ranked."
         )
     gated = sorted({short_name(record.model) for record in records if record.gated})
     if gated:
@@ -156,8 +164,7 @@ def _picture(title: str, figure: Figure, words: str) -> Picture:
 
 
 def _flags(frame: pd.DataFrame) -> list[tuple[str, str]]:
-    names = {flag_name(flag): flag for cell in frame["flags"] for flag in split_flags(cell)}
-    return [(name, explain(names[name])) for name in sorted(names)]
+    return sorted({(flag_name(flag), explain(flag)) for cell in frame["flags"] for flag in split_flags(cell)})
 
 
 def _failures(frame: pd.DataFrame) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """The arrows between our modules, read from the source: who may import whom, and what."""
 
 import ast
+import os
 import subprocess
 import sys
 from functools import cache
@@ -179,3 +180,36 @@ def test_loading_it_does_not_load_torch(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'timm', 'torchvision', 'robustbench'}} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert answer.stdout.strip() == ""
+
+
+READING = """
+import sys
+from pathlib import Path
+from audit.records import AuditRecord, RecordStore
+from reports.cli import main
+
+text = "name: a\\ndataset: digits\\nmodels: [bundled:digits-vgg-standard]\\nthreats: {eps: 0.1}\\n"
+Path("run").mkdir()
+for place in ("b.yaml", "run/benchmark.yaml"):
+    Path(place).write_text(text)
+RecordStore(Path("run")).write(AuditRecord(
+    cell_id="0" * 64, model="m", source="bundled", family="vgg", training="standard", trained_eps=0.0,
+    dataset="digits", layer="logits", norm="linf", eps=0.1, weights_sha256="0", estimator="sandwich", attack="a",
+    seeds=1, images=50, normal_nats=2.0, normal_nats_se=0.1, worst_nats=1.0, worst_nats_se=0.1, rv=1.0, rv_se=0.1,
+    natural_accuracy=0.9, adversarial_accuracy=0.5, adversarial_gap=0.4))
+for words in (["--help"], ["status", "run"], ["validate", "b.yaml", "--schema"], ["leaderboard", "run"],
+              ["report", "run"]):
+    code = main(words)
+    print(words[0], code, *sorted({"torch", "timm", "torchvision", "robustbench"} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+def test_commands_that_only_read_do_not_load_torch(tmp_path):
+    search = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", READING], capture_output=True, text=True, check=True, cwd=tmp_path, env=search
+    )
+    told = [line for line in done.stderr.splitlines() if line[:1].islower() or line.startswith("--")]
+    assert [line.split() for line in told if "0" in line.split()] == [
+        [name, "0"] for name in ("--help", "status", "validate", "leaderboard", "report")
+    ], done.stderr

@@ -23,7 +23,7 @@ from audit.records import write_atomically
 from audit.studies.rows import write_rows
 from audit.studies.table1_settings import PAPER_ATTACK, Parts, Sample, Table1Request, load_parts
 from audit.supervised import train_classifier
-from model_zoo.architectures.encoders import FACTORIES, FEATURES, PaperEncoder
+from model_zoo.architectures.encoders import FEATURES, PaperEncoder
 from model_zoo.checkpoints import fit_weights, read_weights, write_safetensors
 
 HEADS = ("mlp", "linear")
@@ -152,18 +152,17 @@ class _Study:
         fitted = fit_head(encoder, *self.parts.train, fit, watched, heard)
         found = {(row, head): fitted.last} | {(name, head): each.network for name, each in fitted.best.items()}
         if head == "linear":
-            kind = "robust" if fit.threat else "standard"
-            self._save(fitted.last, f"{self._stem(row.partition(' ')[0], seed)}-{kind}-h")
+            self._save(fitted.last, row.partition(" ")[0], seed, robust=fit.threat is not None)
         self._write(seed, found)
 
-    def _save(self, classifier: OnLayer, stem: str) -> None:
+    def _save(self, classifier: OnLayer, name: str, seed: int, *, robust: bool) -> None:
         """Write an encoder with its linear head, a model whose layer `penultimate` is the representation."""
         parts = {"0": classifier.layer, "1": classifier.head}
         tensors = {f"{place}.{name}": each for place, part in parts.items() for name, each in part.state_dict().items()}
-        path = self.folder / "encoders" / f"{stem}.safetensors"
-        card = {"id": stem, "reference": self._reference(path, self.parts.classes), "settings": self.settings}
-        card["sha256"] = write_safetensors(tensors, path)
-        write_atomically(path.with_suffix(".json"), json.dumps(card, indent=1) + "\n")
+        path = self.folder / "encoders" / f"{self._stem(name, seed)}-{'robust' if robust else 'standard'}-h.safetensors"
+        sha256 = write_safetensors(tensors, path)
+        card = self._card(path.stem, self.parts.classes, robust=robust or _BETAS[name] > 0)
+        _write_card(path, card | {"sha256": sha256})
 
     def _write(self, seed: int, networks: dict[tuple[str, str], OnLayer]) -> None:
         """Measure classifiers and write their rows; those of one training are written together or not at all."""
@@ -193,7 +192,8 @@ class _Study:
             heard = self.meter.within(f"{name} g", f"seed {seed}: {name} g", training.epochs)
             train_representation(encoder, self.parts.train.images, training, heard, kept)
             sha256 = write_safetensors(encoder.state_dict(), weights)
-            write_atomically(card, json.dumps(self._card(weights, name, seed) | {"sha256": sha256}, indent=1) + "\n")
+            made = {"mutual_information": training.identity(), "sha256": sha256}
+            _write_card(weights, self._card(stem, 0, robust=_BETAS[name] > 0) | made)
             kept.unlink(missing_ok=True)
         return encoder.eval().requires_grad_(False)
 
@@ -203,26 +203,29 @@ class _Study:
             encoder = PaperEncoder(self._shape, self.request.scale.width)
         return encoder.to(self.parts.train.images.device)
 
-    def _card(self, weights: Path, name: str, seed: int) -> dict[str, Any]:
+    def _card(self, stem: str, classes: int, *, robust: bool) -> dict[str, Any]:
+        """Return a card as those of the recipes, so that `file:PATH` loads the encoder by it; 0 classes: no head."""
+        arguments = {"image_shape": list(self._shape), "width": self.request.scale.width, "num_classes": classes}
         return {
-            "id": weights.stem,
-            "reference": self._reference(weights, 0),
+            "id": stem,
             "architecture": "paper-encoder",
-            "arguments": {"image_shape": list(self._shape), "width": self.request.scale.width},
+            "arguments": arguments,
+            "num_classes": classes,
+            "image_shape": list(self._shape),
+            "family": "paper-encoder",
             "dataset": self.request.dataset,
-            "eps": self.request.subject.eps,
-            "training": self.request.mutual_information(_BETAS[name], seed).identity(),
+            "training": "robust" if robust else "standard",
+            "trained_norm": "linf" if robust else "",
+            "trained_eps": self.request.subject.eps if robust else 0.0,
+            "licence": "MIT",
+            "reference": "Zhu, Zhang & Evans 2020, section 5",
+            "recipe": f"rvaudit reproduce table1 --dataset {self.request.dataset} --scale {self.request.scale_name}",
+            "published": [],
             "settings": self.settings,
         }
 
     def _stem(self, name: str, seed: int) -> str:
         return f"{self.request.dataset}-{self.request.scale_name}-{name}-seed{seed}"
-
-    def _reference(self, weights: Path, classes: int) -> str:
-        """Return what names the file as a model, from its own folder; nothing for sizes without a factory."""
-        factory, size = FACTORIES.get((self._shape, self.request.scale.width)), "x".join(map(str, self._shape))
-        arch = f"model_zoo.architectures.encoders:{factory}"
-        return f"file:{weights.name}?arch={arch}&num_classes={classes}&shape={size}" if factory else ""
 
     @property
     def _shape(self) -> tuple[int, int, int]:
@@ -241,3 +244,7 @@ class _Study:
         if any(row.get("settings") != self.settings for row in rows):
             raise UsageError(f"{path} holds rows of other settings or images: name another folder, or delete it")
         return rows
+
+
+def _write_card(weights: Path, card: dict[str, Any]) -> None:
+    write_atomically(weights.with_suffix(".json"), json.dumps(card, indent=1) + "\n")

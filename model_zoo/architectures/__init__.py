@@ -6,7 +6,9 @@ from typing import Any
 from torch import nn
 
 from audit.errors import MismatchError, UnknownNameError
+from model_zoo.architectures.cifar import CifarVGG, cifar_densenet, cifar_resnet
 from model_zoo.architectures.digits import VGG, BaselineH, DenseNet, ResNet
+from model_zoo.architectures.encoders import paper_network
 from model_zoo.architectures.hypothesis import VIB, HypothesisNet, LeNet, PlainCNN
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
@@ -18,6 +20,10 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "plain-cnn": PlainCNN,
     "vib": VIB,
     "lenet": LeNet,
+    "cifar-resnet": cifar_resnet,
+    "cifar-densenet": cifar_densenet,
+    "cifar-vgg": CifarVGG,
+    "paper-encoder": paper_network,
 }
 
 

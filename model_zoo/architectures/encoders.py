@@ -1,9 +1,4 @@
-"""The paper's encoder: three strided convolutions, a hidden layer, 64 features, no classifier.
-
-The functions below are factories for `file:` references, one for each size and width that the studies train, such as
-`file:g.safetensors?arch=model_zoo.architectures.encoders:grey28_w16&num_classes=0&shape=1x28x28`. With classes they
-put a linear head on the encoder, whose features then are the layer `penultimate`.
-"""
+"""The paper's encoder: three strided convolutions, a hidden layer, 64 features, no classifier."""
 
 from torch import Tensor, nn
 
@@ -45,41 +40,7 @@ class PaperEncoder(nn.Module):
         return features
 
 
-def _network(shape: tuple[int, int, int], width: int, num_classes: int) -> nn.Module:
-    encoder = PaperEncoder(shape, width)
+def paper_network(image_shape: tuple[int, int, int], width: int = 64, num_classes: int = 0) -> nn.Module:
+    """Return an encoder, or with classes an encoder under a linear head: its layer `penultimate` is the encoder's."""
+    encoder = PaperEncoder(image_shape, width)
     return nn.Sequential(encoder, nn.Linear(FEATURES, num_classes)) if num_classes else encoder
-
-
-def grey8_w16(num_classes: int = 0) -> nn.Module:
-    """Return an encoder of 8 x 8 grey images, a quarter of the paper's width."""
-    return _network((1, 8, 8), 16, num_classes)
-
-
-def grey28_w16(num_classes: int = 0) -> nn.Module:
-    """Return an encoder of 28 x 28 grey images, a quarter of the paper's width."""
-    return _network((1, 28, 28), 16, num_classes)
-
-
-def grey28_w64(num_classes: int = 0) -> nn.Module:
-    """Return an encoder of 28 x 28 grey images, as wide as the paper's."""
-    return _network((1, 28, 28), 64, num_classes)
-
-
-def colour32_w16(num_classes: int = 0) -> nn.Module:
-    """Return an encoder of 32 x 32 colour images, a quarter of the paper's width."""
-    return _network((3, 32, 32), 16, num_classes)
-
-
-def colour32_w64(num_classes: int = 0) -> nn.Module:
-    """Return an encoder of 32 x 32 colour images, as wide as the paper's."""
-    return _network((3, 32, 32), 64, num_classes)
-
-
-FACTORIES = {
-    ((1, 8, 8), 16): "grey8_w16",
-    ((1, 28, 28), 16): "grey28_w16",
-    ((1, 28, 28), 64): "grey28_w64",
-    ((3, 32, 32), 16): "colour32_w16",
-    ((3, 32, 32), 64): "colour32_w64",
-}
-"""The name of the factory for an image shape and a width."""

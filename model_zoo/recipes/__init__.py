@@ -1,16 +1,20 @@
 """How checkpoints are made: `rvaudit train RECIPE` makes a bundled one again, or one of the "Guess First" networks."""
 
 from audit.errors import UnknownNameError
+from model_zoo.recipes.cifar import CifarRecipe, is_trained, train_cifar
 from model_zoo.recipes.digits import RECIPES, Recipe, train_recipe
 from model_zoo.recipes.guess_first import GUESS_FIRST, GuessFirstRecipe, GuessFirstRun, train_guess_first
 
 __all__ = [
     "GUESS_FIRST",
     "RECIPES",
+    "CifarRecipe",
     "GuessFirstRecipe",
     "GuessFirstRun",
     "Recipe",
     "find_recipe",
+    "is_trained",
+    "train_cifar",
     "train_guess_first",
     "train_recipe",
 ]

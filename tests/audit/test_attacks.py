@@ -3,7 +3,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audit.attacks import cross_entropy_objective, margin, margin_objective
+from audit.attacks import cross_entropy_objective, margin, margin_objective, search
+from audit.pgd import PGD, minimise
+from audit.threat import L1, L2, Linf
+from audit.types import Judged, keyed_generator
+from model_zoo.datasets import ImageRequest, load_images
+from model_zoo.load import load_model
 
 
 def test_margins_of_known_logits():
@@ -49,3 +54,51 @@ def test_the_margin_keeps_a_gradient_where_cross_entropy_saturates():
         value = make(nn.Flatten(), torch.tensor([0]))(leaf, torch.tensor([0])).value
         gradients.append(float(torch.autograd.grad(value.sum(), leaf)[0].abs().max()))
     assert gradients == [0, 1]
+
+
+def waves(images, index):
+    """An objective with many hollows, another for each image."""
+    value = torch.sin(9 * images.flatten(1) + index[:, None]).sum(1)
+    return Judged(value, value.detach() < -16)
+
+
+IMAGES = torch.rand(30, 1, 8, 8, generator=keyed_generator(1))
+
+
+@pytest.mark.parametrize(
+    ("threat", "pgd"),
+    [(Linf(0.1), PGD(20)), (L2(0.5), PGD(20, restarts=2)), (L1(1.0), PGD(9)), (L1(1.0), PGD(1, 1.0, False))],
+)
+def test_where_nothing_is_walked_in_the_search_is_the_one_loop(threat, pgd):
+    ours, plain = (run(waves, IMAGES, threat, pgd, keyed_generator(2)) for run in (search, minimise))
+    assert torch.equal(ours.images, plain.images)
+    assert ours.passes == plain.passes
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_what_is_walked_in_is_legal_no_worse_than_clean_and_the_same_for_every_batch_size(random_start):
+    threat, everyone = L1(2.0), torch.arange(30)
+    runs = []
+    for batch_size in (1, 7, 64):
+        pgd = PGD(20, 0.15, random_start, restarts=3, batch_size=batch_size)
+        runs.append(search(waves, IMAGES, threat, pgd, keyed_generator(3)))
+    first = runs[0]
+    assert all(torch.equal(first.done, run.done) and torch.equal(first.step, run.step) for run in runs)
+    torch.testing.assert_close(runs[2].images, first.images, atol=1e-5, rtol=0)
+    assert (threat.distance(first.images, IMAGES) <= 2 + 1e-6).all()
+    assert 0 <= float(first.images.min()) <= float(first.images.max()) <= 1
+    assert (first.value <= waves(IMAGES, everyone).value).all()
+    torch.testing.assert_close(waves(first.images, everyone).value, first.value)
+    assert 0 < int(first.done.sum()) < 30
+    assert first.passes <= 30 * 20 * 3
+    assert int(first.step.max()) > 21  # later starts find what the first did not
+    assert int(first.step.max()) <= 3 * 21
+
+
+def test_walking_in_breaks_more_than_the_ball_itself_does_on_small_images():
+    found = load_images("digits", ImageRequest(count=40))
+    objective = margin_objective(load_model("bundled:digits-vgg-robust").network, found.labels)
+    pgd = PGD(20, 0.15, restarts=2)
+    ours, plain = (run(objective, found.images, L1(1.0), pgd, keyed_generator(0)) for run in (search, minimise))
+    assert int(ours.done.sum()) >= int(plain.done.sum()) + 2
+    assert len(search(objective, found.images[:0], L1(1.0), pgd, keyed_generator(0)).done) == 0

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from audit import workbench
 from audit.attacks import LabelAttack, two_losses
-from audit.benchmark import claim, expand, run
+from audit.benchmark import claim, expand, one_at_a_time, run
 from audit.config import Cell, read_config
 from audit.critics import CriticShape
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
@@ -399,3 +401,41 @@ def test_without_a_certificate_a_cell_is_the_same_as_before(small: Path) -> None
     (record, *_) = RecordStore(small / "run")
     assert "certificate" not in record.details["identity"]["settings"]
     assert not set(CERTIFICATE) & set(pd.read_csv(small / "run" / "leaderboard.csv").columns)
+
+
+def test_the_failures_of_two_estimators_are_two_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = replace(CELL, ref="bundled:no-such-model")
+    other = replace(lost, settings=replace(SETTINGS, estimator=Reference(per_position=True)))
+    first, second = run([lost, other], tmp_path)
+    assert first.cell_id != second.cell_id
+    assert len(list(RecordStore(tmp_path))) == 2
+
+
+def test_the_images_that_heads_learn_on_decide_a_certificate_and_nothing_else(tmp_path: Path) -> None:
+    images = load_images("digits", ImageRequest(count=60))
+    np.savez(tmp_path / "copy.npz", images=images.images.numpy(), labels=images.labels.numpy())
+    bench = workbench.Workbench(workbench.RunOptions(), Watcher())
+    plain, with_heads = CELL, replace(CELL, settings=replace(SETTINGS, certificate=True))
+    assert "examples_sha256" not in bench._identity(plain)
+    named = bench._identity(with_heads)
+    assert len(named["examples_sha256"]) == 64
+    copy = bench._identity(replace(with_heads, dataset=f"npz:{tmp_path / 'copy.npz'}"))
+    assert copy["examples_sha256"] is None  # such a set has no training images: other heads, another certificate
+
+
+def test_a_folder_of_locks_that_another_process_takes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, left = FileLock.acquire, 3
+
+    def taken_away(lock: FileLock, timeout: float) -> object:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise FileNotFoundError(2, "No such file or directory")
+        return real(lock, timeout=timeout)
+
+    monkeypatch.setattr(FileLock, "acquire", taken_away)
+    with one_at_a_time(tmp_path, "a", wait=False) as mine:
+        assert mine
+    left = 100
+    with pytest.raises(EnvironmentFault, match=r"\.locks is taken away again and again"):
+        one_at_a_time(tmp_path, "a", wait=False).__enter__()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from audit.accuracy import wilson
-from audit.kinds import Floors, Spread, bound_flags, estimate_flags, floor, label_entropy, largest_share
+from audit.checks import RANDOMISED, UPPER_BOUND, Check
+from audit.kinds import Floors, Spread, bound_flags, distrust_flags, estimate_flags, floor, label_entropy, largest_share
 from audit.theory import information_floor
 
 
@@ -99,3 +100,18 @@ def test_a_small_sample_of_answers_may_fall_short_of_all_of_them():
     assert estimate_flags(normal, worst, Floors(2.28, 1.0), 5.0) != []
     assert estimate_flags(normal, worst, Floors(2.28, 1.0, slack=0.03), 5.0) == []
     assert estimate_flags(Spread(2.1, 0.01), worst, Floors(2.28, 1.0, slack=0.03), 5.0) != []
+
+
+@pytest.mark.parametrize(
+    ("failing", "told"),
+    [
+        ({}, []),
+        ({14: "note"}, []),
+        ({5: "trust", 14: "note"}, [f"untrusted: the adversarial accuracy ({UPPER_BOUND}) failed 5 c5"]),
+        ({3: "trust", 8: "trust"}, [f"untrusted: the adversarial accuracy ({RANDOMISED}) failed 3 c3, 8 c8"]),
+    ],
+)
+def test_a_distrusted_attack_is_worded_by_its_verdict(failing, told):
+    sound = Check(1, "c1", "trust", True, None, "")
+    failed = (Check(number, f"c{number}", level, False, None, "") for number, level in failing.items())
+    assert distrust_flags(iter([sound, *failed])) == told

@@ -1,9 +1,12 @@
 """Training by mutual information: the objective of equation 5.2, its extremes, and runs that are stopped."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+from audit import learning
 from audit.augmentation import draw_shifts
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
 from audit.learning import MITraining, learning_mode, objective, train_representation, worst_case
@@ -236,6 +239,43 @@ def test_bf16_trains_to_finite_weights_that_differ_from_full_precision():
     assert all(tensor.isfinite().all() for tensor in mixed.values())
     assert mixed["body.0.weight"].dtype is torch.float32
     assert not same(mixed, trained())
+
+
+def test_an_encoder_trained_in_bf16_answers_in_full_precision():
+    encoder, seen = Encoder(), []
+    encoder.body[4].register_forward_hook(lambda _module, _given, out: seen.append(out.dtype))
+    train_representation(encoder, images(), MITraining(**SETTINGS | {"precision": "bf16"}))
+    assert torch.bfloat16 in seen
+    seen.clear()
+    plain = Encoder().eval()
+    plain.load_state_dict(encoder.state_dict())
+    assert torch.equal(encoder(images()), plain(images()))
+    assert set(seen) == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("shape", [ScorerShape("dot-product", 8), ScorerShape(width=8)])
+def test_the_device_follows_the_tensors(shape, monkeypatch):
+    """On a device without memory: an operation on two devices raises, and so would one that reads values."""
+
+    def one_gradient(value, clean, threat, *_rest):
+        leaf = clean.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(value(leaf, torch.arange(len(leaf), device=leaf.device)).value.sum(), leaf)
+        moved = threat.project(clean - 0.1 * slope.sign(), clean)
+        return SimpleNamespace(images=moved)
+
+    monkeypatch.setattr(learning, "minimise", one_gradient)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: False)  # it does not know of this device
+    batch, encoder = images(12).to("meta"), Encoder().to("meta").eval()
+    with torch.no_grad():
+        critic = Scorer(batch, encoder(batch), shape, keyed_generator(3))
+    batch = draw_shifts(batch, 1, keyed_generator(4)).apply(batch)
+    for branch in learning.IMAGE_BRANCHES:
+        training = MITraining(**SETTINGS | {"image_branch": branch})
+        moved = worst_case(encoder, critic, batch, training, keyed_generator(0))
+        value = objective(encoder, critic, batch, moved, 0.5)
+        value.backward()
+        assert {moved.device.type, value.device.type, encoder.body[0].weight.grad.device.type} == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["ref-local", "ref-mean", "dot-product"])

@@ -1,5 +1,8 @@
 """The search by differences: closed forms, legality, independence of the batch, and strength beside Square."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +15,10 @@ from audit.queries import Differences, _directions
 from audit.threat import THREATS, threat_model
 from audit.types import keyed_generator
 from model_zoo.datasets import ImageRequest, load_images
-from model_zoo.load import load_model
+from model_zoo.load import SourceSettings, load_model
+
+ROOT = Path(__file__).parents[2]
+THIRD_PARTY = Path(os.environ.get("RVAUDIT_THIRD_PARTY", ROOT.parent / "shared"))
 
 NORMS = pytest.mark.parametrize("norm", sorted(THREATS))
 DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
@@ -125,14 +131,33 @@ def test_it_is_stronger_than_square_with_as_many_queries(digits, norm, eps):
     assert int(ours.sum()) < int((margin(network(square.images).detach(), labels) > 0).sum())
 
 
+@pytest.mark.third_party
+@pytest.mark.skipif(not THIRD_PARTY.is_dir(), reason=f"no third-party files in {THIRD_PARTY}")
+def test_it_is_as_strong_as_square_in_l2_on_a_network_of_others():
+    """On images that nothing was chosen on."""
+    arch = f"{ROOT}/tests/third_party_nets.py:resnet2b&num_classes=10"
+    scale = "mean=.4914,.4822,.4465&std=.2471,.2435,.2616"
+    ref = f"file:{THIRD_PARTY}/checkpoints/resnet2b.pth?arch={arch}&{scale}"
+    network = load_model(ref, SourceSettings(trust_code=True, offline=True)).network
+    found = load_images(f"parquet:{THIRD_PARTY}/data/cifar10-test-a.parquet", ImageRequest(count=150))
+    images, labels, threat = found.images[110:], found.labels[110:], threat_model("l2", 0.5)
+    ours = Differences(300).search(network, images, labels, threat)
+    square = AutoAttack(("square", "square"), 300)(network, images, labels, threat, 0)
+    theirs = margin(network(square.images).detach(), labels) > 0
+    assert int((ours.margins > 0).sum()) <= int(theirs.sum())
+
+
 def test_parts_are_named_by_what_runs_and_l_inf_keeps_its_identity():
     assert AUDIT.asking_in("linf") == "square-300"
     assert AUDIT.asking_in("l1") == AUDIT.asking_in("l2") == "differences-300"
     assert AUDIT.name == AUDIT.name_in("linf")
     assert AUDIT.name_in("l2").endswith("+noise-100+differences-300")
     assert AUDIT.version_in("linf") == AUDIT.version
-    assert AUDIT.version_in("l2") == AUDIT.version_in("l1") == AUDIT.version + 1
+    assert AUDIT.version_in("l2") == AUDIT.version + 1
+    assert AUDIT.version_in("l1") == AUDIT.version + 2
     assert LabelAttack(AUDIT.stages).version_in("l2") == AUDIT.version
+    assert LabelAttack(AUDIT.stages).version_in("l1") == AUDIT.version + 1
+    assert LabelAttack(queries=9).version_in("l1") == AUDIT.version + 1
 
 
 def test_an_image_that_is_wrong_and_an_empty_set_cost_next_to_nothing(digits):

@@ -8,8 +8,8 @@ from audit.accuracy import measure_accuracy
 from audit.attacks import AUDIT, TIERS, LabelAttack, Stage
 from audit.errors import UnknownNameError, UsageError
 from audit.pgd import PGD
-from audit.robustness import ATTACKS, Target, alone, attacked, climb, compared, transferred
-from audit.threat import L2, Linf
+from audit.robustness import ATTACKS, Target, _found_halfway, alone, attacked, climb, compared, transferred
+from audit.threat import L1, L2, Linf
 from audit.types import keyed_generator
 
 QUICK = LabelAttack(AUDIT.stages, noise=5)
@@ -124,6 +124,85 @@ def test_square_breaks_what_gradients_do_not_and_says_so():
     (square,) = [check for check in found.checks if check.number == 15]
     assert square.passed is False
     assert found.accuracy.adversarial.value < 1
+
+
+class Hollow(nn.Module):
+    """The margin falls the wrong way to a floor that holds, and beyond a hill on the other side to under zero."""
+
+    def forward(self, images):
+        place = (images.flatten(1)[:, 0] - 0.5) * 10
+        margins = 1 + 0.3 * place - place.clamp_min(0.5) + 0.5
+        return torch.stack([margins, torch.zeros_like(margins)], 1)
+
+
+def test_what_lies_behind_a_hill_is_excused_and_what_a_mask_hides_is_not():
+    images = torch.full((6, 1, 4, 4), 0.5)
+    labels, broken, everyone = torch.zeros(6, dtype=torch.long), images.clone(), torch.arange(6)
+    broken[:, 0, 0, 0] = 0.8
+    honest = Target(Hollow().eval(), images, labels)
+    assert (honest.network(broken).argmax(1) == 1).all()
+    stuck = measure_accuracy(honest.network, images, labels, L2(0.31), LabelAttack((Stage("margin", PGD(40, 0.1)),)), 0)
+    assert stuck.robust.any()  # else nothing needs an excuse
+    assert torch.equal(_found_halfway(honest, broken, L2(0.31), everyone, 0), everyone)
+    masked = Target(Rounded(honest.network).eval(), images, labels)
+    assert len(_found_halfway(masked, broken, L2(0.31), everyone, 0)) == 0
+
+
+@pytest.mark.parametrize(("threat", "name"), [(L2(0.4), "l2"), (L1(1.6), "l1")])
+def test_a_mask_is_not_excused_in_other_norms_either(threat, name):
+    subject = target(count=12)
+    masked = Target(Rounded(subject.network).eval(), subject.images, subject.labels)
+    found = attacked(masked, threat, LabelAttack((Stage("margin", PGD(10)),), queries=300), 0)
+    (asked,) = [check for check in found.checks if check.number == 15]
+    assert asked.passed is False, name
+    assert asked.figure > 0.1
+
+
+class Drawing(Plane):
+    """A plane whose every pass is shifted by as much at random as images lie from it, or more."""
+
+    def forward(self, images):
+        return super().forward(images) + torch.randn(len(images), 2)
+
+
+def test_every_measurement_of_a_network_that_draws_is_keyed_and_leaves_the_global_generator_alone():
+    plain = target(count=4)
+    subject = Target(Drawing().eval(), plain.images, plain.labels)
+    quick = LabelAttack((Stage("margin", PGD(4)),), noise=2)
+
+    def everything():
+        return (
+            compared(subject, Linf(0.05), quick, 0),
+            climb(subject, Linf(0.05), 0, (0.5, 1.0)),
+            transferred({"a": subject}, Linf(0.05), 0)["a"]["a"],
+            alone("fgsm", subject, Linf(0.05), 0).robust,
+            alone("ddn", subject, L2(0.1), 0).robust,
+        )
+
+    before = torch.random.get_rng_state()
+    first = everything()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(3)
+    again = everything()
+    assert first[0] == again[0]
+    assert torch.equal(first[1].smallest, again[1].smallest)
+    for one, other in zip(first[2:], again[2:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_ladder_of_a_network_that_draws_goes_by_the_majority_of_its_draws():
+    plain = target(count=30)
+    far = Target(plain.network, plain.images[reach(plain) > 0.02], plain.labels[reach(plain) > 0.02])
+
+    class Faint(Plane):
+        def forward(self, images):
+            return super().forward(images) + 0.4 * torch.randn(len(images), 2)
+
+    network = Faint().eval()
+    found = climb(Target(network, far.images, far.labels), Linf(0.004), 0, (1.0,))
+    singles = torch.stack([network(far.images).argmax(1) == far.labels for _ in range(40)])
+    assert not singles.all()  # single draws would call some images broken
+    assert found.rungs[0].accuracy.value == climb(far, Linf(0.004), 0, (1.0,)).rungs[0].accuracy.value == 1
 
 
 def test_images_transfer_between_networks_that_are_alike_and_not_to_one_that_is_not():

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from audit.attacks import TIERS
+from audit.benchmark import run as audit_cells
+from audit.config import Cell
 from audit.errors import UnknownNameError, UsageError
+from audit.measurement import AuditSettings
 from audit.representation import Representation
 from audit.scorers import ScorerShape
 from audit.studies import table1
 from audit.studies.table1 import COLUMNS, HEADS, ROWS, run_table1
 from audit.studies.table1_settings import PAPER_PGD, SCALES, SUBJECTS, Scale, Table1Request, load_parts
+from audit.threat import Linf
 from model_zoo.datasets import ImageRequest, check_fit, load_images
 from model_zoo.load import SourceSettings, load_model
 from reports.cli import main
@@ -24,7 +29,7 @@ MICRO = Scale(
     head_rate=5e-3, supervised_epochs=1, supervised_rate=4e-3, every=1, train_images=40, test_images=10,
     attack="smoke", batch_size=18,
 )  # fmt: skip
-ARCH = "arch=model_zoo.architectures.encoders:grey8_w16"
+OFFLINE = SourceSettings(offline=True)
 REQUEST = Table1Request("digits", MICRO, "micro")
 
 
@@ -103,43 +108,72 @@ def test_rows_of_other_settings_are_not_mixed_in(run):
         run_table1(replace(REQUEST, scale=replace(MICRO, rate=2e-3)), 1, run[0])
 
 
-def test_a_learned_encoder_is_a_model_like_any_other(run):
+def test_a_learned_encoder_is_loaded_by_its_card_like_any_other_model(run):
     folder = run[0] / "encoders"
     cards = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     learned = {"digits-micro-standard-seed0", "digits-micro-worst-case-seed0"}
     assert set(cards) == learned | {f"{name}-{kind}-h" for name in learned for kind in ("standard", "robust")}
-    card = cards["digits-micro-worst-case-seed0"]
-    ref = card["reference"].replace("file:", f"file:{folder}/") + f"&sha256={card['sha256']}"
-    loaded = load_model(ref, SourceSettings(trust_code=True, offline=True))
+    loaded = load_model(f"file:{folder}/digits-micro-worst-case-seed0.safetensors", OFFLINE)
+    assert (loaded.num_classes, loaded.image_shape, loaded.entry.pinned) == (0, (1, 8, 8), True)
     images = torch.rand(2, 1, 8, 8)
     assert Representation(loaded.network, "logits")(images).shape == (2, 64)
     assert Representation(loaded.network, "penultimate")(images).shape == (2, 256)
-    assert (card["training"]["beta"], card["training"]["norm"], card["eps"]) == (1.0, "linf", 0.2)
+    card = cards["digits-micro-worst-case-seed0"]
+    assert (card["mutual_information"]["beta"], card["mutual_information"]["norm"]) == (1.0, "linf")
+    trained = {name: (each["training"], each["trained_eps"]) for name, each in cards.items()}
+    plain = {"digits-micro-standard-seed0", "digits-micro-standard-seed0-standard-h"}
+    assert trained == {name: ("standard", 0.0) if name in plain else ("robust", 0.2) for name in cards}
 
 
-def test_an_encoder_under_its_linear_head_is_a_classifier_that_audits_take(run):
+def test_an_encoder_under_its_linear_head_answers_as_its_row_says(run):
     folder, name = run[0] / "encoders", "digits-micro-worst-case-seed0"
-    card = json.loads((folder / f"{name}-robust-h.json").read_text())
-    sources = SourceSettings(trust_code=True, offline=True)
-    loaded = load_model(card["reference"].replace("file:", f"file:{folder}/"), sources)
+    loaded = load_model(f"file:{folder}/{name}-robust-h.safetensors", OFFLINE)
     images = load_images("digits", ImageRequest(count=10))
     check_fit(loaded, images)  # what an audit asks of a model before it starts
     (row,) = (row for row in run[1] if (row["row"], row["head"]) == ("worst-case g, robust h", "linear"))
     right = (loaded.network(images.images).argmax(1) == images.labels).float().mean()
     assert float(right) == pytest.approx(row["natural"])
-    encoder = load_model(f"file:{folder}/{name}.safetensors?{ARCH}&num_classes=0&shape=1x8x8", sources)
+    encoder = load_model(f"file:{folder}/{name}.safetensors", OFFLINE)
     features = Representation(loaded.network, "penultimate")(images.images)
     assert torch.equal(features, encoder.network(images.images))
 
 
-def test_a_learned_encoder_can_be_certified(run, capsys):
-    path = run[0] / "encoders" / "digits-micro-standard-seed0.safetensors"
-    ref = f"file:{path}?{ARCH}&num_classes=0&shape=1x8x8"
-    options = ["--dataset", "digits", "--eps", "0.2", "--images", "4", "--hubs", "1", "--hubs-only"]
-    assert main(["certify", ref, *options, "--head-images", "0", "--trust-code", "--json"]) == 0
+def test_an_encoder_under_its_head_is_audited_at_its_features(run, tmp_path):
+    ref = f"file:{run[0]}/encoders/digits-micro-worst-case-seed0-robust-h.safetensors"
+    settings = AuditSettings(attack=TIERS["smoke"], seeds=(0,))
+    (record,) = audit_cells([Cell(ref, None, "digits", 50, "penultimate", Linf(0.02), settings)], tmp_path)
+    assert record.valid, record.reason
+    assert (record.layer, record.dimension, record.num_classes) == ("penultimate", 64, 10)
+    assert (record.training, record.trained_eps, record.family) == ("robust", 0.2, "paper-encoder")
+    assert record.worst_nats < record.normal_nats
+
+
+def test_an_encoder_without_a_head_is_certified_and_an_audit_says_what_to_do(run, tmp_path, capsys):
+    ref = f"file:{run[0]}/encoders/digits-micro-standard-seed0.safetensors"
+    options = ["--dataset", "digits", "--eps", "0.2", "--images", "4"]
+    assert main(["certify", ref, *options, "--hubs", "1", "--hubs-only", "--head-images", "0", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["dimension"] == 64
     assert 0 < row["certified_bound"] <= 1
+    assert main(["audit", ref, *options, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "has no classifier, so its accuracy on digits is not defined" in said
+    assert "audit it saved with a head, or bound every head on it: rvaudit certify" in said
+
+
+def test_what_is_reported_of_training_in_mixed_precision_is_measured_in_full(tmp_path, monkeypatch):
+    seen, measure = [], table1.measure_accuracy
+
+    def watched(network, images, *rest):
+        seen.append((torch.is_autocast_enabled("cpu"), network(images).dtype))
+        return measure(network, images, *rest)
+
+    monkeypatch.setattr(table1, "measure_accuracy", watched)
+    monkeypatch.setattr(table1, "HEADS", ("linear",))
+    scale = replace(MICRO, precision="bf16", epochs=1, head_epochs=1, supervised_epochs=1)
+    rows = run_table1(replace(REQUEST, scale=scale), 1, tmp_path)
+    assert len(rows) == len(ROWS)
+    assert set(seen) == {(False, torch.float32)}
 
 
 def test_a_single_file_gives_its_last_fifth_to_test_on_and_a_tenth_of_the_rest_to_stop_by(tmp_path):

@@ -73,3 +73,37 @@ def test_an_l1_step_moves_as_many_pixels_as_eps_can_pay_for(eps, moved):
     direction = L1(eps).steepest(gradient, torch.full_like(gradient, 0.5))
     assert int((direction != 0).sum()) == moved
     assert float(direction.abs().sum()) == pytest.approx(1)
+
+
+def nearest_in_both(moved, clean, eps):
+    """The nearest point of the l1 ball and [0, 1] to `moved`, by bisection on the level that every change gives up."""
+    delta = moved - clean
+    wall = torch.where(delta > 0, 1 - clean, clean)
+    low, high = 0.0, float(delta.abs().max())
+    for _ in range(80):
+        level = (low + high) / 2
+        whole = (delta.abs() - level).clamp_min(0).minimum(wall).sum()
+        low, high = (level, high) if whole > eps else (low, level)
+    return clean + delta.sign() * (delta.abs() - high).clamp_min(0).minimum(wall)
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.7, 2.0, 6.0])
+def test_the_l1_projection_is_the_nearest_legal_point_and_spends_all_of_eps(eps):
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.rand(20, 1, 8, 8, generator=generator).round(decimals=1).double()
+    images = clean + torch.randn(20, 1, 8, 8, generator=generator).double()
+    found = L1(eps).project(images, clean)
+    wanted = torch.stack([nearest_in_both(*pair, eps) for pair in zip(images, clean, strict=True)])
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(L1(eps).distance(found, clean), torch.full((20,), eps).double(), atol=1e-5, rtol=0)
+
+
+def test_sparse_starts_are_legal_reproducible_and_move_few_pixels():
+    clean, threat = torch.rand(30, 1, 8, 8, generator=torch.Generator().manual_seed(0)), L1(1.0)
+    first, again, other = (threat.sparse_start(clean, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert (threat.distance(first, clean) <= 1 + 1e-6).all()
+    assert 0 <= float(first.min()) <= float(first.max()) <= 1
+    moved = (first != clean).flatten(1).sum(1)
+    assert set(moved.tolist()) == {1, 2, 3}

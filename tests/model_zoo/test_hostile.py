@@ -1,7 +1,7 @@
 """The corpus of hostile files through every loading path: nothing runs, one sentence, the right code, little memory."""
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import os
 import pickle
@@ -32,17 +32,16 @@ HERE = Path(__file__).parent
 MOST = 300 << 20  # bytes above what loading an honest file takes
 
 
-def _module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_hostile_corpus", HERE / "hostile.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def _corpus() -> ModuleType:
+    """Import the corpus from this folder, as the program does that opens it: test folders are no packages."""
+    sys.path.insert(0, str(HERE))
+    try:
+        return importlib.import_module("hostile")
+    finally:
+        sys.path.remove(str(HERE))
 
 
-hostile = _module()
+hostile = _corpus()
 # Seconds each to hash or to scan: opened once, by the process of its own.
 SLOW = {"sparse", "sparse-huge", "sparse-safetensors", "empty-lists", "deep-tuple", "members"}
 SIZE = (1, 8, 8)
@@ -206,6 +205,8 @@ def test_one_sentence_on_the_terminal(
     name: str, corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if name != "hostile-key":  # one report of a refused file is enough
+        monkeypatch.setattr("reports.publish.write_reports", lambda _folder: [])
     ((one, path),) = [(one, path) for one, path in corpus.made["weights"] if one.name == name]
     ref = f"file:{path}?arch={hostile.REF}&num_classes=10"
     assert main(["audit", ref, "--dataset", "digits", "--eps", "0.1", "--images", "60", "--out", "run"]) == one.code
@@ -334,7 +335,7 @@ YAML = {
         f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
     ),
     "object": "name: !!python/object/apply:os.system ['touch canary']\n",
-    "deep": "a: " + "[" * 20_000,
+    "deep": "a: " + "[" * 3_000,
     "large": "a: b\n" * 300_000,
 }  # fmt: skip
 
