@@ -7,7 +7,7 @@ Source: Zhu, An & Niu 2020, "Guess First to Enable Better Compression and Advers
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -101,6 +101,7 @@ class HypothesisTraining:
     """How a network on hypotheses, or a baseline of the same trunk, is trained: Adam at a constant learning rate.
 
     `elimination` weighs information elimination, `kl_weight` a stochastic encoder's divergence from its prior.
+    Elimination begins after `warm_up` of the epochs: a representation that says nothing yet would stay like that.
     Raises UnknownNameError or UsageError for what is not legal.
 
     Source: Zhu, An & Niu 2020, section 4: Adam, 1e-3, batches of 250, 200 epochs.
@@ -109,6 +110,7 @@ class HypothesisTraining:
     objective: str = "jensen-shannon"
     elimination: float = 0.0
     kl_weight: float = 0.0
+    warm_up: float = 0.0
     epochs: int = MOST_EPOCHS
     batch_size: int = 250
     learning_rate: float = 1e-3
@@ -124,6 +126,8 @@ class HypothesisTraining:
         for name in ("elimination", "kl_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(f"{name} {getattr(self, name)!r} is not a weight: it must be finite and at least 0")
+        if not 0 <= self.warm_up < 1:
+            raise UsageError(f"warm_up {self.warm_up!r} is not a share of the epochs: legal are 0 to below 1")
         if not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"learning rate {self.learning_rate!r} must be finite and above 0")
 
@@ -153,9 +157,10 @@ def train_hypothesis(
     for epoch in range(checkpoint.restore(), training.epochs):
         network.train()
         total = 0.0
+        now = training if epoch >= training.warm_up * training.epochs else replace(training, elimination=0.0)
         for chosen in _batches(len(images), training.batch_size, order):
             where = chosen.to(images.device)
-            value = training_loss(network, images[where], labels[where], training, noise)
+            value = training_loss(network, images[where], labels[where], now, noise)
             optimiser.zero_grad()
             value.backward()
             optimiser.step()

@@ -22,7 +22,7 @@ def _legal_norm(norm: str) -> str:
 
 def _legal_radius(eps: float, info: ValidationInfo) -> float:
     norm = info.data.get("norm")  # missing where the norm itself is at fault, and says so
-    if norm is not None and not 0 <= eps < inf:
+    if not 0 <= eps < inf:
         raise ValueError(f"eps {eps!r} is not a finite radius >= 0 in pixel units (images lie in [0, 1])")
     if norm is not None and norm.lower() == "linf" and eps > 1:
         raise ValueError(f"eps {eps!r} is outside [0, 1], the range of pixels: write 8/255 for 8 grey levels")

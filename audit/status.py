@@ -47,7 +47,7 @@ def standings(
         if record.valid:
             valid[record_key(record)] = record
         else:
-            failed[(record.model, *_setting(record))] = record.reason
+            failed[(record.model, *_setting(record), record.estimator)] = record.reason
     found = []
     for planned in config.planned():
         found += [_standing(planned, ref, valid, failed) for ref in expand(planned.model.ref)]
@@ -88,5 +88,5 @@ def _standing(
     cell = Standing(ref, *setting, planned.estimator.shown, TO_DO, images=planned.images)
     if cell.key in valid:
         return cell._replace(state=DONE, cell_id=valid[cell.key].cell_id)
-    reason = failed.get((planned.model.name or ref, *setting))  # a failed record knows the model by its label
+    reason = failed.get((planned.model.name or ref, *setting, planned.estimator.shown))  # a failed record knows the model by its label
     return cell if reason is None else cell._replace(state=FAILED, reason=reason)

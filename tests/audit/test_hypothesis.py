@@ -248,6 +248,19 @@ def test_a_run_taken_up_again_ends_bit_for_bit_where_one_left_alone_does(kind, t
         train_hypothesis(fresh(kind, seed=6), images, labels, training, checkpoint_path=tmp_path / "run.pt")
 
 
+def test_elimination_begins_after_the_warm_up():
+    images, labels = drawn(40)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, weight in (("none", 0.0), ("warm", 1.0)):
+        network, states = fresh(), []
+        training = HypothesisTraining(elimination=weight, warm_up=0.5, epochs=4, batch_size=20)
+        keep = lambda *_, n=network, s=states: s.append(n.fc1.linear.of_image.weight.detach().clone())  # noqa: E731
+        train_hypothesis(network, images, labels, training, keep)
+        seen[name] = states
+    same = [torch.equal(*pair) for pair in zip(seen["none"], seen["warm"], strict=True)]
+    assert same == [True, True, False, False]
+
+
 def test_the_seed_decides_and_the_global_stream_is_left_alone():
     images, labels = drawn(120)
     torch.manual_seed(3)
@@ -277,6 +290,7 @@ def test_the_bottleneck_pays_for_what_it_tells():
     [
         ({"objective": "jensen-shanon"}, UnknownNameError, "unknown objective 'jensen-shanon'; did you mean 'jensen-"),
         ({"epochs": 201}, UsageError, "201 epochs are asked for: legal are 1 to 200"),
+        ({"warm_up": 1.0}, UsageError, "warm_up 1.0 is not a share of the epochs: legal are 0 to below 1"),
         ({"epochs": 0}, UsageError, "0 epochs"),
         ({"batch_size": 1}, UsageError, "batch size 1 is too small"),
         ({"elimination": -1.0}, UsageError, "elimination -1.0 is not a weight"),
