@@ -88,5 +88,6 @@ def _standing(
     cell = Standing(ref, *setting, planned.estimator.shown, TO_DO, images=planned.images)
     if cell.key in valid:
         return cell._replace(state=DONE, cell_id=valid[cell.key].cell_id)
-    reason = failed.get((planned.model.name or ref, *setting, planned.estimator.shown))  # a failed record knows the model by its label
+    label = planned.model.name or ref  # by which a failed record knows the model
+    reason = failed.get((label, *setting, planned.estimator.shown))
     return cell if reason is None else cell._replace(state=FAILED, reason=reason)
