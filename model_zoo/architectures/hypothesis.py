@@ -19,7 +19,6 @@ PAIRS_AT_ONCE = 2**16
 """How many (image, hypothesis) pairs are held in memory at once: 128 MiB in the widest layer."""
 
 _WIDTHS = (512, 256, 128)
-_CACHED_PAIRS = 640  # in inference on the CPU: their widest layer stays in the cache
 _WORTH_FUSING = 64  # pairs: below, oneDNN spends more on preparing weights than it saves
 
 
@@ -143,12 +142,10 @@ class HypothesisNet(nn.Module):
         pairs in one call: who reads it holds them in memory anyhow.
         """
         everything = torch.arange(self.num_classes, device=flat.device)
-        small = flat.device.type == "cpu" and not torch.is_grad_enabled()
-        most = min(PAIRS_AT_ONCE, max(_CACHED_PAIRS, self.num_classes)) if small else PAIRS_AT_ONCE
-        if len(flat) * self.num_classes <= most or self._hooked():
+        if len(flat) * self.num_classes <= PAIRS_AT_ONCE or self._hooked():
             return self._pairs(flat, everything)
-        rows = flat.split(max(1, most // self.num_classes))
-        return torch.cat([self._row(row, everything.split(most)) for row in rows])
+        rows = flat.split(max(1, PAIRS_AT_ONCE // self.num_classes))
+        return torch.cat([self._row(row, everything.split(PAIRS_AT_ONCE)) for row in rows])
 
     def _row(self, flat: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         if not torch.is_grad_enabled():
