@@ -19,6 +19,7 @@ PAIRS_AT_ONCE = 2**16
 """How many (image, hypothesis) pairs are held in memory at once: 128 MiB in the widest layer."""
 
 _WIDTHS = (512, 256, 128)
+_CACHED_PAIRS = 2560  # in inference on the CPU: beyond, the widest layer is too large for the cache
 _WORTH_FUSING = 64  # pairs: below, oneDNN spends more on preparing weights than it saves
 
 
@@ -142,10 +143,12 @@ class HypothesisNet(nn.Module):
         pairs in one call: who reads it holds them in memory anyhow.
         """
         everything = torch.arange(self.num_classes, device=flat.device)
-        if len(flat) * self.num_classes <= PAIRS_AT_ONCE or self._hooked():
+        small = flat.device.type == "cpu" and not torch.is_grad_enabled()
+        most = min(PAIRS_AT_ONCE, max(_CACHED_PAIRS, self.num_classes)) if small else PAIRS_AT_ONCE
+        if len(flat) * self.num_classes <= most or self._hooked():
             return self._pairs(flat, everything)
-        rows = flat.split(max(1, PAIRS_AT_ONCE // self.num_classes))
-        return torch.cat([self._row(row, everything.split(PAIRS_AT_ONCE)) for row in rows])
+        rows = flat.split(max(1, most // self.num_classes))
+        return torch.cat([self._row(row, everything.split(most)) for row in rows])
 
     def _row(self, flat: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
         if not torch.is_grad_enabled():
