@@ -98,9 +98,14 @@ LADDER_END = Rule(18, "end of the eps ladder", "no image is robust where eps rea
 _SETTLED_RISE = 0.05
 
 
+def failed(checks: Iterable[Check], level: str = "trust") -> list[Check]:
+    """Return the checks of a level that failed; one that does not apply has not failed."""
+    return [check for check in checks if check.level == level and check.passed is False]
+
+
 def trustworthy(checks: Iterable[Check]) -> bool:
-    """Return whether no check of level "trust" failed; one that does not apply has not failed."""
-    return not any(check.level == "trust" and check.passed is False for check in checks)
+    """Return whether no check of level "trust" failed."""
+    return not failed(checks)
 
 
 def randomised(checks: Iterable[Check]) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from audit.accuracy import wilson
-from audit.checks import Check, verdict
+from audit.checks import Check, failed, verdict
 from audit.estimates import FloorKind
 from audit.theory import information_floor
 
@@ -89,8 +89,19 @@ def bound_flags(bound: float, adversarial_low: float) -> list[str]:
 def distrust_flags(checks: Iterable[Check]) -> list[str]:
     """Return the flag of an attack that failed a trust check, worded as `checks.verdict` words its figure."""
     checks = tuple(checks)
-    failed = ", ".join(f"{c.number} {c.name}" for c in checks if c.level == "trust" and c.passed is False)
-    return [f"untrusted: the adversarial accuracy ({verdict(checks)}) failed {failed}"] if failed else []
+    names = _named(failed(checks))
+    return [f"untrusted: the adversarial accuracy ({verdict(checks)}) failed {names}"] if names else []
+
+
+def search_distrust_flags(checks: Iterable[Check]) -> list[str]:
+    """Return the flag of a worst case whose objective misleads: a failed search makes it seem larger than it is."""
+    names = _named(failed(checks))
+    said = "untrusted: the worst-case information is an upper bound, its search not trustworthy"
+    return [f"{said}: {names}"] if names else []
+
+
+def _named(checks: Iterable[Check]) -> str:
+    return ", ".join(f"{check.number} {check.name}" for check in checks)
 
 
 def _contradiction(name: str, spread: Spread, least: float, slack: float) -> list[str]:

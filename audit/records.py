@@ -99,7 +99,7 @@ class AuditRecord:
 
     @property
     def untrusted(self) -> bool:
-        """Whether the attack failed a trust check: the adversarial accuracy is an upper bound, and is not ranked."""
+        """Whether an attack or a search failed a trust check: its number is an upper bound, and is not ranked."""
         return any(flag.startswith("untrusted") for flag in self.flags)
 
     @property

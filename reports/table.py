@@ -11,6 +11,7 @@ from audit.records import AuditRecord
 from reports.columns import COLUMNS, KINDS, UNITS
 from reports.contradictions import cross_check
 from reports.estimators import place
+from reports.explanations import distrusts_attack
 from reports.text import format_eps, format_norm, plain_text, short_name, shorten
 
 __all__ = [
@@ -83,15 +84,14 @@ def contradicted(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def sound(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows hold an RV that nothing refutes, of a fit network, beside an attack to be believed."""
-    trusted = frame["attack_trust"].ne(UPPER_BOUND)
-    return frame["status"].eq("valid") & frame["rv"].notna() & ~contradicted(frame) & trusted & ~_gated(frame)
+    """Return which rows hold an RV that nothing refutes, of a fit network, by searches to be believed."""
+    return frame["status"].eq("valid") & frame["rv"].notna() & ~contradicted(frame) & ~_out_of_the_ranking(frame)
 
 
-def _gated(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows are of a network that failed a gate: it is not what it should be."""
-    shut = [any(flag.startswith("gated") for flag in split_flags(cell)) for cell in frame["flags"]]
-    return pd.Series(shut, index=frame.index, dtype=bool)
+def _out_of_the_ranking(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows are of a network that failed a gate, or hold a number whose search failed a trust check."""
+    out = [any(flag.startswith(("gated", "untrusted")) for flag in split_flags(cell)) for cell in frame["flags"]]
+    return pd.Series(out, index=frame.index, dtype=bool)
 
 
 def ranked(frame: pd.DataFrame) -> "pd.Series[bool]":
@@ -138,7 +138,7 @@ def _cells(record: AuditRecord) -> dict[str, object]:
 def _trust(record: AuditRecord) -> str:
     if all(check.get("level") == "gate" for check in record.checks):
         return "not checked"
-    return UPPER_BOUND if record.untrusted else "trusted"
+    return UPPER_BOUND if any(map(distrusts_attack, record.flags)) else "trusted"
 
 
 def _by_seed(record: AuditRecord) -> str:

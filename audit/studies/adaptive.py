@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from audit import checks
 from audit.accuracy import logits_of, measure_accuracy
 from audit.attacks import LOSSES, LabelAttack, Stage, margin, never_done
-from audit.checks import UPPER_BOUND, Check
+from audit.checks import UPPER_BOUND, Check, failed
 from audit.masking import quick_checks
 from audit.pgd import PGD, minimise
 from audit.robustness import SEARCHES, Robustness, Target, attacked, compared
@@ -57,8 +57,8 @@ class Adaptive(NamedTuple):
     @property
     def verdict(self) -> str:
         """Return what may be called the union's number: measured, or an upper bound and which checks say so."""
-        failed = failed_checks(self.tier.checks)
-        return f"{UPPER_BOUND}: {failed}" if failed else "measured"
+        said = failed_checks(self.tier.checks)
+        return f"{UPPER_BOUND}: {said}" if said else "measured"
 
 
 class Spread(nn.Module):
@@ -135,8 +135,7 @@ def adaptive(subject: Target, threat: ThreatModel, attack: LabelAttack, nearby: 
 
 def failed_checks(made: Sequence[Check], level: str = "trust") -> str:
     """Return the checks of a level that failed, in words; empty where none did."""
-    failed = [check for check in made if check.passed is False and check.level == level]
-    return "; ".join(f"check {check.number}, {check.name}" + _figure(check.figure) for check in failed)
+    return "; ".join(f"check {each.number}, {each.name}" + _figure(each.figure) for each in failed(made, level))
 
 
 def excess(robust: Tensor, union: Tensor) -> float:

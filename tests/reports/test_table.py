@@ -207,7 +207,9 @@ def test_a_search_for_the_worst_case_that_is_not_trusted_has_a_sentence_of_its_o
     first, second = (
         replace(record, checks=(check,), flags=(flag,)) for record, flag in zip(zoo[:2], (search, attack), strict=True)
     )
-    assert not ranked(to_frame([first, second])).any()
+    frame = to_frame([first, second])
+    assert not ranked(frame).any()
+    assert frame["attack_trust"].tolist() == ["trusted", "upper bound"]  # the attack on the first found what it should
     shown = render_report([first, zoo[2]])
     assert told in shown
     assert of_attack not in shown
