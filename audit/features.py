@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from audit.errors import UnknownNameError, UsageError
 from audit.gradients import input_gradient
+from audit.mixture import plug_in_terms
 from audit.pgd import PGD, minimise
-from audit.sandwich import plug_in_terms
 from audit.scalars import least_telling
 from audit.threat import ThreatModel
 from audit.types import Images, Judged, keyed_generator

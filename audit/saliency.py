@@ -12,7 +12,7 @@ from torch import Tensor
 
 from audit.errors import UsageError
 from audit.gradients import input_gradient
-from audit.sandwich import mean_shift
+from audit.mixture import mean_shift
 from audit.types import Features, Images, keyed_generator
 from audit.units import Read
 

@@ -8,7 +8,7 @@ Source: Kolchinsky & Tracey 2017, "Estimating Mixture Entropy with Pairwise Dist
 
 from dataclasses import dataclass
 from math import log, sqrt
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,69 +17,12 @@ from audit.collapse import Moved, Mover, hub, k_means, towards
 from audit.errors import UsageError
 from audit.estimates import Estimator, FloorKind, MIEstimate, Subject, Vulnerability
 from audit.information import encode
+from audit.mixture import exponents, guaranteed_pair, mean_shift, plug_in_terms, precise
 from audit.threat import ThreatModel
 from audit.types import Features, Images, Judged, Objective, keyed_generator
 
 _READ, _CHOOSE, _SEARCH, _CENTRES = range(41, 45)
 _VARIES = 1e-6  # of the largest feature: less deviation is rounding
-_ROWS = 1024  # how many rows of the (N, N) table are held at once
-
-
-class Pair(NamedTuple):
-    """Two values in nats between which the information lies."""
-
-    lower: float
-    upper: float
-
-
-def guaranteed_pair(features: Features) -> Pair:
-    """Return proven bounds on I(J; f_J + N(0, 1)) for a uniformly drawn row J of features (N, D), in nats.
-
-    The information of the n images, at most ln n; not of the population they come from.
-
-    Source: Kolchinsky & Tracey 2017: pairwise Chernoff (alpha 1/2) and Kullback-Leibler distances.
-    """
-    features = _precise(features)
-    upper = torch.cat([-_log_mean_exp(rows, features, 1.0) for rows in features.split(_ROWS)])
-    lower = torch.cat([-_log_mean_exp(rows, features, 4.0) for rows in features.split(_ROWS)])
-    return Pair(float(lower.mean()), float(upper.mean()))
-
-
-def plug_in_terms(features: Features, generator: torch.Generator, draws: int) -> tuple[Tensor, Tensor]:
-    """Return each row's part (N,) in the plug-in pair for features (N, D) under noise of deviation one, in nats.
-
-    The mean of the first is I(J; f_J + N(0, 1)) of the n rows, exact up to the draws; the second leaves each draw's
-    own row out, which errs high where the first errs low beside the population.
-    """
-    features = _precise(features)
-    lower, upper = features.new_zeros(len(features)), features.new_zeros(len(features))
-    everything = torch.arange(len(features), device=features.device)
-    for _ in range(draws):
-        noise = torch.randn(features.shape, generator=generator).to(features)
-        for chosen in everything.split(_ROWS):
-            exponents = _exponents(features[chosen] + noise[chosen], features, 1.0)
-            entropy = noise[chosen].square().sum(1) / 2
-            lower[chosen] -= exponents.logsumexp(1) - log(len(features)) + entropy
-            exponents.scatter_(1, chosen[:, None], -torch.inf)
-            upper[chosen] -= exponents.logsumexp(1) - log(max(1, len(features) - 1)) + entropy
-    return lower / draws, upper / draws
-
-
-def mean_shift(features: Features, generator: torch.Generator, draws: int) -> Features:
-    """Return the descent direction (N, D) of the smoothed information: from where each row's noisy copies seem to be.
-
-    The gradient of the mixture's entropy at f_i is f_i - E[sum_j w_j f_j], w the posterior of the rows given a noisy
-    copy of row i; each draw is used with both signs, which cancels the noise itself.
-    """
-    away = torch.zeros_like(features)
-    everything = torch.arange(len(features), device=features.device)
-    for _ in range(draws):
-        noise = torch.randn(features.shape, generator=generator).to(features)
-        for sign in (1, -1):
-            for chosen in everything.split(_ROWS):
-                posterior = _exponents(features[chosen] + sign * noise[chosen], features, 1.0).softmax(1)
-                away[chosen] += features[chosen] - posterior @ features
-    return away / (2 * draws)
 
 
 @dataclass(frozen=True)
@@ -136,12 +79,12 @@ class Sandwich(Estimator):
         if not float(clean.var(0, correction=0).mean().sqrt()) > _VARIES * float(clean.abs().max()):
             return None
         middle, scale = clean.mean(0), self.scale(clean)
-        rows = _precise((clean - middle) / scale)
+        rows = precise((clean - middle) / scale)
 
         def objective(images: Images, index: Tensor) -> Judged:
-            features = _precise((subject.encoder(images).features - middle) / scale)
-            exponents = _exponents(features, rows, 1.0).scatter(1, index[:, None], -torch.inf)
-            value = log(len(rows) - 1) - exponents.logsumexp(1)
+            features = precise((subject.encoder(images).features - middle) / scale)
+            powers = exponents(features, rows, 1.0).scatter(1, index[:, None], -torch.inf)
+            value = log(len(rows) - 1) - powers.logsumexp(1)
             return Judged(value.to(images), torch.zeros_like(index, dtype=torch.bool))
 
         return objective
@@ -233,18 +176,3 @@ class _Search:
         passes = (steps + 0.5) * len(images)
         self.passes += passes  # also of starts that are dropped
         return Moved(images, features, passes)
-
-
-def _precise(features: Features) -> Features:
-    """In float32, squares of features far above the noise drown their distances: values above ln n were met."""
-    return features if features.device.type == "mps" else features.double()  # Apple's GPUs have no float64
-
-
-def _log_mean_exp(rows: Tensor, features: Features, variance: float) -> Tensor:
-    return _exponents(rows, features, variance).logsumexp(1) - log(len(features))
-
-
-def _exponents(rows: Tensor, features: Features, variance: float) -> Tensor:
-    """Return -|r_i - f_j|^2 / 2 variance for rows (M, D) and features (N, D): (M, N)."""
-    squares = rows.square().sum(1, keepdim=True) + features.square().sum(1) - 2 * rows @ features.T
-    return squares.clamp_min_(0).div_(-2 * variance)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from audit.collapse import k_means
-from audit.sandwich import mean_shift, plug_in_terms
+from audit.mixture import mean_shift, plug_in_terms
 from audit.types import keyed_generator
 
 _CHOOSE, _CENTRES, _SHIFT = range(121, 124)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from audit.errors import UsageError
+from audit.mixture import plug_in_terms
 from audit.saliency import SaliencySettings, alignment, feature_saliency, layer_saliency
-from audit.sandwich import plug_in_terms
 from audit.types import keyed_generator
 
 

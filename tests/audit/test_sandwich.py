@@ -6,12 +6,13 @@ from math import exp, log, sqrt
 import pytest
 import torch
 
-from audit import sandwich
+from audit import mixture
 from audit.channels import channels
 from audit.closed_forms import atoms, gaussian, gaussian_vector, two_points
 from audit.errors import InvalidModelError, UsageError
 from audit.estimates import Subject
-from audit.sandwich import Sandwich, guaranteed_pair, mean_shift, plug_in_terms
+from audit.mixture import guaranteed_pair, mean_shift, plug_in_terms
+from audit.sandwich import Sandwich
 from audit.threat import Linf
 from audit.types import Encoded
 
@@ -195,7 +196,7 @@ def test_how_many_rows_are_held_at_once_decides_nothing(monkeypatch):
         )
 
     whole = everything()
-    monkeypatch.setattr(sandwich, "_ROWS", 7)
+    monkeypatch.setattr(mixture, "_ROWS", 7)
     assert everything() == pytest.approx(whole, rel=1e-4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from audit.closed_forms import gaussian, three_points, two_points, uniform
-from audit.sandwich import plug_in_terms
+from audit.mixture import plug_in_terms
 from audit.scalars import least_telling, stabbed
 from audit.types import keyed_generator
 
