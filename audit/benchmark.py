@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from audit.config import Cell, cells
 from audit.errors import EnvironmentFault, UsageError
+from audit.ladder import climbed, sharing
 from audit.partial import remove_leftovers
 from audit.records import AuditRecord, RecordStore, digest, write_atomically
 from audit.sections import BenchmarkConfig
@@ -26,7 +27,7 @@ def expand(config: BenchmarkConfig) -> list[Cell]:
     """
     found = [replace(cell, ref=ref) for cell in cells(config) for ref in expand_ref(cell.ref)]
     first = {cell.ref: number for number, cell in reversed(list(enumerate(found)))}
-    return sorted(found, key=lambda cell: first[cell.ref])
+    return climbed(sorted(found, key=lambda cell: first[cell.ref]))
 
 
 def claim(folder: Path, config: BenchmarkConfig, text: str) -> None:
@@ -53,20 +54,22 @@ def run(
     """Audit every cell that has no record yet and return all records, in the order of the cells.
 
     One model's failure never stops the others: it becomes a record with the reason, and is tried again next time.
-    Several processes may work in one folder: a cell that another one is at is left for the end, and waited for.
+    Several processes may work in one folder: cells that share a search are one process's, and those that another one
+    is at are left for the end, and waited for.
     """
     remove_leftovers(folder)
     bench = Workbench(options or RunOptions(), watcher or Watcher(), folder)
     store, records = RecordStore(folder), dict[int, AuditRecord]()
-    waiting = list(enumerate(todo))
+    waiting = sharing(todo)
     for patience in (False, True):
         left = []
-        for number, cell in waiting:
-            with one_at_a_time(folder, bench.cell_id(cell), wait=patience) as mine:
+        for group in waiting:
+            with one_at_a_time(folder, bench.cell_id(todo[group[0]]), wait=patience) as mine:
                 if not mine:
-                    left.append((number, cell))
+                    left.append(group)
                     continue
-                records[number] = bench.record(cell, store)
+                bench.follow([todo[number] for number in group])
+                records |= {number: bench.record(todo[number], store) for number in group}
         waiting = left
     rmtree(folder / _LOCKS, ignore_errors=True)  # every cell has its record: nobody waits any more
     if all(record.valid for record in records.values()):

@@ -197,12 +197,12 @@ def bound_of(meetings: Meetings, labels: Labels, seconds: float) -> Bound:
 
 def edges_and_hubs(meetings: Meetings, labels: Labels) -> tuple[list[list[int]], list[list[int]]]:
     """Return the meetings as pairs of images of two classes, and as hubs where more than two images meet."""
-    at = meetings.at.tolist()
+    at, classes = meetings.at.tolist(), labels.tolist()  # one wait for a GPU, not two a pair
     groups: dict[int, set[int]] = {}
     for target, member in zip(at, meetings.members.tolist(), strict=True):
         groups.setdefault(target, set()).add(member)
     sorted_groups = [sorted(group) for group in groups.values()]
-    edges = [group for group in sorted_groups if len(group) == 2 and labels[group[0]] != labels[group[1]]]
+    edges = [group for group in sorted_groups if len(group) == 2 and classes[group[0]] != classes[group[1]]]
     return edges, [group for group in sorted_groups if len(group) > 2]
 
 

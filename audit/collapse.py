@@ -31,7 +31,7 @@ class Moved(NamedTuple):
 class Mover:
     """An encoder, the clean images (N, C, H, W) and the ball that each may be moved in.
 
-    Steps are `relative_step` x eps and shrink linearly to a tenth of it.
+    Steps are `relative_step` x eps for the share `hold` of them, and then shrink linearly to a tenth of it.
     """
 
     encoder: Encoder
@@ -39,6 +39,7 @@ class Mover:
     threat: ThreatModel
     relative_step: float = 0.2
     batch_size: int = 256
+    hold: float = 0.0
 
     def along(self, pull: Pull, start: Moved, steps: int) -> Moved:
         """Return the images after so many projected steps along a pull, one pass an image and step.
@@ -49,7 +50,8 @@ class Mover:
         images, features = start.images.clone(), start.features.clone()
         for done in range(steps):
             direction = pull(features)
-            size = self.threat.eps * self.relative_step * (1 - 0.9 * done / steps)
+            shrunk = max(0.0, done / steps - self.hold) / (1 - self.hold)
+            size = self.threat.eps * self.relative_step * (1 - 0.9 * shrunk)
             for chosen in torch.arange(len(images), device=images.device).split(self.batch_size):
                 gradient, features[chosen] = self._gradient(images[chosen], direction[chosen])
                 images[chosen] = self.threat.step(images[chosen], gradient, self.clean[chosen], size)
@@ -88,7 +90,7 @@ def k_means(features: Features, count: int, generator: torch.Generator, rounds: 
     return centres + middle, torch.cdist(features, centres).argmin(1)
 
 
-def hub(mover: Mover, start: Moved, centres: Features, trial: int = 100, steps: int = 8) -> tuple[Features, float]:
+def hub(mover: Mover, start: Moved, centres: Features, trial: int = 50, steps: int = 8) -> tuple[Features, float]:
     """Return the centre (D,) that a short trial on a few images brings them nearest to, and the passes it cost."""
     few = Mover(mover.encoder, mover.clean[:trial], mover.threat, 2 * mover.relative_step, mover.batch_size)
     first = Moved(start.images[:trial], start.features[:trial])

@@ -10,7 +10,10 @@ from audit.threat import ThreatModel, threat_model
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to audit: a model at a layer under a threat model, on the first `images` images of a data set."""
+    """One thing to audit: a model at a layer under a threat model, on the first `images` images of a data set.
+
+    The search of its worst case starts from the images that are worst for `after`, where there is such a cell.
+    """
 
     ref: str
     name: str | None
@@ -19,6 +22,7 @@ class Cell:
     layer: str
     threat: ThreatModel
     settings: AuditSettings
+    after: "Cell | None" = None
 
 
 def cells(config: BenchmarkConfig) -> list[Cell]:

@@ -10,13 +10,17 @@ from math import hypot
 from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from audit.threat import ThreatModel
-from audit.types import Encoder, Images, Labels, Objective
+from audit.types import Encoded, Encoder, Images, Labels, Objective
 
 History = tuple[tuple[int, float], ...]
 """(step, nats) pairs."""
+
+CLEAN = "clean"
+"""The candidate for a worst case that no search touched: the images as they are."""
 
 FloorKind = Literal["answers", "labels", "smoothed"]
 
@@ -47,6 +51,8 @@ class Vulnerability(NamedTuple):
 
     `moved` (M, C, H, W) are the images the worst case was read on, `which` (M,) tells which of the subject's they are.
     `passes` counts forward+backward passes of single images through the network, plain forwards as a half.
+    `served` names the candidate that the worst case was read on; `others` are the moved images that `which` leaves out,
+    in their order.
     """
 
     normal: MIEstimate
@@ -54,6 +60,19 @@ class Vulnerability(NamedTuple):
     moved: Images
     which: Tensor
     passes: float
+    served: str = ""
+    others: Images | None = None
+
+    @property
+    def start(self) -> Images:
+        """Return all images that were moved, in the subject's order: where another search may start."""
+        if self.others is None:
+            return self.moved
+        images = self.moved.new_empty(len(self.moved) + len(self.others), *self.moved.shape[1:])
+        read = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        read[self.which] = True
+        images[self.which], images[~read] = self.moved, self.others
+        return images
 
     @property
     def nats(self) -> float:
@@ -66,12 +85,32 @@ class Vulnerability(NamedTuple):
         return hypot(self.normal.stderr, self.worst.stderr)
 
 
+class Known(NamedTuple):
+    """What earlier work leaves to a search of the worst case: any of it saves passes, none of it is needed.
+
+    `normal` is the normal case of this subject and seed. `start` (N, C, H, W) are the worst-case images of a smaller
+    ball, or of a layer further on: they are one candidate, and the search goes on from them with a quarter of its
+    steps. `served` is the `Vulnerability.served` of another seed: the search makes do with that kind of candidate.
+    """
+
+    normal: MIEstimate | None = None
+    start: Images | None = None
+    served: str = ""
+
+
+NOTHING_KNOWN = Known()
+
+
 class Subject(NamedTuple):
-    """What an estimator is asked about: an encoder, images (N, C, H, W) and their labels (N,)."""
+    """What an estimator is asked about: an encoder, images (N, C, H, W) and their labels (N,).
+
+    `clean` is what the encoder says of the images as they are, where that is known already.
+    """
 
     encoder: Encoder
     images: Images
     labels: Labels
+    clean: Encoded | None = None
 
 
 @dataclass(frozen=True)
@@ -82,13 +121,15 @@ class Estimator(ABC):
     `quantity` says what the nats are nats of; `ranks` whether models may be ranked by its RV; `limits_heads` whether
     its worst case limits any head on the layer (then the Fano bounds follow from it); `floor_kind` which measurements
     refute it: the entropy of the network's answers and its accuracy, the accuracy alone, or that of logits seen through
-    noise of the deviation `parts["noise"]`; `memory_only` names fields that bound memory and decide no number.
+    noise of the deviation `parts["noise"]`; `memory_only` names fields that bound memory and decide no number;
+    `reads_answers` is false where the subject's encoder need not give the network's answers.
     """
 
     quantity: ClassVar[str]
     ranks: ClassVar[bool] = True
     limits_heads: ClassVar[bool] = True
     floor_kind: ClassVar[FloorKind] = "answers"
+    reads_answers: ClassVar[bool] = True
     memory_only: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -109,9 +150,9 @@ class Estimator(ABC):
 
     @abstractmethod
     def vulnerability(
-        self, subject: Subject, threat: ThreatModel, seed: int, normal: MIEstimate | None = None
+        self, subject: Subject, threat: ThreatModel, seed: int, known: Known = NOTHING_KNOWN
     ) -> Vulnerability:
-        """Return both cases; `normal` saves the normal one where it is known for this subject and seed.
+        """Return both cases; what is known of them already saves passes.
 
         At eps = 0 the worst case is the normal case exactly.
         """

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
 
-from audit.limits import Count, Counts, NotNegative, Positive, Several, Share, StepSize, known
+from audit.limits import Count, Counts, NotNegative, Positive, Several, Share, StepSize, Widths, known
 
 CRITICS = ("concatenated", "dot-product")
 BOUNDS = ("donsker-varadhan", "infonce", "jensen-shannon", "nwj", "smile")
@@ -59,7 +59,8 @@ class PlainSection(EstimatorSection):
 class SandwichSection(PlainSection):
     """See `audit.sandwich.Sandwich`."""
 
-    decides = ("name", "noise", "absolute", "steps", "start_steps", "relative_step", "quantisers", "kept", "draws")
+    decides = ("name", "noise", "absolute", "steps", "start_steps", "relative_step", "quantisers", "widths",
+               "annealing_steps", "draws")  # fmt: skip
     labels = ("batch_size",)
     settings_of = "audit.sandwich:Sandwich"
 
@@ -70,7 +71,8 @@ class SandwichSection(PlainSection):
     start_steps: Count = 10
     relative_step: StepSize = 0.2
     quantisers: Counts = (2, 8, 32)
-    kept: Count = 2
+    widths: Widths = (4.0, 8.0)
+    annealing_steps: Count = 40
     draws: Count = 4
     batch_size: Count = 256
 

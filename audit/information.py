@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from audit.bounds import BOUNDS, donsker_varadhan, infonce_terms, offsets
 from audit.critics import CriticShape, build_critic
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
-from audit.estimates import MIEstimate
+from audit.estimates import MIEstimate, Subject
 from audit.types import Encoded, Encoder, Features, Images, keyed_generator
 
 _SPLIT, _CRITIC, _BATCHES = range(21, 24)
@@ -104,10 +104,21 @@ def split_images(images: Images, seed: int, train: float = 0.5, validation: floa
 def encode(encoder: Encoder, images: Images, batch_size: int) -> Encoded:
     """Return features and answers for all images; raises InvalidModelError where a feature is not finite."""
     parts = [encoder(batch) for batch in images.split(batch_size)]
-    encoded = Encoded(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    return _finite(Encoded(*(torch.cat(each) for each in zip(*parts, strict=True))))
+
+
+def encode_clean(subject: Subject, batch_size: int) -> Encoded:
+    """Return features and answers of a subject's images as they are: known, or else encoded now.
+
+    Raises InvalidModelError where a feature is not finite.
+    """
+    return encode(subject.encoder, subject.images, batch_size) if subject.clean is None else _finite(subject.clean)
+
+
+def _finite(encoded: Encoded) -> Encoded:
     bad = int((~encoded.features.isfinite()).any(1).sum())
     if bad:
-        raise InvalidModelError(f"the representation is not finite for {bad} of {len(images)} images")
+        raise InvalidModelError(f"the representation is not finite for {bad} of {len(encoded.features)} images")
     return encoded
 
 

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audit.errors import MismatchError, UsageError
-from audit.estimates import Estimator, FloorKind, MIEstimate, Subject, Vulnerability
-from audit.information import encode, label_surprise
+from audit.estimates import CLEAN, NOTHING_KNOWN, Estimator, FloorKind, Known, MIEstimate, Subject, Vulnerability
+from audit.information import encode, encode_clean, label_surprise
 from audit.kinds import label_entropy
 from audit.pgd import PGD, Found, minimise
-from audit.probes import FITS, Probe, ProbeTraining, fit_linear, label_terms
+from audit.probes import FITS, ProbeTraining, fit_linear, label_terms
 from audit.threat import ThreatModel
-from audit.types import Encoded, Encoder, Images, Judged, Labels, Objective, keyed_generator
+from audit.types import Encoded, Encoder, Features, Images, Judged, Labels, Objective, keyed_generator
 
 _TARGETED, _ATTACK = range(71, 73)
+_CARRIED, _AIMED = "carried", "answer "
 _TRIAL = 100  # images that choose the targets
 _OTHER_FOLDS = 1_000_003  # added to a seed: folds that no reported value uses
 
@@ -54,54 +55,62 @@ class LabelLevel(Estimator):
 
     def normal(self, subject: Subject, seed: int) -> MIEstimate:  # noqa: ARG002
         """Return the entropy of the answers to the images as they are."""
-        return self._entropy(subject.encoder, subject.images)
+        return _entropy(encode_clean(subject, self.batch_size).answers)
 
     def vulnerability(
-        self, subject: Subject, threat: ThreatModel, seed: int, normal: MIEstimate | None = None
+        self, subject: Subject, threat: ThreatModel, seed: int, known: Known = NOTHING_KNOWN
     ) -> Vulnerability:
         """Return both cases; the worst is the least entropy over targets of the images moved to one."""
-        normal, which = normal or self.normal(subject, seed), torch.arange(len(subject.images))
-        best, least, passes = subject.images, normal, 0.5 * len(which)
+        normal, which = known.normal or self.normal(subject, seed), torch.arange(len(subject.images))
+        best, least, served = subject.images, normal, CLEAN
         if threat.eps == 0:
-            return Vulnerability(normal, normal, best, which, passes)
-        targets, cost = self._reachable(subject, threat, seed)
-        passes += cost
+            return Vulnerability(normal, normal, best, which, 0.5 * len(which), served)
+        targets, passes = self._targets(subject, threat, seed, known)
+        passes += 0.5 * len(which)
+        candidates = [] if known.start is None else [(_CARRIED, known.start)]
         for target in targets:
-            found = self._aimed(subject.encoder, target, subject.images, threat, seed)
-            passes += found.passes + len(which)
+            found = self._aimed(subject, target, threat, seed, known.start)
+            passes += found.passes
             # an image that never gives the wanted answer may as well stay where it was: both are legal
             stayed = torch.where(found.done[:, None, None, None], found.images, subject.images)
-            for images in (found.images, stayed):
-                entropy = self._entropy(subject.encoder, images)
-                if entropy.nats < least.nats:
-                    best, least = images, entropy
-        return Vulnerability(normal, least, best, which, passes)
+            candidates += [(f"{_AIMED}{target}", images) for images in (found.images, stayed)]
+        for name, images in candidates:
+            entropy = _entropy(encode(subject.encoder, images, self.batch_size).answers)
+            if entropy.nats < least.nats:
+                best, least, served = images, entropy, name
+        return Vulnerability(normal, least, best, which, passes + 0.5 * len(candidates) * len(which), served)
+
+    def _targets(self, subject: Subject, threat: ThreatModel, seed: int, known: Known) -> tuple[list[int], float]:
+        """Return the answers to aim at, and the passes that finding them cost.
+
+        The one that served, or that most of the images to start from give; else those that a few images reach best.
+        """
+        if known.served.startswith(_AIMED):
+            return [int(known.served.removeprefix(_AIMED))], 0.0
+        if known.start is None:
+            return self._reachable(subject, threat, seed)
+        given = encode(subject.encoder, known.start, self.batch_size).answers.argmax(1)
+        return [int(given.bincount().argmax())], 0.5 * len(given)
 
     def _reachable(self, subject: Subject, threat: ThreatModel, seed: int) -> tuple[list[int], float]:
         """Return the targets that most of a few images reach, and the passes that finding them cost."""
-        answers = encode(subject.encoder, subject.images, self.batch_size).answers
+        answers = encode_clean(subject, self.batch_size).answers
         likely = answers.mean(0).topk(min(self.targets, answers.shape[1])).indices.tolist()
         if len(likely) <= self.kept:
             return likely, 0.0
-        trials = [self._aimed(subject.encoder, target, subject.images[:_TRIAL], threat, seed) for target in likely]
+        few = subject._replace(images=subject.images[:_TRIAL])
+        trials = [self._aimed(few, target, threat, seed) for target in likely]
         # then by how near the rest came
         reached = [(int(found.done.sum()), -float(found.value.mean())) for found in trials]
         best = sorted(range(len(likely)), key=reached.__getitem__, reverse=True)[: self.kept]
         return [likely[number] for number in best], float(sum(found.passes for found in trials))
 
-    def _aimed(self, encoder: Encoder, target: int, images: Images, threat: ThreatModel, seed: int) -> Found:
+    def _aimed(
+        self, subject: Subject, target: int, threat: ThreatModel, seed: int, start: Images | None = None
+    ) -> Found:
         generator = keyed_generator(seed, _TARGETED, target)
         search = PGD(self.steps, self.relative_step, batch_size=self.batch_size)
-        return minimise(targeted_objective(encoder, target), images, threat, search, generator)
-
-    def _entropy(self, encoder: Encoder, images: Images) -> MIEstimate:
-        answers = encode(encoder, images, self.batch_size).answers
-        if answers.shape[1] == 0:
-            raise MismatchError("label-level needs a layer that carries the network's whole answer, such as logits")
-        terms = label_surprise(answers)
-        nats = float(terms.mean())
-        ceiling = log(min(answers.shape[1], len(images)))
-        return MIEstimate(nats, float(terms.std()) / sqrt(len(terms)), len(terms), ceiling, nats)
+        return minimise(targeted_objective(subject.encoder, target), subject.images, threat, search, generator, start)
 
 
 @dataclass(frozen=True)
@@ -131,50 +140,82 @@ class LabelInformation(Estimator):
 
     def normal(self, subject: Subject, seed: int) -> MIEstimate:
         """Return the label information of the images as they are."""
-        return self._read(subject, subject.images, seed)
+        return self._read(subject, encode_clean(subject, self.batch_size).features, seed)
 
     def vulnerability(
-        self, subject: Subject, threat: ThreatModel, seed: int, normal: MIEstimate | None = None
+        self, subject: Subject, threat: ThreatModel, seed: int, known: Known = NOTHING_KNOWN
     ) -> Vulnerability:
         """Return both cases; candidates are compared by linear probes on other folds than the value is read with."""
-        normal, which = normal or self.normal(subject, seed), torch.arange(len(subject.images))
+        normal, which = known.normal or self.normal(subject, seed), torch.arange(len(subject.images))
         if threat.eps == 0:
-            return Vulnerability(normal, normal, subject.images, which, 0.5 * len(which))
-        candidates = _Candidates(self, subject, threat, seed)
-        images = min([subject.images, *candidates.images()], key=candidates.value)
-        worst = normal if images is subject.images else self._read(subject, images, seed)
-        return Vulnerability(normal, worst, images, which, candidates.passes)
+            return Vulnerability(normal, normal, subject.images, which, 0.5 * len(which), CLEAN)
+        attacks = _Attacks(self, subject, threat, seed)
+        found = attacks.again(known.start) if known.start is not None else attacks.candidates(known.served)
+        candidates = {CLEAN: subject.images, **found}
+        served = min(candidates, key=lambda name: attacks.value(candidates[name]))
+        images = candidates[served]
+        worst = (
+            normal
+            if served == CLEAN
+            else self._read(subject, encode(subject.encoder, images, self.batch_size).features, seed)
+        )
+        return Vulnerability(normal, worst, images, which, attacks.passes, served)
 
-    def _read(self, subject: Subject, images: Images, seed: int) -> MIEstimate:
-        features = encode(subject.encoder, images, self.batch_size).features
+    def _read(self, subject: Subject, features: Features, seed: int) -> MIEstimate:
         terms = {name: label_terms(features, subject.labels, seed, self.probes, name) for name in FITS}
         value, best = max((float(values.mean()), name) for name, values in terms.items())
         parts = {name: float(values.mean()) for name, values in terms.items()}
-        error = float(terms[best].std()) / sqrt(len(images))
-        return MIEstimate(value, error, len(images), label_entropy(subject.labels), value, parts)
+        error = float(terms[best].std()) / sqrt(len(features))
+        return MIEstimate(value, error, len(features), label_entropy(subject.labels), value, parts)
 
 
-class _Candidates:
-    """The images that label attacks make of one subject, and the passes that cost."""
+def _entropy(answers: Tensor) -> MIEstimate:
+    if answers.shape[1] == 0:
+        raise MismatchError("label-level needs a layer that carries the network's whole answer, such as logits")
+    terms = label_surprise(answers)
+    nats = float(terms.mean())
+    ceiling = log(min(answers.shape))
+    return MIEstimate(nats, float(terms.std()) / sqrt(len(terms)), len(terms), ceiling, nats)
+
+
+class _Attacks:
+    """The images that label attacks make of one subject, by the name of the attack, and the passes that cost."""
 
     def __init__(self, settings: LabelInformation, subject: Subject, threat: ThreatModel, seed: int) -> None:
         self.settings, self.subject, self.threat, self.seed = settings, subject, threat, seed
         self.passes = 0.0
 
-    def images(self) -> list[Images]:
-        """Return the images attacked through the own answer, merged, and through two linear probes."""
-        encoder, labels, clean = self.subject.encoder, self.subject.labels, self._encoded(self.subject.images)
-        found = []
+    def candidates(self, served: str) -> dict[str, Images]:
+        """Return the images attacked through the own answer, merged, and through two linear probes.
+
+        Where it is known which of them served, no other.
+        """
+        encoder, labels, clean = (
+            self.subject.encoder,
+            self.subject.labels,
+            encode_clean(self.subject, self.settings.batch_size),
+        )
+        found = {}
         if clean.answers.shape[1]:
-            found.append(self._moved(_likelihood(lambda images: encoder(images).answers, labels), 0))
-            likeliest = int(clean.answers.mean(0).argmax())
-            found.append(self._moved(_merging(encoder, likeliest), 1))
-        probe = self._probe(clean.features)
-        found.append(self._moved(_likelihood(lambda images: probe(encoder(images).features), labels), 2))
-        # one step of the game between attack and probe: a probe that knows the attacked features
-        again = self._probe(self._encoded(found[-1]).features)
-        found.append(self._moved(_likelihood(lambda images: again(encoder(images).features), labels), 3))
+            if served in ("", "own answer"):
+                found["own answer"] = self._moved(_likelihood(lambda images: encoder(images).answers, labels), 0)
+            if served in ("", "merged"):
+                found["merged"] = self._moved(_merging(encoder, int(clean.answers.mean(0).argmax())), 1)
+        if served in ("", CLEAN, "probe", "probe again"):
+            found["probe"] = self._moved(self._against(clean), 2)
+            # one step of the game between attack and probe: a probe that knows the attacked features
+            found["probe again"] = self._moved(self._against(self._encoded(found["probe"])), 3)
         return found
+
+    def again(self, images: Images) -> dict[str, Images]:
+        """Return images that were attacked before, and what an attack on a probe that knows them makes of the clean."""
+        return {_CARRIED: images, "probe again": self._moved(self._against(self._encoded(images)), 3, images)}
+
+    def _against(self, known: Encoded) -> Objective:
+        """Return the attack on a linear probe that is fitted on features (N, D)."""
+        encoder, labels = self.subject.encoder, self.subject.labels
+        probe = fit_linear(known.features, labels, int(labels.max()) + 1, self.settings.probes)
+        return _likelihood(lambda images: probe(encoder(images).features), labels)
 
     def value(self, images: Images) -> float:
         """Return the label information of moved images by linear probes on folds of their own."""
@@ -182,15 +223,11 @@ class _Candidates:
                             self.settings.probes, "linear")  # fmt: skip
         return float(terms.mean())
 
-    def _probe(self, features: Tensor) -> Probe:
-        labels = self.subject.labels
-        return fit_linear(features, labels, int(labels.max()) + 1, self.settings.probes)
-
-    def _moved(self, objective: Objective, number: int) -> Images:
+    def _moved(self, objective: Objective, number: int, start: Images | None = None) -> Images:
         settings = self.settings
         search = PGD(settings.steps, settings.relative_step, batch_size=settings.batch_size)
         generator = keyed_generator(self.seed, _ATTACK, number)
-        found = minimise(objective, self.subject.images, self.threat, search, generator)
+        found = minimise(objective, self.subject.images, self.threat, search, generator, start)
         self.passes += found.passes
         return found.images
 

@@ -73,4 +73,6 @@ Share = Annotated[Number, AfterValidator(_inside(lambda x: 0 <= x < 1, "is outsi
 StepSize = Annotated[
     Number, AfterValidator(_inside(lambda x: 0 < x <= 2, "is outside (0, 2]: it is a multiple of eps"))
 ]
+Width = Annotated[Number, AfterValidator(_inside(lambda x: 1 <= x < inf, "must be at least 1 and finite"))]
+Widths = tuple[Width, ...]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_list), Field(min_length=1)]

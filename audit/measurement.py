@@ -1,7 +1,7 @@
 """One audit: accuracies, normal- and worst-case information, RV, the limit they imply, and what speaks against it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
@@ -16,7 +16,7 @@ from audit.accuracy import Accuracy, logits_of
 from audit.attacks import AUDIT, LabelAttack
 from audit.checks import Check
 from audit.errors import MismatchError, UsageError
-from audit.estimates import Estimator, History, MIEstimate, Subject, Vulnerability
+from audit.estimates import Estimator, History, Known, MIEstimate, Subject, Vulnerability
 from audit.gates import gated, gates
 from audit.kinds import (
     Floors,
@@ -35,12 +35,12 @@ from audit.robustness import Robustness, Target, attacked
 from audit.sandwich import Sandwich
 from audit.theory import max_accuracy, max_adversarial_accuracy, min_adversarial_risk
 from audit.threat import ThreatModel
-from audit.types import Images, Labels, Objective, keyed_generator
+from audit.types import Encoded, Images, Labels, Objective, keyed_generator
 
 _NOISE = 81
 _FEWEST = 50
 _CHECKED = 20  # images, and at most a tenth of all, that the worst case's objective is checked on: 1 % of the passes
-VERSION = 4  # raised by hand when a change of the method changes numbers
+VERSION = 5  # raised by hand when a change of the method changes numbers
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,25 @@ def _computed(_seed: int, _case: str, compute: Callable[[], Any]) -> Any:
 class LayerAudit:
     """One layer of one network on one set of images: what its threat models share is computed once.
 
-    Every seed's estimates go through `keep`, so that a run that is killed need not begin again.
+    Every seed's estimates go through `keep`, so that a run that is killed need not begin again. `clean` is what the
+    layer says of the images as they are, where that is known.
     """
 
     keep: Keep = staticmethod(_computed)
 
-    def __init__(self, network: nn.Module, images: Images, labels: Labels, layer: str, settings: AuditSettings) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        images: Images,
+        labels: Labels,
+        layer: str,
+        settings: AuditSettings,
+        clean: Encoded | None = None,
+    ) -> None:
         self.network, self.settings = network, settings
         self.representation = Representation(network, layer, settings.reduce)
-        self.subject = Subject(self.representation.encode, images, labels)
+        read = self.representation.encode if settings.estimator.reads_answers else self.representation.encode_features
+        self.subject = Subject(read, images, labels, clean)
 
     @cached_property
     def normal(self) -> tuple[MIEstimate, ...]:
@@ -156,16 +166,23 @@ class LayerAudit:
         with torch.no_grad():
             return self.representation(self.subject.images[:1]).shape[1]
 
-    def under(self, threat: ThreatModel) -> Layer:
-        """Return the layer's vulnerability for every seed, with the floors that predictions put under it."""
-        settings = self.settings
-        both = settings.estimator.vulnerability
-        per_seed = tuple(
-            self.keep(seed, "worst", partial(both, self.subject, threat, seed, normal))
-            for seed, normal in zip(settings.seeds, self.normal, strict=True)
-        )
+    def under(self, threat: ThreatModel, starts: Mapping[int, Images] | None = None) -> Layer:
+        """Return the layer's vulnerability for every seed, with the floors that predictions put under it.
+
+        `starts` are each seed's worst-case images of a smaller ball, or of a layer further on.
+        """
+        settings, per_seed = self.settings, self.searched(threat, starts)
         floors = _floors(self.network, self.subject, per_seed, settings) if self._proves else None
         return Layer(per_seed, floors, self.dimension, self._checks(threat))
+
+    def searched(self, threat: ThreatModel, starts: Mapping[int, Images] | None = None) -> tuple[Vulnerability, ...]:
+        """Return every seed's vulnerability; what served the first one is what the others look for."""
+        found: list[Vulnerability] = []
+        both = self.settings.estimator.vulnerability
+        for seed, normal in zip(self.settings.seeds, self.normal, strict=True):
+            known = Known(normal, (starts or {}).get(seed), found[0].served if found else "")
+            found.append(self.keep(seed, "worst", partial(both, self.subject, threat, seed, known)))
+        return tuple(found)
 
     @cached_property
     def _objective(self) -> Objective | None:
@@ -261,7 +278,7 @@ def _spread(values: list[float], sampling: list[float]) -> Spread:
 
 def _seed_row(seed: int, run: Vulnerability) -> dict[str, Any]:
     return {
-        "seed": seed, "rv": run.nats, "held_out_images": run.normal.images,
+        "seed": seed, "rv": run.nats, "served": run.served, "held_out_images": run.normal.images,
         "normal_nats": run.normal.nats, "normal_nats_se": run.normal.stderr,
         "normal_parts": dict(run.normal.parts),
         "worst_nats": run.worst.nats, "worst_nats_se": run.worst.stderr,

@@ -6,10 +6,13 @@ Source: Zhu, Zhang & Evans 2020, section 4.1; Belghazi et al. 2018 (MINE).
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
+
 from audit.critics import CriticShape
-from audit.estimates import Estimator, MIEstimate, Subject, Vulnerability
-from audit.information import CriticTraining, estimate_mi, split_images, split_indices
+from audit.estimates import NOTHING_KNOWN, Estimator, Known, MIEstimate, Subject, Vulnerability
+from audit.information import CriticTraining, EncodedSplits, encode_clean, fit_critic, split_images, split_indices
 from audit.threat import ThreatModel
+from audit.types import Encoded
 from audit.vulnerability import Adversary, WorstCaseSearch, estimate_vulnerability
 
 
@@ -30,12 +33,20 @@ class Mine(Estimator):
 
     def normal(self, subject: Subject, seed: int) -> MIEstimate:
         """Return the held-out value on the images as they are."""
-        return estimate_mi(subject.encoder, split_images(subject.images, seed), self.training, seed)
+        parts = split_indices(len(subject.images), seed)
+        known = encode_clean(subject, self.training.batch_size)
+        encoded = EncodedSplits(*(Encoded(*(said[part.to(said.device)] for said in known)) for part in parts))
+        return fit_critic(split_images(subject.images, seed), encoded, self.training, seed)[1]
 
     def vulnerability(
-        self, subject: Subject, threat: ThreatModel, seed: int, normal: MIEstimate | None = None
+        self, subject: Subject, threat: ThreatModel, seed: int, known: Known = NOTHING_KNOWN
     ) -> Vulnerability:
         """Return both cases; the worst-case images are those of the held-out part."""
         images, adversary = split_images(subject.images, seed), Adversary(threat, self.search)
-        found = estimate_vulnerability(subject.encoder, images, self.training, adversary, seed, normal)
-        return found._replace(which=split_indices(len(subject.images), seed).test)
+        parts = split_indices(len(subject.images), seed)
+        order = torch.cat([*parts])
+        if known.start is not None:
+            known = known._replace(start=known.start[order])
+        found = estimate_vulnerability(subject.encoder, images, self.training, adversary, seed, known)
+        others = None if found.others is None else found.others[order[: -len(parts.test)].argsort()]
+        return found._replace(which=parts.test, others=others)

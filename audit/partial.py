@@ -29,7 +29,7 @@ from audit.records import digest, write_atomically
 from audit.robustness import Robustness
 
 SECONDS = 20.0  # a part that took longer is kept
-_FOLDER, _HOUR = "partial", 3600
+FOLDER, _HOUR = "partial", 3600
 _TEMPORARY = re.compile(r"\.[0-9a-f]{60}\..{8}")  # as `write_atomically` names them
 _TYPES: dict[str, type] = {
     made.__name__: made
@@ -65,7 +65,7 @@ class Parts:
         """
         if self.run is None or not self.run.is_dir():
             return compute()
-        path = self.run / _FOLDER / cell_id / f"{digest({**key, 'device': self.device.type})}.safetensors"
+        path = self.run / FOLDER / cell_id / f"{digest({**key, 'device': self.device.type})}.safetensors"
         if path.exists():
             try:
                 return unpacked(path, self.device)
@@ -82,12 +82,12 @@ class Parts:
     def forget(self, cell_id: str = "") -> None:
         """Delete the parts that only one cell needs, or all of them."""
         if self.run is not None:
-            rmtree(self.run / _FOLDER / cell_id, ignore_errors=True)
+            rmtree(self.run / FOLDER / cell_id, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of writes that were killed in a run folder; those of the last hour may be at work."""
-    for part in ("cells", _FOLDER):
+    for part in ("cells", FOLDER):
         for path in (folder / part).rglob(".*"):
             with suppress(OSError):  # another process was faster, or the folder is read-only
                 if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > _HOUR:

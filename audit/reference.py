@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from audit.errors import UsageError
-from audit.estimates import Estimator, History, MIEstimate, Subject, Vulnerability
+from audit.estimates import NOTHING_KNOWN, Estimator, History, Known, MIEstimate, Subject, Vulnerability
 from audit.gradients import input_gradient
 from audit.information import encode_splits, split_images, split_indices
 from audit.reference_critic import ReferenceCritic, reference_ceiling, reference_influence, reference_value
@@ -91,12 +91,12 @@ class Reference(Estimator):
         return _fit(self, _samples(self, subject, seed), _unmoved, seed)[0]
 
     def vulnerability(
-        self, subject: Subject, threat: ThreatModel, seed: int, normal: MIEstimate | None = None
+        self, subject: Subject, threat: ThreatModel, seed: int, known: Known = NOTHING_KNOWN
     ) -> Vulnerability:
         """Return both cases; the worst-case images are those of the held-out part, moved against the last critic."""
         samples = _samples(self, subject, seed)
         which = split_indices(len(subject.images), seed).test
-        normal = normal or _fit(self, samples, _unmoved, seed)[0]
+        normal = known.normal or _fit(self, samples, _unmoved, seed)[0]
         encoded = 0.5 * len(subject.images)
         if threat.eps == 0:
             return Vulnerability(normal, normal, samples.test.images, which, encoded)

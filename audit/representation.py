@@ -1,23 +1,23 @@
 """Any named layer of any module as a representation g, with the hook rules that stock models need.
 
 A naive hook reads tensors that a later in-place operation overwrites, misses layers that are called several
-times or not at all, and stays behind after an error. This one clones what it reads, asks which call is meant,
-and always comes off.
+times or not at all, stays behind after an error, and lets the network run on for nothing. `taps.py` knows better;
+this module gives names to layers and makes vectors of what they return.
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from audit.errors import UnknownNameError, UsageError
+from audit.taps import PSEUDO_LAYERS, Place, Reader, run_and_remove
 from audit.types import Encoded, Features, Images
 
 Reduction = Literal["flatten", "mean"]
-PSEUDO_LAYERS = ("input", "penultimate", "logits")
 _SPELLING = re.compile(r"(?P<path>[^@#]+)(@(?P<call>-?\d+))?(#(?P<index>-?\d+))?")
 
 
@@ -42,7 +42,8 @@ class Representation(nn.Module):
 
     `layer` is `input`, `penultimate`, `logits` or `<module.path>[@call][#index]`. `reduce` says how maps and
     token sequences become vectors: `flatten` keeps everything, `mean` averages all positions but the channel
-    (the first axis of maps, the last of token sequences). Gradients reach the images. Raises UnknownNameError
+    (the first axis of maps, the last of token sequences). Gradients reach the images. The first use runs the whole
+    network; later ones leave it at the layer, so what comes after is not run. Raises UnknownNameError
     for an unknown layer or reduction, UsageError where the layer is called several times, never, returns several
     tensors, or returns one whose first axis is not the images (windows or tokens, say).
     """
@@ -52,18 +53,66 @@ class Representation(nn.Module):
         self.model = model
         self.layer = layer
         self.reduce = reduce
-        self._carries_answer: bool | None = None
-        self._path, self._call, self._index = _parse(layer)
         if reduce not in ("flatten", "mean"):
             raise UnknownNameError("reduction", reduce, ("flatten", "mean"))
-        if self._path not in PSEUDO_LAYERS:
-            find_module(model, self._path)
-        elif self._call is not None or (self._index is not None and self._path != "logits"):
-            raise UsageError(f"layer {layer!r}: {self._path} is one tensor of one forward pass, leave out @ and #")
+        self.place = _place(model, layer)
+        self._reader = Reader([self.place])
+        self._carries_answer: bool | None = None
 
     def forward(self, images: Images) -> Features:
         """Return the features (N, D) of images (N, C, H, W)."""
-        tapped = self._tap(images)
+        (tapped,) = self._reader.read(self.model, images)
+        return self.vectors(tapped, images)
+
+    def encode_features(self, images: Images) -> Encoded:
+        """Return the features (N, D) and no answers (N, 0), for estimators that need none."""
+        return _unanswered(self(images))
+
+    def encode(self, images: Images) -> Encoded:
+        """Return, from one forward pass, the features (N, D) and the network's log-probabilities (N, K).
+
+        K is zero where `carries_answer` is false: such a layer says nothing of what the network answers.
+        """
+        if not self.answers(images[:1]):
+            return self.encode_features(images)
+        (tapped,), output = self._reader.read_through(self.model, images)
+        return Encoded(self.vectors(tapped, images), output.log_softmax(1))
+
+    def answers(self, images: Images) -> bool:
+        """Return `carries_answer` as it was measured first."""
+        if self._carries_answer is None:
+            self._carries_answer = self.carries_answer(images)
+        return self._carries_answer
+
+    def carries_answer(self, images: Images) -> bool:
+        """Return whether the image reaches the network's answer through this layer alone.
+
+        Then the answer is a function of the features, and what it tells of the image they tell too. Measured: with
+        the layer's output detached, no gradient of the answer is left at the image. Averages never carry it.
+        """
+        if self.reduce == "mean" and self._reader.read(self.model, images)[0].dim() > 2:
+            return False  # the answer is a function of all positions, not of their average
+        if self.place.path in PSEUDO_LAYERS:
+            return True
+        call, calls = self.place.call, list[None]()
+
+        def detach(_module: nn.Module, _inputs: object, output: object) -> object:
+            calls.append(None)
+            chosen = call is None or call < 0 or call == len(calls) - 1
+            return _detached(output, self.place.index) if chosen else output
+
+        leaf = images.detach().clone().requires_grad_()
+        handle = self.model.get_submodule(self.place.module).register_forward_hook(detach)
+        with torch.enable_grad():
+            logits = run_and_remove(self.model, leaf, [handle])
+            if not logits.requires_grad:
+                return True
+            weights = torch.arange(1.0, logits.numel() + 1, device=logits.device).view_as(logits)
+            (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)
+        return gradient is None or not bool(gradient.any())
+
+    def vectors(self, tapped: Tensor, images: Images) -> Features:
+        """Return the features (N, D) that the layer's output (N, ...) for images (N, C, H, W) makes."""
         vectors = _to_vectors(tapped, self.reduce)
         if len(vectors) != len(images):
             raise UsageError(
@@ -72,79 +121,52 @@ class Representation(nn.Module):
             )
         return vectors
 
-    def encode(self, images: Images) -> Encoded:
-        """Return, from one forward pass, the features (N, D) and the network's log-probabilities (N, K).
 
-        K is zero where `carries_answer` is false: such a layer says nothing of what the network answers.
-        """
-        outputs: list[Tensor] = []
-        handle = self.model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        try:
-            features = self(images)
-        finally:
-            handle.remove()
-        if self._carries_answer is None:
-            self._carries_answer = self.carries_answer(images[:1])
-        if not self._carries_answer:
-            return Encoded(features, features.new_empty(len(features), 0))
-        logits = outputs[0] if outputs else self.model(images)
-        return Encoded(features, logits.log_softmax(1))
+def encode_layers(
+    encoders: Sequence[Representation], images: Images, batch_size: int, *, answers: bool = True
+) -> Iterator[dict[str, Encoded]]:
+    """Yield, batch by batch and without gradients, what each layer of one model encodes: one forward pass a batch.
 
-    def carries_answer(self, images: Images) -> bool:
-        """Return whether the image reaches the network's answer through this layer alone.
+    The values are those of `Representation.encode`, or with `answers` off of `encode_features`; then the pass is left
+    at the last of the layers. Raises UsageError for a batch size under 1, for representations of several models and
+    for a layer that is there twice.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch size {batch_size!r} of the images to encode must be at least 1")
+    if len({id(each.model) for each in encoders}) > 1:
+        raise UsageError("layers are read from one forward pass: all representations must be of one model")
+    names = [each.layer for each in encoders]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise UsageError(f"layer {twice!r} is asked for twice: once is enough, with one reduction")
+    if not encoders:
+        return
+    model, reader = encoders[0].model, Reader([each.place for each in encoders])
+    answering = {each.layer for each in encoders if answers and each.answers(images[:1])}
+    for batch in images.split(batch_size):
+        with torch.no_grad():
+            if answering:
+                tapped, output = reader.read_through(model, batch)
+                spoken = output.log_softmax(1)
+            else:
+                tapped, spoken = reader.read(model, batch), batch.new_empty(0)
+            found = {each.layer: each.vectors(value, batch) for each, value in zip(encoders, tapped, strict=True)}
+        yield {
+            layer: Encoded(features, spoken) if layer in answering else _unanswered(features)
+            for layer, features in found.items()
+        }
 
-        Then the answer is a function of the features, and what it tells of the image they tell too. Measured: with
-        the layer's output detached, no gradient of the answer is left at the image. Averages never carry it.
-        """
-        if self.reduce == "mean" and self._tap(images).dim() > 2:
-            return False  # the answer is a function of all positions, not of their average
-        if self._path in PSEUDO_LAYERS:
-            return True
-        calls: list[None] = []
 
-        def detach(_module: nn.Module, _inputs: object, output: object) -> object:
-            calls.append(None)
-            chosen = self._call is None or self._call < 0 or self._call == len(calls) - 1
-            return _detached(output, self._index) if chosen else output
+def features_of_layers(
+    network: nn.Module, layers: Sequence[str], images: Images, batch_size: int, reduce: Reduction = "flatten"
+) -> dict[str, Features]:
+    """Return the features (N, D) of each layer for images (N, C, H, W), without gradients, from one pass over them.
 
-        leaf = images.detach().clone().requires_grad_()
-        handle = find_module(self.model, self._path).register_forward_hook(detach)
-        with torch.enable_grad():
-            logits = _run_and_remove(self.model, leaf, [handle])
-            if not logits.requires_grad:
-                return True
-            weights = torch.arange(1.0, logits.numel() + 1, device=logits.device).view_as(logits)
-            (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)
-        return gradient is None or not bool(gradient.any())
-
-    def _tap(self, images: Images) -> Tensor:
-        if self._path == "input":
-            return images
-        if self._path == "logits":
-            return _one_tensor(self.model(images), self.layer, self._index)
-        if self._path == "penultimate":
-            return _penultimate(self.model, images)
-        calls: list[object] = []
-        handle = find_module(self.model, self._path).register_forward_hook(
-            # clone at once: a later in-place operation must not change what we saw
-            lambda _module, _inputs, output: calls.append(_cloned(output))
-        )
-        _run_and_remove(self.model, images, [handle])
-        return _one_tensor(self._choose(calls), self.layer, self._index)
-
-    def _choose(self, calls: list[object]) -> object:
-        if not calls:
-            raise UsageError(f"layer {self.layer!r} is never called in a forward pass (a fused path may bypass it)")
-        if self._call is None:
-            if len(calls) > 1:
-                raise UsageError(
-                    f"layer {self.layer!r} is called {len(calls)} times in a forward pass: "
-                    f"say which, from {self._path}@0 to {self._path}@{len(calls) - 1} or {self._path}@-1"
-                )
-            return calls[0]
-        if not -len(calls) <= self._call < len(calls):
-            raise UsageError(f"layer {self.layer!r} asks for call {self._call}, but there are only {len(calls)}")
-        return calls[self._call]
+    They are those of `Representation`, and it raises what that does. It holds all of them: N times the sum of the
+    layers' dimensions.
+    """
+    encoders = [Representation(network, layer, reduce) for layer in dict.fromkeys(layers)]
+    parts = list(encode_layers(encoders, images, batch_size, answers=False))
+    return {each.layer: torch.cat([part[each.layer].features for part in parts]) for each in encoders}
 
 
 def layer_names(model: nn.Module) -> list[str]:
@@ -169,7 +191,7 @@ def describe_layers(model: nn.Module, images: Images) -> list[LayerInfo]:
     for name, module in kinds.items():
         calls: list[object] = seen.setdefault(name, [])
         handles.append(module.register_forward_hook(lambda _m, _i, out, calls=calls: calls.append(_stamped(out))))
-    logits = _run_and_remove(model, images, handles)
+    logits = run_and_remove(model, images, handles)
     rows = [_describe(name, type(kinds[name]).__name__, list(calls)) for name, calls in seen.items()]
     ends: list[tuple[str, list[object]]] = [
         ("input", [_stamped(images)]),
@@ -179,14 +201,21 @@ def describe_layers(model: nn.Module, images: Images) -> list[LayerInfo]:
     return [_describe(name, "", calls) for name, calls in ends] + rows
 
 
-def _parse(layer: str) -> tuple[str, int | None, int | None]:
+def _place(model: nn.Module, layer: str) -> Place:
     match = _SPELLING.fullmatch(layer.strip())
     if match is None:
         raise UsageError(
             f"layer {layer!r} is not of the form <module.path>[@call][#index], input, penultimate or logits"
         )
-    call, index = match["call"], match["index"]
-    return match["path"], None if call is None else int(call), None if index is None else int(index)
+    path, call, index = (
+        match["path"],
+        *(None if match[part] is None else int(match[part]) for part in ("call", "index")),
+    )
+    if path not in PSEUDO_LAYERS:
+        find_module(model, path)
+    elif call is not None or (index is not None and path != "logits"):
+        raise UsageError(f"layer {layer!r}: {path} is one tensor of one forward pass, leave out @ and #")
+    return Place(layer, path, path if _unwrapped(model) is model else f"network.{path}", call, index)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -196,44 +225,15 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return children["network"] if children.keys() == {"network"} else model
 
 
-def _run_and_remove(model: nn.Module, images: Images, handles: list[RemovableHandle]) -> Tensor:
-    try:
-        output: Tensor = model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return output
-
-
-def _penultimate(model: nn.Module, images: Images) -> Tensor:
-    """Return the input of the last linear (or 1x1 convolution) layer called: what the classifier sees."""
-    inputs: list[Tensor] = []
-    handles = [
-        module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].clone()))
-        for module in model.modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
-    ]
-    _run_and_remove(model, images, handles)
-    if not inputs:
-        raise UsageError(
-            "layer 'penultimate' needs a model whose forward ends in a linear layer; name a module instead"
-        )
-    return inputs[-1]
-
-
 def _penultimate_calls(model: nn.Module, images: Images) -> list[object]:
     try:
-        return [_stamped(_penultimate(model, images))]
+        return [_stamped(*Reader([_place(model, "penultimate")]).read(model, images))]
     except UsageError:
         return []
 
 
-def _cloned(output: object) -> object:
-    if isinstance(output, Tensor):
-        return output.clone()
-    if isinstance(output, tuple | list):
-        return tuple(_cloned(part) for part in output)
-    return output
+def _unanswered(features: Features) -> Encoded:
+    return Encoded(features, features.new_empty(len(features), 0))
 
 
 def _detached(output: object, index: int | None) -> object:
@@ -265,24 +265,6 @@ def _describe(name: str, kind: str, calls: list[object]) -> LayerInfo:
     overwritten = any(t._version != version for s in stamps for t, version in zip(s.tensors, s.versions, strict=True))
     shape = tuple(first.shape[1:])
     return LayerInfo(name, kind, shape, prod(shape), len(calls), overwritten, stamps[0].values)
-
-
-def _one_tensor(output: object, layer: str, index: int | None) -> Tensor:
-    if isinstance(output, Tensor):
-        if index is not None:
-            raise UsageError(f"layer {layer!r} returns one tensor: leave out #{index}")
-        return output
-    if isinstance(output, tuple | list):
-        tensors = [i for i, part in enumerate(output) if isinstance(part, Tensor)]
-        if index is None:
-            raise UsageError(
-                f"layer {layer!r} returns {len(output)} values: say which, such as {layer}#{(tensors or [0])[0]}"
-            )
-        if -len(output) <= index < len(output) and isinstance(output[index], Tensor):
-            chosen: Tensor = output[index]
-            return chosen
-        raise UsageError(f"layer {layer!r}: output {index} is not a tensor; tensors are at {tensors}")
-    raise UsageError(f"layer {layer!r} returns a {type(output).__name__}, not a tensor")
 
 
 def _to_vectors(features: Tensor, reduce: Reduction) -> Features:

@@ -4,7 +4,8 @@ With `benchmark.py` the only module beside command lines and studies that joins 
 """
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,16 +19,22 @@ from audit.certification import Case, CertificationSettings, Examples, LayerCert
 from audit.checks import Check
 from audit.config import Cell
 from audit.errors import AuditError, EnvironmentFault, UsageError
+from audit.estimates import CLEAN, Vulnerability
+from audit.feature_store import FeatureStore
 from audit.gates import gated, gates
+from audit.ladder import path, runs_before
 from audit.measurement import VERSION, LayerAudit, assemble, check_input
 from audit.outcomes import failed_id, failure, provenance, with_certificate
-from audit.partial import Parts
+from audit.partial import FOLDER, Parts
 from audit.records import AuditRecord, RecordStore, digest
+from audit.representation import Representation, encode_layers
 from audit.robustness import Robustness, Target, attacked
+from audit.types import Encoded, Images
 from model_zoo.datasets import NAMED, ImageRequest, ImageSet, check_fit, load_at_most, load_images
 from model_zoo.entries import ModelEntry, parse_ref
 from model_zoo.load import LoadedModel, SourceSettings, identify, load_model
 
+_BATCH = 256  # images that go through a network at once
 _EXAMPLES = 1000  # training images that heads beside a certificate learn on
 _SHARED = ("version", "network", "architecture", "code_sha256", "weights_sha256", "data_sha256")
 _DECIDING_OPTIONS = ("arch", "num_classes", "mean", "std", "shape")
@@ -78,6 +85,9 @@ class Workbench:
         self._attacked: dict[str, Robustness] = {}
         self._gated: dict[str, tuple[Check, ...]] = {}
         self._layer: tuple[str, LayerAudit] | None = None
+        self._layers: set[str] = set()
+        self._followers: Counter[str] = Counter()
+        self._searched: dict[str, dict[int, Vulnerability]] = {}
 
     def cell_id(self, cell: Cell) -> str:
         """Return the hash of what decides the cell's numbers; of its name where that cannot be found out."""
@@ -85,6 +95,12 @@ class Workbench:
             return digest(self._identity(cell))
         except Exception:  # the record of the failure will say it
             return failed_id(cell)
+
+    def follow(self, cells: Sequence[Cell]) -> None:
+        """Keep the worst-case images of those cells that others of these follow, until the last of them is done."""
+        self._searched.clear()
+        self._layers = {cell.layer for cell in cells}
+        self._followers = Counter(self.cell_id(cell.after) for cell in cells if cell.after)
 
     def record(self, cell: Cell, store: RecordStore) -> AuditRecord:
         """Return the cell's record, measured and stored where it is not there yet."""
@@ -139,15 +155,74 @@ class Workbench:
         self.watcher.stage(cell, "attacking")
         robustness = self._robustness(cell, model, images)
         self.watcher.stage(cell, "estimating information")
-        key = f"{cell.ref} {images.sha256} {cell.layer} {cell.settings}"
-        if self._layer is None or self._layer[0] != key:
-            self._layer = (key, LayerAudit(model.network, pixels, labels, cell.layer, cell.settings))
-        self._layer[1].keep = partial(self._estimate, cell)
-        measured = self._layer[1].under(cell.threat)
+        starts = self._starts(cell)
+        measured = self._audit(cell).under(cell.threat, starts)
         record = gated(assemble(robustness, measured, cell.layer, cell.threat, cell.settings), shut)
         if not cell.settings.certificate:
             return record
         return with_certificate(record, self._certified(cell, model, images))
+
+    def _audit(self, cell: Cell) -> LayerAudit:
+        model, images = self._loaded(cell.ref), self._image_set(cell)
+        key = f"{cell.ref} {images.sha256} {cell.layer} {cell.settings}"
+        if self._layer is None or self._layer[0] != key:
+            clean = self._clean(cell)
+            asked = LayerAudit(model.network, images.images, images.labels, cell.layer, cell.settings, clean)
+            self._layer = (key, asked)
+        self._layer[1].keep = partial(self._estimate, cell)
+        return self._layer[1]
+
+    def _clean(self, cell: Cell) -> Encoded | None:
+        """Return what the cell's layer says of the clean images: read with all layers of its group in one pass, once.
+
+        Estimators and seeds share it, and a resumed run has it back. None without a run folder.
+        """
+        if self.parts.run is None or not self.parts.run.is_dir():
+            return None
+        store = FeatureStore(self.parts.run / FOLDER / "features", self.device)
+        shared = _part(self._identity(cell), "features") | {"reduce": cell.settings.reduce}
+        network, pixels = self._loaded(cell.ref).network, self._image_set(cell).images
+
+        def read(layers: Sequence[str]) -> Iterator[dict[str, Encoded]]:
+            encoders = [Representation(network, layer, cell.settings.reduce) for layer in layers]
+            return encode_layers(encoders, pixels, _BATCH)
+
+        for layers in ({*self._layers, cell.layer}, {cell.layer}):
+            try:
+                return store.get_all({layer: shared | {"layer": layer} for layer in sorted(layers)}, read)[cell.layer]
+            except Exception:  # of another layer, whose own record says it; else the measurement says it
+                continue
+        return None
+
+    def _starts(self, cell: Cell) -> dict[int, Images]:
+        """Return each seed's worst-case images of the cell that this one follows; none where it cannot be followed.
+
+        Nor where no image was worth moving in the smaller ball: then the larger one is searched from scratch. What no
+        search can merge at a later layer none will merge here.
+        """
+        if cell.after is None or not self._can_follow(cell, cell.after):
+            return {}
+        found, same = self._followed(cell.after), cell.layer == cell.after.layer
+        return {seed: run.start for seed, run in found.items() if not (same and run.served == CLEAN)}
+
+    def _followed(self, cell: Cell) -> dict[int, Vulnerability]:
+        known = self.cell_id(cell)
+        found = self._searched.get(known, {})
+        if not found:  # its record was there already, or is another process's
+            try:
+                runs = self._audit(cell).searched(cell.threat, self._starts(cell))
+            except Exception:  # the record of that cell says why
+                return {}
+            found = dict(zip(cell.settings.seeds, runs, strict=True))
+            self._searched[known] = found
+        self._followers[known] -= 1
+        if self._followers[known] <= 0:
+            self._searched.pop(known, None)
+        return found
+
+    def _can_follow(self, cell: Cell, after: Cell) -> bool:
+        few = self._image_set(cell).images[:2]
+        return runs_before(self._loaded(cell.ref).network, cell.layer, after.layer, few)
 
     def _gates(self, cell: Cell, model: LoadedModel, images: ImageSet) -> tuple[Check, ...]:
         """What makes the network unfit to be ranked belongs to it and its images: layers and threat models share it."""
@@ -201,7 +276,13 @@ class Workbench:
         """Return one seed's estimate: the normal case belongs to all threat models, the worst to its cell alone."""
         identity = self._identity(cell)
         if case == "worst":
-            return self.parts.get({"part": "worst", "cell": digest(identity), "seed": seed}, compute, digest(identity))
+            known = digest(identity)
+            followed = self._followers[known] > 0
+            part = {"part": "worst", "cell": known, "seed": seed}
+            found = self.parts.get(part, compute, "" if followed else known)
+            if followed:
+                self._searched.setdefault(known, {})[seed] = found
+            return found
         settings = identity["settings"]
         made = _part(identity, "normal", "layer") | {"estimator": settings["estimator"], "reduce": settings["reduce"]}
         return self.parts.get(made | {"seed": seed}, compute)
@@ -265,7 +346,9 @@ def _identity(cell: Cell, images: ImageSet, entry: ModelEntry) -> dict[str, Any]
         settings["attack"][name] = list(settings["attack"][name])
     for stage in settings["attack"]["stages"]:
         del stage["pgd"]["batch_size"]  # bounds memory only
+    followed = {"after": path(cell)} if cell.after else {}
     return {
+        **followed,
         "version": VERSION,
         "network": _network_identity(cell.ref),
         "architecture": entry.architecture,

@@ -35,6 +35,7 @@ _HOMES = {
     "mixture": "reports.mixture_figure",
     "features": "reports.feature_figure",
     "saliency": "reports.saliency_figure",
+    "speed": "reports.speed_figure",
 }
 # name: the folders its rows lie in, under the folder of all studies; and what draws them
 STUDIES: dict[str, tuple[tuple[str, ...], Draw]] = {
@@ -44,6 +45,7 @@ STUDIES: dict[str, tuple[tuple[str, ...], Draw]] = {
     "figure4-5": (("figures/digits", "figures/third-party"), _drawer("saliency")),
     "table1": (("table1",), _table1),
     "guess-first": (("guess-first",), _guess_first),
+    "speed": (("figures",), _drawer("speed")),
 }
 
 

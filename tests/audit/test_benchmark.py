@@ -105,10 +105,10 @@ def measuring(measured: Layer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     layers: list[str] = []
 
     class Known:
-        def __init__(self, _network: Any, _images: Any, _labels: Any, layer: str, _settings: Any) -> None:
+        def __init__(self, _network: Any, _images: Any, _labels: Any, layer: str, _settings: Any, _clean: Any) -> None:
             layers.append(layer)
 
-        def under(self, _threat: Any) -> Layer:
+        def under(self, _threat: Any, _starts: Any) -> Layer:
             return measured
 
     monkeypatch.setattr(workbench, "LayerAudit", Known)
@@ -206,7 +206,7 @@ def test_layers_share_accuracies_and_models_do_not(
     pairs = [(layer, threat) for layer in ("logits", "penultimate") for threat in (Linf(0.1), L2(0.5))]
     cells = [replace(CELL, layer=layer, threat=threat) for layer, threat in pairs]
     records = run([*cells, replace(CELL, ref="bundled:digits-vgg-standard")], tmp_path)
-    assert attacked == [Linf(0.1), L2(0.5), Linf(0.2)]
+    assert attacked == [L2(0.5), Linf(0.1), Linf(0.2)]
     assert records[0].adversarial_accuracy == records[2].adversarial_accuracy
     assert measuring == ["logits", "penultimate", "logits"]  # threat models share a layer's normal case
 
@@ -224,6 +224,7 @@ def test_identity_is_what_decides_numbers_and_nothing_else() -> None:
     assert workbench._identity(_with_attack(replace(CELL, name="mine"), larger), images, entry) == same
     assert "device" not in json.dumps(same)
     changed = [
+        replace(CELL, after=replace(CELL, threat=Linf(0.1))),
         replace(CELL, threat=Linf(0.1)),
         replace(CELL, threat=L2(0.2)),
         replace(CELL, layer="penultimate"),

@@ -7,7 +7,7 @@ import pytest
 
 from audit import calibration
 from audit.calibration import PLANS, applicable, calibrate, settings_key
-from audit.estimates import MIEstimate
+from audit.estimates import NOTHING_KNOWN, MIEstimate
 from audit.estimators import ESTIMATORS
 from audit.information import CriticTraining
 from audit.labels import LabelInformation, LabelLevel
@@ -49,8 +49,8 @@ class Boastful(Sandwich):
 class Blind(LabelLevel):
     """A search that finds nothing."""
 
-    def vulnerability(self, subject, threat, seed, normal=None):
-        found = super().vulnerability(subject, threat, seed, normal)
+    def vulnerability(self, subject, threat, seed, known=NOTHING_KNOWN):
+        found = super().vulnerability(subject, threat, seed, known)
         return found._replace(worst=found.normal)
 
 

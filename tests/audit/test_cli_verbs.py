@@ -63,7 +63,7 @@ name: small
 dataset: digits
 models: [bundled:digits-vgg-standard]
 threats: {eps: 0.2}
-estimators: [{name: sandwich, steps: 2, start_steps: 1, draws: 1, quantisers: [2]}]
+estimators: [{name: sandwich, steps: 2, start_steps: 1, draws: 1, quantisers: [2], annealing_steps: 2}]
 attack: {steps: 2}
 seeds: [0]
 images: 60

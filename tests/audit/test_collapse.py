@@ -153,7 +153,7 @@ def test_the_hub_is_the_centre_that_can_be_reached():
     centres = torch.stack([torch.zeros(16), torch.full((16,), 0.5), torch.ones(16)])
     chosen, passes = hub(mover, started(mover), centres)
     assert chosen.equal(centres[1])
-    assert passes == 3 * 8 * 100  # centres x steps x trial images
+    assert passes == 3 * 8 * 50  # centres x steps x trial images
     assert hub(mover, started(mover), centres.flip(0)[:1])[0].equal(centres[2])
 
 

@@ -52,7 +52,10 @@ def test_a_name_a_list_and_a_mapping_are_the_same(name: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("written", "wanted"),
     [
-        ("{name: sandwich, noise: 1/4, quantisers: [3], kept: 1}", Sandwich(noise=0.25, quantisers=(3,), kept=1)),
+        (
+            "{name: sandwich, noise: 1/4, quantisers: [3], widths: [2]}",
+            Sandwich(noise=0.25, quantisers=(3,), widths=(2.0,)),
+        ),
         ("{name: sandwich, absolute: true, steps: 7}", Sandwich(absolute=True, steps=7)),
         ("{name: label-level, kept: 2, relative_step: 1e-1}", LabelLevel(kept=2, relative_step=0.1)),
         ("{name: label-level, targets: 2, kept: 2}", LabelLevel(targets=2, kept=2)),

@@ -75,7 +75,9 @@ def target(network=None, count=40):
 
 def whole(subject, settings=TABLE):
     crafted = craft_all(Target(Plane(key=5).eval(), subject.images, subject.labels), settings, 0)
-    reading = Reading("logits", subject.network, "logits", Sandwich(steps=2, start_steps=1, quantisers=(2,)))
+    reading = Reading(
+        "logits", subject.network, "logits", Sandwich(steps=2, start_steps=1, quantisers=(2,), annealing_steps=2)
+    )
     told = []
     rows = table_rows(Study(subject, crafted, [reading]), settings, 0, told.append)
     return rows, told
@@ -207,7 +209,7 @@ def settings_of(folder, **others):
 
 
 def test_a_run_is_trained_attacked_and_audited(tmp_path, monkeypatch):
-    quick = Sandwich(steps=2, start_steps=1, quantisers=(2,))
+    quick = Sandwich(steps=2, start_steps=1, quantisers=(2,), annealing_steps=2)
     monkeypatch.setattr(guess_first, "readings", lambda network: (Reading("logits", network, "logits", quick),))
     settings, told = settings_of(tmp_path, recipes=("cnn",)), []
     run_guess_first(settings, lambda what, done: told.append(done))

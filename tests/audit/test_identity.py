@@ -27,7 +27,7 @@ from model_zoo.prepared import SourceSettings
 
 # Dataclasses that are no sections: which fields are part of a cell's identity, and which are not.
 CLASSES: dict[type, tuple[set[str], set[str]]] = {
-    Cell: ({"ref", "dataset", "images", "layer", "threat", "settings"}, {"name"}),
+    Cell: ({"ref", "dataset", "images", "layer", "threat", "settings", "after"}, {"name"}),
     AuditSettings: ({"estimator", "attack", "seeds", "reduce", "certificate"}, set()),
     Linf: ({"eps"}, {"pixel_range"}),  # the range is the same for all images
     LabelAttack: ({"stages", "noise", "queries", "borrowed", "version"}, {"fast"}),

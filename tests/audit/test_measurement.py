@@ -13,7 +13,7 @@ import audit.measurement as measurement
 from audit.accuracy import measure_accuracy
 from audit.attacks import two_losses
 from audit.errors import InvalidModelError, MismatchError, UsageError
-from audit.estimates import Estimator, MIEstimate, Subject, Vulnerability
+from audit.estimates import NOTHING_KNOWN, Estimator, MIEstimate, Subject, Vulnerability
 from audit.information import CriticTraining
 from audit.kinds import Floors
 from audit.measurement import AuditSettings, audit_model
@@ -286,9 +286,9 @@ class Told(Estimator):
     def normal(self, subject, seed):
         return MIEstimate(0.5, 0.01, 20, 3.0, 0.5)
 
-    def vulnerability(self, subject, threat, seed, normal=None):
+    def vulnerability(self, subject, threat, seed, known=NOTHING_KNOWN):
         worst = MIEstimate(0.4, 0.01, 20, 3.0, 0.4)
-        return Vulnerability(normal, worst, subject.images[:20], torch.arange(20), 20.0)
+        return Vulnerability(known.normal, worst, subject.images[:20], torch.arange(20), 20.0)
 
 
 class ToldOfLabels(Told):

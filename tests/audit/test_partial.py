@@ -20,7 +20,7 @@ from audit.config import Cell
 from audit.critics import CriticShape
 from audit.curve import CurvePoint
 from audit.errors import EnvironmentFault
-from audit.estimates import MIEstimate
+from audit.estimates import Known, MIEstimate
 from audit.information import CriticTraining
 from audit.labels import LabelInformation, LabelLevel
 from audit.measurement import AuditSettings, LayerAudit
@@ -33,7 +33,7 @@ from audit.threat import Linf
 from audit.vulnerability import WorstCaseSearch
 
 REF = "bundled:digits-baseline-h-robust"
-SMALL = Sandwich(steps=2, start_steps=2, quantisers=(2,), kept=1, draws=1)
+SMALL = Sandwich(steps=2, start_steps=2, quantisers=(2,), annealing_steps=3, draws=1)
 SETTINGS = AuditSettings(SMALL, two_losses(PGD(steps=2)), seeds=(0, 1))
 CELL = Cell(REF, None, "digits", 50, "logits", Linf(0.2), SETTINGS)
 CELLS = [replace(CELL, layer=layer, threat=threat) for layer in ("logits", "penultimate") for threat in
@@ -123,7 +123,7 @@ def test_other_processes_take_up_what_their_cells_share(undisturbed, costly, tmp
         bench.keep(bench.compute(cell), cell, RecordStore(tmp_path))
     assert costly.made == ALL
     assert rows(tmp_path) == undisturbed
-    assert len(list((tmp_path / "partial").rglob("*.safetensors"))) == 2 + 4  # worst cases went with their cells
+    assert len(list((tmp_path / "partial").rglob("*.safetensors"))) == 2 + 4 + 2  # features of two layers; worst cases went
 
 
 def test_parts_stay_while_a_cell_has_failed(tmp_path):
@@ -143,7 +143,7 @@ def test_a_part_is_read_back_as_it_was(estimator, tmp_path):
     images, model = bench._image_set(CELL), bench._loaded(REF)
     one = replace(SETTINGS, estimator=estimator, seeds=(0,))
     layer = LayerAudit(model.network, images.images, images.labels, "logits", one)
-    found = (layer.normal[0], estimator.vulnerability(layer.subject, Linf(0.2), 0, layer.normal[0]))
+    found = (layer.normal[0], estimator.vulnerability(layer.subject, Linf(0.2), 0, Known(layer.normal[0])))
     same(found, again(found, tmp_path))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from audit.errors import InvalidModelError, UsageError
-from audit.estimates import Subject
+from audit.estimates import Known, Subject
 from audit.information import split_indices
 from audit.reference import Reference, _fit, _flags, _samples, _Search
 from audit.reference_critic import ReferenceCritic, reference_ceiling, reference_influence, reference_value
@@ -149,7 +149,7 @@ def test_every_search_leaves_from_the_clean_images(subject):
     """Max-min: per critic step seven steps and a last look, all from the clean batch anew."""
     watched, threat = Watched(subject.encoder), Linf(0.1)
     known = QUICK.normal(subject, 0)
-    found = QUICK.vulnerability(subject._replace(encoder=watched), threat, 0, known)
+    found = QUICK.vulnerability(subject._replace(encoder=watched), threat, 0, Known(known))
     clean = subject.images.flatten(1)
     searches = [batch for batch in watched.seen if batch[1]]
     # 4 critic steps, and validation (12 images) and held-out images (18, in two batches) read at 2 + 1 times

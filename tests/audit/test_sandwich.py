@@ -10,7 +10,7 @@ from audit import mixture
 from audit.channels import channels
 from audit.closed_forms import atoms, gaussian, gaussian_vector, two_points
 from audit.errors import InvalidModelError, UsageError
-from audit.estimates import Subject
+from audit.estimates import Known, Subject
 from audit.mixture import guaranteed_pair, mean_shift, plug_in_terms
 from audit.sandwich import Sandwich
 from audit.threat import Linf
@@ -196,7 +196,7 @@ def test_how_many_rows_are_held_at_once_decides_nothing(monkeypatch):
         )
 
     whole = everything()
-    monkeypatch.setattr(mixture, "_ROWS", 7)
+    monkeypatch.setattr(mixture, "_MOST_BYTES", 7 * 100 * 4)
     assert everything() == pytest.approx(whole, rel=1e-4)
 
 
@@ -270,24 +270,33 @@ def test_the_value_is_read_with_other_draws_than_the_worst_case_is_chosen_by():
     assert found.validated == pytest.approx(found.nats, abs=3 * found.stderr)
 
 
-@pytest.mark.parametrize("kept", [1, 3])
-def test_passes_are_counted(kept):
+@pytest.mark.parametrize("served", ["", "quantised 4", "annealed 8", "clean", "carried"])
+def test_passes_are_counted(served):
     calls = []
 
     def counted(images):
         calls.append(len(images) * (1.0 if images.requires_grad else 0.5))
         return told(images)
 
-    estimator = Sandwich(steps=3, start_steps=2, quantisers=(2, 4), kept=kept)
-    found = estimator.vulnerability(subject(normal(150, 2), counted), Linf(0.02), 0)
+    estimator, given = (
+        Sandwich(steps=3, start_steps=2, quantisers=(2, 4), annealing_steps=4),
+        subject(normal(150, 2), counted),
+    )
+    known = Known(served=served, start=given.images if served == "carried" else None)
+    found = estimator.vulnerability(given, Linf(0.02), 0, known)
     assert found.passes == sum(calls)
+    steps = {"": 3 * 2 + 3 + 2 * 4, "quantised 4": 2 + 3, "carried": 4}.get(served, 4)
+    candidates = {"": 7, "quantised 4": 3, "carried": 3}.get(served, 2)
+    trial = 7 * 8 * 50 if not served else 0  # centres, steps and images that choose the hub
+    assert found.passes == 150 * (steps + candidates / 2) + trial
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"steps": 0}, "sandwich steps 0 must be at least 1"),
-        ({"kept": 0}, "sandwich kept 0 must be at least 1"),
+        ({"annealing_steps": 0}, "sandwich annealing_steps 0 must be at least 1"),
+        ({"widths": (4.0, 0.5)}, r"sandwich widths \(4.0, 0.5\) must be at least 1 and finite"),
         ({"draws": -1}, "sandwich draws -1 must be at least 1"),
         ({"noise": 0.0}, "sandwich noise 0.0 must be above 0 and finite"),
         ({"noise": float("inf")}, "sandwich noise inf must be above 0 and finite"),

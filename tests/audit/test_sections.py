@@ -79,6 +79,12 @@ def test_quantisers_are_counts() -> None:
     assert not takes(section, quantisers=[2, 0])
 
 
+def test_widths_are_multiples_of_the_noise() -> None:
+    section = ESTIMATOR_SECTIONS["sandwich"]
+    assert takes(section, widths=[1, "5/2"])
+    assert not any(takes(section, widths=wrong) for wrong in ([0.5], [2, math.inf], ["wide"]))
+
+
 def test_the_tables_of_names_are_the_ones_that_compute() -> None:
     assert set(ESTIMATOR_SECTIONS) == set(ESTIMATORS)
     assert set(CRITICS) == set(critics.CRITICS)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from audit.critics import CriticShape
-from audit.estimates import FloorKind, Subject
+from audit.estimates import FloorKind, Known, Subject
 from audit.estimators import ESTIMATORS
 from audit.information import CriticTraining
 from audit.labels import LabelInformation, LabelLevel
@@ -24,7 +24,7 @@ from audit.vulnerability import WorstCaseSearch
 
 TRAINING = CriticTraining(steps=60, every=5, batch_size=64, shape=CriticShape(width=32, embedding=8, channels=4))
 SEARCH = WorstCaseSearch(collapse_steps=3, rounds=3, critic_steps=1, relative_step=0.4)
-_SANDWICH = Sandwich(steps=4, start_steps=2, quantisers=(2, 4), draws=4, batch_size=64)
+_SANDWICH = Sandwich(steps=4, start_steps=2, quantisers=(2, 4), annealing_steps=6, draws=4, batch_size=64)
 _LEVEL = LabelLevel(targets=3, kept=2, steps=4)
 _LABELS = LabelInformation(ProbeTraining(folds=3, hidden=8, steps=40), steps=3)
 _REFERENCE = Reference(width=16, steps=6, batch_size=32, search_steps=2, every=3)
@@ -132,7 +132,10 @@ def test_the_worst_case_is_the_value_of_the_moved_images(name):
 def test_a_known_normal_case_is_taken_as_it_is(name):
     given, threat = subject(), threat_model("linf", 0.1)
     normal = QUICK[name].normal(given, 0)
-    whole, saved = QUICK[name].vulnerability(given, threat, 0), QUICK[name].vulnerability(given, threat, 0, normal)
+    whole, saved = (
+        QUICK[name].vulnerability(given, threat, 0),
+        QUICK[name].vulnerability(given, threat, 0, Known(normal)),
+    )
     assert saved.normal is normal
     assert (whole.normal, whole.worst) == (saved.normal, saved.worst)
 
@@ -142,9 +145,10 @@ def test_the_same_seed_gives_the_same_numbers(name):
     first = both_cases(name)
     torch.rand(7)
     second = both_cases(name)
-    assert first._replace(moved=None, which=None) == second._replace(moved=None, which=None)
+    assert first._replace(moved=None, which=None, others=None) == second._replace(moved=None, which=None, others=None)
     assert first.moved.equal(second.moved)
     assert first.which.equal(second.which)
+    assert first.start.equal(second.start)
 
 
 @EVERY
@@ -227,3 +231,34 @@ def test_what_names_no_number_is_a_field(name):
     assert known.quantity in ("I(X; g(X))", "I(X; g(X) + noise)", "H(argmax g(X))", "I(Y; g(X))")
     assert known.ranks == (not name.startswith("ref-"))
     assert known.floor_kind in get_args(FloorKind)
+
+
+RANKED = pytest.mark.parametrize("name", sorted(name for name in ESTIMATORS if not name.startswith("ref-")))
+
+
+@RANKED
+@NORMS
+def test_a_search_that_starts_from_a_smaller_ball_is_legal_cheaper_and_never_worse_than_its_start(name, norm):
+    given, threat = subject(), threat_model(norm, EPS[norm])
+    small = QUICK[name].vulnerability(given, threat_model(norm, EPS[norm] / 2), 0)
+    assert small.start.shape == given.images.shape
+    assert small.start[small.which].equal(small.moved)
+    found = QUICK[name].vulnerability(given, threat, 0, Known(small.normal, small.start))
+    assert float(threat.distance(found.start, given.images).max()) <= EPS[norm] + 1e-6
+    assert found.worst.validated <= small.worst.validated + 1e-4
+    assert found.passes < 0.8 * QUICK[name].vulnerability(given, threat, 0).passes
+
+
+@RANKED
+def test_another_seed_looks_for_what_served_the_first(name):
+    given, threat = subject(), threat_model("linf", EPS["linf"])
+    first = QUICK[name].vulnerability(given, threat, 0)
+    alone = QUICK[name].vulnerability(given, threat, 1)
+    after = QUICK[name].vulnerability(given, threat, 1, Known(served=first.served))
+    assert first.served
+    assert after.passes < alone.passes
+    assert (
+        after.served
+        in (first.served, "clean", first.served.removeprefix("mean shift from "), f"mean shift from {first.served}")
+        or after.served.split(",")[0] == first.served.split(",")[0]
+    )
