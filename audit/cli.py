@@ -12,6 +12,7 @@ from audit.cli_features import features_command as features_command
 from audit.cli_features import saliency_command as saliency_command
 from audit.cli_options import FOLDER, image_shape, run_options, slug, source_options
 from audit.cli_reproduce import reproduce_command as reproduce_command
+from audit.cli_run import executor_options, run_cells
 from audit.cli_run import plan_command as plan_command
 from audit.cli_run import status_command as status_command
 from audit.cli_run import validate_command as validate_command
@@ -51,16 +52,7 @@ _ESTIMATORS = ("sandwich", "label-information")
 @click.argument("config", type=click.Path(path_type=Path), default=Path("benchmark.yaml"))
 @click.option("--out", type=FOLDER, default=None, help="The run folder. [runs/<name of the benchmark>]")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as one JSON array, nothing else.")
-@click.option(
-    "--executor",
-    type=click.Choice(["local", "ray"]),
-    default="local",
-    show_default=True,
-    help="In this process, or one task a cell on a Ray cluster.",
-)
-@click.option("--address", default=None, help="The Ray cluster. [one on this machine]")
-@click.option("--workers", type=click.IntRange(1), default=None, help="Processes of a cluster on this machine.")
-@click.option("--gpus-per-cell", type=click.FloatRange(0), default=0.0, show_default=True, help="Such as 0.25.")
+@executor_options
 @source_options
 def run_command(config: Path, out: Path | None, as_json: bool, **where: Any) -> int:
     """Run the benchmark that CONFIG describes; finished cells of its run folder are not computed again.
@@ -74,7 +66,7 @@ def run_command(config: Path, out: Path | None, as_json: bool, **where: Any) -> 
     folder = out or Path("runs") / benchmark.name
     cells = expand(benchmark)
     claim(folder, benchmark, config.read_text(encoding="utf-8"))
-    records = _run_cells(cells, folder, where)
+    records = run_cells(cells, folder, where)
     _calibrate_briefly(benchmark, records, folder)
     _publish(records, folder, as_json)
     return 0 if all(record.valid for record in records) else 1
@@ -107,7 +99,7 @@ def audit_command(model: str, dataset: str, out: Path | None, as_json: bool, **r
     config = _request(model, dataset, {name: request[name] for name in fields})
     folder = out or Path("runs") / f"{config.name}-{digest(config.canonical())[:8]}"
     claim(folder, config, to_yaml(config))
-    records = _run_cells(expand(config), folder, where)
+    records = run_cells(expand(config), folder, where)
     _calibrate_briefly(config, records, folder)
     _publish(records, folder, as_json)
     return max((int(record.details.get("exit_code", 1)) for record in records if not record.valid), default=0)
@@ -215,21 +207,6 @@ def train_command(recipes: tuple[str, ...], out: Path, **run: Any) -> None:
                 card = train_recipe(recipe, out, display.step)
         natural, adversarial = (number["value"] for number in card["published"])
         click.echo(f"{card['id']}: natural {natural:.3f}, adversarial {adversarial:.3f}, sha256 {card['sha256']}")
-
-
-def _run_cells(cells: list[Any], folder: Path, where: dict[str, Any]) -> list[Any]:
-    from audit.benchmark import run
-    from audit.display import Display
-    from audit.workbench import Watcher
-
-    with Display(len(cells)) as display:
-        watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
-        if where.get("executor") == "ray":
-            from audit.executors import Cluster, run_on_ray
-
-            cluster = Cluster(where["address"], where["workers"], where["gpus_per_cell"])
-            return run_on_ray(cells, folder, run_options(where), watcher, cluster)
-        return run(cells, folder, run_options(where), watcher)
 
 
 def _chosen_estimators(names: tuple[str, ...], config: Path | None) -> list[Any]:

@@ -1,7 +1,7 @@
-"""The commands around a run: `validate` a benchmark file, `plan` it, and the `status` of a run folder."""
+"""The commands around a run: `validate` a benchmark file, `plan` it, the `status` of a run folder; who computes it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,86 @@ from audit.cli_options import FOLDER, run_options, source_options
 from audit.errors import AuditError, UsageError
 
 _CONFIG = click.Path(path_type=Path)
+_BATCH = 256
+_WORTH = 3000  # images of all cells: fewer are done before another process has started
+_PROCESS_BYTES = 0.6e9  # of a process with torch, before it has loaded a model
+
+
+def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say who computes the cells of a run."""
+    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "ray"]),
+            default="local",
+            show_default=True,
+            help="On this machine, or one task a cell on a Ray cluster.",
+        ),
+        click.option(
+            "--jobs",
+            type=click.IntRange(1),
+            default=None,
+            help="Processes that share the models of a local run. [one a core; 1 on a GPU, or for a short run]",
+        ),
+        click.option("--address", default=None, help="The Ray cluster. [one on this machine]"),
+        click.option("--workers", type=click.IntRange(1), default=None, help="Processes of Ray on this machine."),
+        click.option("--gpus-per-cell", type=click.FloatRange(0), default=0.0, show_default=True, help="Such as 0.25."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run_cells(cells: list[Any], folder: Path, where: dict[str, Any]) -> list[Any]:
+    """Compute cells as the executor's and the source options say, and return their records; raises UsageError."""
+    from audit.benchmark import run
+    from audit.display import Display
+    from audit.workbench import Watcher
+
+    options, count = run_options(where), where.get("jobs")
+    if where.get("executor") == "ray" and count:
+        raise UsageError(f"--jobs {count} is for --executor local; with ray it is --workers {count}")
+    with Display(len(cells)) as display:
+        watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
+        if where.get("executor") == "ray":
+            from audit.executors import Cluster, run_on_ray
+
+            cluster = Cluster(where["address"], where["workers"], where["gpus_per_cell"])
+            return run_on_ray(cells, folder, options, watcher, cluster)
+        count = min(count or _fitting_jobs(cells, where), len({(cell.ref, cell.dataset) for cell in cells}))
+        if count > 1:
+            from audit.jobs import Jobs, run_in_jobs
+
+            return run_in_jobs(cells, folder, options, watcher, Jobs(count))
+        return run(cells, folder, options, watcher)
+
+
+def _fitting_jobs(cells: list[Any], where: dict[str, Any]) -> int:
+    """Return how many processes are worth starting: one a core, as far as half of the free memory holds them."""
+    from audit.jobs import cores, free_bytes
+    from audit.workbench import device_of
+
+    images = sum(cell.images or _WORTH for cell in cells)
+    if images < _WORTH or device_of(where["device"]).type != "cpu":
+        return 1
+    models = {(cell.ref, cell.dataset): cell for cell in cells}
+    if len(models) < 2 or cores() < 2:
+        return 1
+    largest = max(_model_bytes(cell, where) for cell in models.values())
+    return max(1, min(cores(), int(free_bytes() / 2 / (_PROCESS_BYTES + largest))))
+
+
+def _model_bytes(cell: Any, where: dict[str, Any]) -> int:
+    """Return what a batch of a model takes; 0 where it cannot be loaded, which its records will tell."""
+    from audit.planning import batch_bytes
+    from audit.validation import Request
+    from model_zoo.load import load_model
+
+    try:
+        images = _first_images(Request(cell.ref, cell.dataset, 1, (), ""), where)
+        return batch_bytes(load_model(cell.ref, run_options(where).sources).network, images.images, _BATCH)
+    except Exception:  # a foreign network may raise anything
+        return 0
 
 
 @click.command("validate")
@@ -225,7 +305,7 @@ def _forecast_one(benchmark: Any, mine: list[Any], rates: dict[str, Any], where:
         len(images.images), len(benchmark.seeds), len({(each.norm, each.eps) for each in mine}),
         tuple(rates[each.estimator] for each in mine),
     )  # fmt: skip
-    cost = forecast(work, seconds_per_pass(network, pixels), batch_bytes(network, pixels, 256))
+    cost = forecast(work, seconds_per_pass(network, pixels), batch_bytes(network, pixels, _BATCH))
     return {"cells": len(mine), **cost._asdict()}
 
 

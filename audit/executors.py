@@ -12,7 +12,8 @@ from typing import Any
 
 from audit.config import Cell
 from audit.errors import EnvironmentFault
-from audit.outcomes import failure
+from audit.jobs import died
+from audit.ladder import sharing
 from audit.partial import remove_leftovers
 from audit.records import AuditRecord, RecordStore
 from audit.workbench import RunOptions, Watcher, Workbench
@@ -34,11 +35,11 @@ class Cluster:
 def run_on_ray(
     todo: Sequence[Cell], folder: Path, options: RunOptions, watcher: Watcher, cluster: Cluster | None = None
 ) -> list[AuditRecord]:
-    """Audit every cell that has no record yet, one task a cell, and return all records in the order of the cells.
+    """Audit every cell that has no record yet and return all records in the order of the cells.
 
-    Records are written here as they come, so workers need no common folder for them; weights and data must lie under
-    the same paths everywhere. A worker that dies is replaced and its cell tried again. Cells go out in their order,
-    the models of a benchmark one after the other, so the first models are finished first.
+    A task is the cells that share a search. Records are written here as they come, so workers need no common folder
+    for them; weights and data must lie under the same paths everywhere. A worker that dies is replaced and its task
+    tried again. Tasks go out model after model, so the first models are finished first.
     Raises EnvironmentFault where Ray is not installed or the cluster cannot be reached.
     """
     remove_leftovers(folder)
@@ -49,11 +50,13 @@ def run_on_ray(
     ray = _connected(cluster)
     try:
         task = ray.remote(num_cpus=1, num_gpus=cluster.gpus_per_cell, max_retries=cluster.retries)(_computed)
-        out = {task.remote(cell, options, folder.resolve()): n for n, cell in enumerate(todo) if n not in records}
+        left = [[number for number in group if number not in records] for group in sharing(todo)]
+        out = {task.remote([todo[n] for n in group], options, folder.resolve()): group for group in left if group}
         while out:
             (done, *_), _ = ray.wait(list(out), num_returns=1)
-            number = out.pop(done)
-            records[number] = bench.keep(_answer(ray, done, todo[number]), todo[number], store)
+            group = out.pop(done)
+            for number, record in zip(group, _answer(ray, done, [todo[n] for n in group]), strict=True):
+                records[number] = bench.keep(record, todo[number], store)
     finally:
         ray.shutdown()
     if all(record.valid for record in records.values()):
@@ -90,8 +93,10 @@ def _knock(address: str) -> None:
         raise EnvironmentFault(f"no Ray cluster at {address}: {error.strerror or error}") from error
 
 
-def _computed(cell: Cell, options: RunOptions, folder: Path) -> AuditRecord:
-    return _bench(options, folder).compute(cell)
+def _computed(cells: Sequence[Cell], options: RunOptions, folder: Path) -> list[AuditRecord]:
+    bench = _bench(options, folder)
+    bench.follow(cells)
+    return [bench.compute(cell) for cell in cells]
 
 
 @cache
@@ -100,11 +105,10 @@ def _bench(options: RunOptions, folder: Path) -> Workbench:
     return Workbench(options, Watcher(), folder)
 
 
-def _answer(ray: Any, done: Any, cell: Cell) -> AuditRecord:
-    """Return a finished task's record; that of the failure where its worker died too often."""
+def _answer(ray: Any, done: Any, cells: Sequence[Cell]) -> list[AuditRecord]:
+    """Return a finished task's records; those of the failure where its worker died too often."""
     try:
-        record: AuditRecord = ray.get(done)
+        records: list[AuditRecord] = ray.get(done)
     except ray.exceptions.RayError as error:
-        died = EnvironmentFault(f"its worker died again and again, perhaps for want of memory ({type(error).__name__})")
-        return failure(cell, died)
-    return record
+        return [died(cell, type(error).__name__) for cell in cells]
+    return records

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from audit.accuracy import Accuracy, logits_of
 from audit.attacks import AUDIT, LabelAttack
 from audit.checks import Check
-from audit.errors import MismatchError, UsageError
+from audit.errors import MismatchError, UnknownNameError, UsageError
 from audit.estimates import Estimator, History, Known, MIEstimate, Subject, Vulnerability
+from audit.fast import agree, faster
 from audit.gates import gated, gates
 from audit.kinds import (
     Floors,
@@ -151,8 +152,24 @@ class LayerAudit:
     ) -> None:
         self.network, self.settings = network, settings
         self.representation = Representation(network, layer, settings.reduce)
-        read = self.representation.encode if settings.estimator.reads_answers else self.representation.encode_features
-        self.subject = Subject(read, images, labels, clean)
+        self.subject = Subject(self._encode, images, labels, clean)
+
+    def _encode(self, images: Images) -> Encoded:
+        """Searches, which ask for gradients, go through a faster copy of the network; what is read never does."""
+        layer = self._faster if images.requires_grad else self.representation
+        return layer.encode(images) if self.settings.estimator.reads_answers else layer.encode_features(images)
+
+    @cached_property
+    def _faster(self) -> Representation:
+        representation, images = self.representation, self.subject.images
+        folded = faster(self.network, images)
+        if folded is self.network:
+            return representation
+        try:
+            same = Representation(folded, representation.layer, representation.reduce)
+        except UnknownNameError:  # it was folded into another
+            return representation
+        return same if agree(representation, same, images) else representation
 
     @cached_property
     def normal(self) -> tuple[MIEstimate, ...]:

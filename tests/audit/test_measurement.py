@@ -20,6 +20,7 @@ from audit.measurement import AuditSettings, audit_model
 from audit.mine import Mine
 from audit.pgd import PGD
 from audit.records import AuditRecord, RecordStore
+from audit.representation import Representation
 from audit.sandwich import Sandwich
 from audit.theory import information_floor
 from audit.threat import L1, L2, Linf
@@ -427,3 +428,34 @@ def test_other_norms_say_what_ran_and_only_they_have_another_identity(network, h
     assert names["l2"].attack.endswith("+differences-5")
     assert names["linf"].details["identity"]["settings"] == repr(asking)
     assert names["l2"].details["identity"]["settings"] != repr(asking)
+
+
+class Normed(torch.nn.Module):
+    """A network with a batch norm to fold; it notes whether gradients were asked of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4)
+        self.head = torch.nn.Linear(4 * 36, 10)
+        self.norm.running_mean.add_(0.3)
+
+    def forward(self, images):
+        return self.head(self.norm(self.convolution(images)).relu().flatten(1))
+
+
+@pytest.mark.parametrize(("layer", "copied"), [("logits", True), ("penultimate", True), ("convolution", False)])
+def test_searches_go_through_a_faster_copy_and_readings_through_the_network(held_out, layer, copied):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Normed().eval()
+    asked = []
+    network.norm.register_forward_hook(lambda _module, inputs, _output: asked.append(inputs[0].requires_grad))
+    subject = measurement.LayerAudit(network, *held_out, layer, QUICK).subject
+    leaf = subject.images[:8].clone().requires_grad_()
+    asked.clear()
+    moving = subject.encoder(leaf).features
+    assert any(asked) != copied
+    with torch.no_grad():
+        reading = subject.encoder(subject.images[:8]).features
+    assert torch.allclose(moving.detach(), reading, atol=1e-5)
+    assert reading.equal(Representation(network, layer)(subject.images[:8]).detach())
