@@ -48,13 +48,16 @@ class Mover:
         those of the last pass, one step behind the images.
         """
         images, features = start.images.clone(), start.features.clone()
+        buffer, walls = torch.empty_like(images), self.threat.walls(self.clean)
         for done in range(steps):
             direction = pull(features)
             shrunk = max(0.0, done / steps - self.hold) / (1 - self.hold)
             size = self.threat.eps * self.relative_step * (1 - 0.9 * shrunk)
-            for chosen in torch.arange(len(images), device=images.device).split(self.batch_size):
-                gradient, features[chosen] = self._gradient(images[chosen], direction[chosen])
-                images[chosen] = self.threat.step(images[chosen], gradient, self.clean[chosen], size)
+            for first in range(0, len(images), self.batch_size):
+                some = slice(first, first + self.batch_size)
+                gradient, features[some] = self._gradient(images[some], direction[some])
+                self.threat.step_into(buffer[some], images[some], (gradient, size), *(wall[some] for wall in walls))
+            images, buffer = buffer, images
         return Moved(images, features, start.passes + steps * len(images))
 
     def _gradient(self, images: Images, direction: Features) -> tuple[Tensor, Features]:
