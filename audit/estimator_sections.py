@@ -148,13 +148,15 @@ class CriticSection(Section):
 class SearchSection(Section):
     """How mine searches the worst case; see `audit.vulnerability.WorstCaseSearch`."""
 
-    decides = ("collapse_steps", "rounds", "relative_step", "critic_steps")
+    decides = ("collapse_steps", "rounds", "relative_step", "critic_steps", "every", "tolerance")
     settings_of = "audit.vulnerability:WorstCaseSearch"
 
     collapse_steps: Count = 20
     rounds: Count = 40
     relative_step: StepSize = 0.1
     critic_steps: Count = 5
+    every: Count = 10
+    tolerance: NotNegative = 0.02
 
 
 class MineSection(EstimatorSection):

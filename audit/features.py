@@ -22,10 +22,11 @@ from audit.errors import UnknownNameError, UsageError
 from audit.gradients import input_gradient
 from audit.mixture import plug_in_terms
 from audit.pgd import PGD, minimise
+from audit.representation import Representation
 from audit.scalars import least_telling
 from audit.threat import ThreatModel
 from audit.types import Images, Judged, keyed_generator
-from audit.units import Read, field_size, layer_reader, receptive_field, units
+from audit.units import Read, field_size, receptive_field, units
 
 _READ, _SEARCH = range(111, 113)
 _HELD = 2**23  # pixels of the copies that one chunk of features may hold
@@ -146,7 +147,7 @@ def audit_features(
     """
     settings, request = settings or FeatureSettings(), request or FeatureRequest()
     network.eval()
-    read = layer_reader(network, layer, images)
+    read = Representation(network, layer)
     found = units(network, layer, images, request.unit)
     chosen = request.chosen(len(found.columns))
     columns = found.columns[chosen].to(images.device)

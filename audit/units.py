@@ -1,7 +1,6 @@
 """The units of a layer: where its features stand among its outputs, and which pixels they see."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from audit.errors import UsageError
 from audit.gradients import input_gradient
-from audit.representation import Representation, describe_layers, find_module
+from audit.representation import Representation, describe_layers
 from audit.types import Features, Images, keyed_generator
 
 _FIELD = 131
@@ -21,43 +20,6 @@ class Units(NamedTuple):
 
     columns: Tensor
     unit: tuple[int, ...]
-
-
-class _Reached(Exception):
-    """Carries a layer's output out of a forward pass that need not go on."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-
-def layer_reader(network: nn.Module, layer: str, images: Images) -> Read:
-    """Return the map from images (N, C, H, W) to a layer's flattened outputs (N, D), as cheap as it can be had.
-
-    A layer that is called once and returns one tensor ends the forward pass there; any other takes the whole network.
-    """
-    representation = Representation(network, layer)
-    infos = {info.name: info for info in describe_layers(network, images[:1])}
-    info = infos[layer] if layer in infos and infos[layer].kind else None
-    if info is None or (info.calls, info.outputs) != (1, 1) or info.overwritten:
-        return representation
-    with torch.no_grad():
-        representation(images[:1])  # its errors are the ones that a user should read
-    return partial(_until, network, find_module(network, layer))
-
-
-def _until(network: nn.Module, module: nn.Module, images: Images) -> Features:
-    def stop(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        raise _Reached(output)
-
-    handle = module.register_forward_hook(stop)
-    try:
-        network(images)
-    except _Reached as reached:
-        return reached.output.flatten(1)
-    finally:
-        handle.remove()
-    raise UsageError("the layer was called when it was described, and is not any more: the forward pass changes")
 
 
 def units(network: nn.Module, layer: str, images: Images, unit: tuple[int, ...] | None = None) -> Units:

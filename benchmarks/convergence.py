@@ -264,7 +264,7 @@ def main() -> None:
         state = chosen.out.with_suffix(f".{method}-{eps:g}-{seed}.part")
         case = Case(encoder, split_images(data.images, seed), training, Linf(eps / 255), seed)
         taken = (
-            search(case, WorstCaseSearch(rounds=chosen.rounds), chosen.every)
+            search(case, WorstCaseSearch(rounds=chosen.rounds, tolerance=0.0), chosen.every)
             if method == "search"
             else best_response(case, chosen.critic_steps, 5 * chosen.every, state)
         )

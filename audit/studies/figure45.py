@@ -15,11 +15,12 @@ from torch import Tensor
 from audit.config import Cell
 from audit.features import FeatureRequest, Watch
 from audit.records import write_atomically
+from audit.representation import Representation
 from audit.saliency import Alignment, Saliency, SaliencySettings, alignment, feature_saliency, layer_saliency
 from audit.studies.networks import Exhibit, opened, preset, second_convolutions
 from audit.studies.rows import write_rows
 from audit.types import Images
-from audit.units import layer_reader, units
+from audit.units import units
 from audit.workbench import RunOptions
 
 _IMAGES, _EPS, _LEVELS = 300, 0.2, 50
@@ -72,7 +73,7 @@ def saliency_study(
 def saliency_maps(exhibit: Exhibit, study: SaliencyStudy) -> dict[str, Saliency]:
     """Return the maps (N, C, H, W) of the layer as a whole, or of each feature named, by its name in rows."""
     network, images, layer = exhibit.network, exhibit.images, exhibit.cell.layer
-    read = layer_reader(network, layer, images)
+    read = Representation(network, layer)
     if not study.features:
         return {WHOLE: layer_saliency(read, images, study.settings)}
     columns = units(network, layer, images).columns

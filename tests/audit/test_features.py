@@ -11,7 +11,7 @@ from audit.representation import Representation
 from audit.saliency import SaliencySettings, layer_saliency
 from audit.threat import L2, Linf
 from audit.types import keyed_generator
-from audit.units import field_size, layer_reader, receptive_field, units
+from audit.units import field_size, receptive_field, units
 from model_zoo import libraries
 
 
@@ -29,7 +29,7 @@ def convolutional(side=8):
 def test_the_ends_of_a_linear_feature_are_exact(threat, dual):
     torch.manual_seed(1)
     network, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.3 + 0.4 * images()
-    ends = reach(layer_reader(network, "1", x), x, torch.arange(3), threat, FeatureSettings(steps=2))
+    ends = reach(Representation(network, "1"), x, torch.arange(3), threat, FeatureSettings(steps=2))
     half = threat.eps * network[1].weight.norm(p=dual, dim=1).detach()
     assert torch.allclose(ends.high - ends.clean, half.expand(40, 3), atol=1e-5)
     assert torch.allclose(ends.clean - ends.low, half.expand(40, 3), atol=1e-5)
@@ -37,7 +37,7 @@ def test_the_ends_of_a_linear_feature_are_exact(threat, dual):
 
 def test_the_ends_are_values_inside_the_ball_and_cost_what_is_counted():
     network, x, counted = convolutional(), images(), []
-    read = layer_reader(network, "2", x)
+    read = Representation(network, "2")
 
     def counting(batch):
         counted.append(len(batch))
@@ -105,7 +105,7 @@ def test_a_dead_feature_tells_nothing_and_says_that_it_has_no_gradient():
 
 def test_a_unit_sees_its_receptive_field_only():
     network, x = convolutional(), images()
-    read, found = layer_reader(network, "2", x), units(network, "2", x)
+    read, found = Representation(network, "2"), units(network, "2", x)
     assert found.unit == (2, 2)
     field = receptive_field(read, x, found.columns)
     assert field_size(field) == (5, 5)  # 3x3 with stride 2 over 3x3 with stride 1
@@ -113,19 +113,8 @@ def test_a_unit_sees_its_receptive_field_only():
     assert torch.equal(read(changed)[:, found.columns], read(x)[:, found.columns])
     corner = receptive_field(read, x, units(network, "2", x, (0, 0)).columns)
     assert field_size(corner) == (3, 3)
-    assert field_size(receptive_field(layer_reader(network, "logits", x), x, torch.arange(5))) == (8, 8)
+    assert field_size(receptive_field(Representation(network, "logits"), x, torch.arange(5))) == (8, 8)
     assert field_size(torch.zeros(8, 8, dtype=torch.bool)) == (0, 0)
-
-
-def test_stopping_at_the_layer_gives_what_the_whole_pass_gives():
-    network, x, calls = convolutional(), images(), []
-    network[5].register_forward_hook(lambda *_: calls.append(1))
-    read = layer_reader(network, "2", x)
-    calls.clear()
-    assert torch.equal(read(x), Representation(network, "2")(x.clone()).detach())
-    assert len(calls) == 1  # of the second
-    assert not network[2]._forward_hooks
-    assert isinstance(layer_reader(network, "logits", x), Representation)
 
 
 @pytest.mark.parametrize(("layer", "unit", "message"), [
@@ -148,22 +137,6 @@ def test_wrong_settings_are_refused():
         FeatureSettings(scale="layr")
 
 
-def test_a_network_that_changes_its_mind_is_refused():
-    class Fickle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.calls = nn.Linear(64, 2), 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.inner(x.flatten(1)) if self.calls < 4 else x.flatten(1)[:, :2]
-
-    network, x = Fickle().eval(), images()
-    read = layer_reader(network, "inner", x)
-    with pytest.raises(UsageError, match="is not any more"):
-        read(x)
-
-
 @pytest.mark.parametrize(("build", "layer", "side"), [
     (lambda: libraries.timm_build("resnet18", {"num_classes": 2}), "layer1.0.conv2", 32),
     (lambda: libraries.torchvision_build("resnet18", 2, None), "layer2.0.bn2", 32),
@@ -175,6 +148,6 @@ def test_networks_of_libraries_at_a_named_layer(build, layer, side):
     found = audit_features(network, x, layer, Linf(0.02), settings, FeatureRequest((0, 1)))
     assert all(row.reach > 0 for row in found.rows)
     assert len(found.unit) == (1 if "encoder" in layer else 2)
-    maps = layer_saliency(layer_reader(network, layer, x), x, SaliencySettings(draws=1)).maps
+    maps = layer_saliency(Representation(network, layer), x, SaliencySettings(draws=1)).maps
     assert maps.shape == x.shape
     assert maps.flatten(1).any(1).all()
