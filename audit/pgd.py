@@ -164,13 +164,14 @@ class _Search:
         again = self.pending[index] & (self.step[index] == step)  # a step taken twice, for want of memory
         open_, waiting = ~self.best.done[index], self.pending[index] & ~again
         better = open_ & (judged.done | (judged.value < self.best.value[index]))
-        passed, lost = waiting & ~better, better & judged.done
+        # indices once, and no masks below: on a GPU each of those waits for the device
+        passed, lost = (waiting & ~better).nonzero().flatten(), (better & judged.done).nonzero().flatten()
         self.images[index[passed]] = last[passed]
         self.images[index[lost]] = images[lost]
         self.pending[index] = again | (better & ~judged.done)
-        where = index[better]
-        self.best.value[where], self.best.done[where] = judged.value[better], judged.done[better]
-        self.step[where] = step
+        self.best.value[index] = torch.where(better, judged.value, self.best.value[index])
+        self.best.done[index] = torch.where(better, judged.done, self.best.done[index])
+        self.step[index] = torch.where(better, step, self.step[index])
 
 
 def _close_up(done: Tensor, room: int, *tensors: Tensor) -> None:

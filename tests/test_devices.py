@@ -296,7 +296,7 @@ def waits_of(steps):
     return device.waits(), sum(not crossing.to_host for crossing in device.crossings)
 
 
-WAITS = 10  # a step of a search: each stops a GPU until the CPU has heard of it; nine, and more where images are done
+WAITS = 5  # a step of a search: each stops a GPU until the CPU has heard of it; four, and more where images are done
 
 
 def test_a_step_of_a_search_waits_for_the_device_a_few_times_and_copies_nothing_to_it():
