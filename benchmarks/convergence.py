@@ -16,9 +16,9 @@ reading attacks the held-out images in the same way and takes the current critic
 training alone. The gradient goes through both arguments of the critic in either.
 
 `smoothed` is the median of `WINDOW` readings in a row, `converged` the mean of the last quarter of a curve's readings,
-`drift` how far that is from the mean of the quarter before. Where that is more than `TOLERANCE` nats the curve has not
-settled, and `converged` is empty. `within` marks the readings from which on the smoothed curve stays within `TOLERANCE`
-nats of `converged`. A curve that the file has in whole is not computed again.
+`drift` how far that is from the mean of the quarter before. `reached` marks the readings from the first one on at which
+the smoothed curve is within `TOLERANCE` nats of `converged`, `within` those from which on it stays there. A curve that
+the file has in whole is not computed again.
 """
 
 import argparse
@@ -212,13 +212,13 @@ def curve(readings: list[Reading]) -> list[dict[str, Any]]:
     smoothed = [median(nats[max(0, i - half) : i + half + 1]) for i in range(len(nats))]
     converged = fmean(nats[-quarter:])
     drift = converged - fmean(nats[-2 * quarter : -quarter])
-    settled = abs(drift) <= TOLERANCE
-    outside = [i for i, value in enumerate(smoothed) if not settled or abs(value - converged) > TOLERANCE]
-    first = outside[-1] + 1 if outside else 0
+    near = [abs(value - converged) <= TOLERANCE for value in smoothed]
+    first = near.index(True) if any(near) else len(near)
+    stays = len(near) - next((i for i, inside in enumerate(reversed(near)) if not inside), len(near))
     return [
         {"step": reading.step, "passes": f"{reading.passes:.0f}", "nats": f"{reading.nats:.4f}",
-         "smoothed": f"{smoothed[i]:.4f}", "converged": f"{converged:.4f}" if settled else "", "drift": f"{drift:.4f}",
-         "within": i >= first}
+         "smoothed": f"{smoothed[i]:.4f}", "converged": f"{converged:.4f}", "drift": f"{drift:.4f}",
+         "reached": i >= first, "within": i >= stays}
         for i, reading in enumerate(readings)
     ]  # fmt: skip
 

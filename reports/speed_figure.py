@@ -196,9 +196,9 @@ def search_figure(convergence: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
     return figure
 
 
-def settled(curve: pd.DataFrame) -> float:
-    """Return the passes from which on one curve stays within the tolerance of its own end; NaN where it never does."""
-    inside = curve[curve["within"].astype(bool)]
+def reached(curve: pd.DataFrame) -> float:
+    """Return the passes at which one curve is first within the tolerance of its own end; NaN where it never is."""
+    inside = curve[curve["reached"].astype(bool)]
     return float(inside["passes"].min()) if len(inside) else float("nan")
 
 
@@ -207,9 +207,9 @@ def _draw_curve(ax: Axes, curve: pd.DataFrame, look: dict[str, Look]) -> None:
         own = look[str(method)]
         ax.plot(part["passes"], part["nats"], color=own.colour, linewidth=0.5, alpha=0.45)
         ax.plot(part["passes"], part["smoothed"], color=own.colour, linewidth=1.3)
-        end, reached = float(part["converged"].iloc[0]), settled(part)
+        end, passes = float(part["converged"].iloc[0]), reached(part)
         ax.axhspan(end - TOLERANCE, end + TOLERANCE, color=own.colour, alpha=0.12, linewidth=0)
-        ax.plot([reached], [end], marker=own.marker, markersize=6, color=own.colour, markeredgecolor="black", zorder=4)
+        ax.plot([passes], [end], marker=own.marker, markersize=6, color=own.colour, markeredgecolor="black", zorder=4)
 
 
 def _search_key(figure: Figure, look: dict[str, Look], columns: int) -> None:
@@ -217,25 +217,23 @@ def _search_key(figure: Figure, look: dict[str, Look], columns: int) -> None:
                for name, own in look.items()]  # fmt: skip
     rest = [
         named(Line2D([], [], color=_GREY, linewidth=6, alpha=0.25), f" its own end, {TOLERANCE} nats either way"),
-        named(Line2D([], [], color=_GREY, marker="o", linestyle="none", markeredgecolor="black"), "stays within"),
+        named(Line2D([], [], color=_GREY, marker="o", linestyle="none", markeredgecolor="black"), "first within"),
     ]
     place_key(figure, methods, rest, columns)
 
 
 def _sentence(curve: pd.DataFrame) -> str:
-    reached = {str(name): settled(part) for name, part in curve[curve["seed"] == curve["seed"].min()].groupby("method")}
-    said = "; ".join(
-        f"{name} {passes:,.0f}" if passes == passes else f"{name} never" for name, passes in reached.items()
-    )
-    text = f"Passes until within {TOLERANCE} nats of its own end, for good: {said}."
-    ours, theirs = _two(reached)
+    first = {str(name): reached(part) for name, part in curve[curve["seed"] == curve["seed"].min()].groupby("method")}
+    said = "; ".join(f"{name} {passes:,.0f}" if passes == passes else f"{name} never" for name, passes in first.items())
+    text = f"Passes until within {TOLERANCE} nats of its own end: {said}."
+    ours, theirs = _two(first)
     return f"{text}\nOurs by best response's: {ours / theirs:.3f}." if ours == ours and theirs == theirs else text
 
 
-def _two(reached: dict[str, float]) -> tuple[float, float]:
+def _two(first: dict[str, float]) -> tuple[float, float]:
     """Return what ours and best response took; NaN for a method that is not there."""
-    ours = [passes for name, passes in reached.items() if name.startswith("search")]
-    return (ours[0] if ours else float("nan")), reached.get("best-response", float("nan"))
+    ours = [passes for name, passes in first.items() if name.startswith("search")]
+    return (ours[0] if ours else float("nan")), first.get("best-response", float("nan"))
 
 
 def _draw_epochs(ax: Axes, epochs: pd.DataFrame) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from audit.fast import faster
 from audit.sections import BenchmarkConfig
-from reports.speed_figure import along, draw, scaling_figure, search_figure, settled, slope
+from reports.speed_figure import along, draw, reached, scaling_figure, search_figure, slope
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +58,7 @@ def curves():
         for step in range(1, 9):
             nats = end + (0 if step * unit >= (100 if method != "best-response" else 2000) else 1)
             made.append({"method": method, **shared, "step": step, "passes": step * unit, "nats": nats,
-                         "smoothed": nats, "converged": end, "within": nats == end})  # fmt: skip
+                         "smoothed": nats, "converged": end, "reached": nats == end})  # fmt: skip
     return pd.DataFrame(made)
 
 
@@ -102,9 +102,9 @@ def test_limits_and_the_naive_line_stand_in_their_panels(rows):
 
 
 def test_a_curve_is_settled_where_it_stays_near_its_end(curves):
-    assert settled(curves[curves["method"] == "search-40"]) == 100
-    assert settled(curves[curves["method"] == "best-response"]) == 2000
-    assert settled(curves.assign(within=False)) != settled(curves.assign(within=False))  # NaN
+    assert reached(curves[curves["method"] == "search-40"]) == 100
+    assert reached(curves[curves["method"] == "best-response"]) == 2000
+    assert reached(curves.assign(reached=False)) != reached(curves.assign(reached=False))  # NaN
 
 
 def test_the_search_picture_states_the_ratio_and_the_epochs_limit(curves, epochs):
@@ -116,7 +116,7 @@ def test_the_search_picture_states_the_ratio_and_the_epochs_limit(curves, epochs
     assert len(figure.axes[1].patches) == 9
     assert any(list(line.get_ydata()) == [1.25, 1.25] for line in figure.axes[1].lines)
     assert len(search_figure(pd.DataFrame(), epochs).axes) == 1
-    (unsettled,) = search_figure(curves.assign(within=False), pd.DataFrame()).axes
+    (unsettled,) = search_figure(curves.assign(reached=False), pd.DataFrame()).axes
     assert "response never; search-40 never." in unsettled.texts[0].get_text().replace("\n", " ")
 
 
