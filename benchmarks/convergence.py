@@ -61,7 +61,7 @@ from model_zoo.load import SourceSettings, load_model
 TOLERANCE, WINDOW, STEPS = 0.05, 5, 7
 METHODS = ("search", "best-response")
 FIELDS = ("method", "eps", "seed", "images", "batch", "step", "passes", "nats", "smoothed", "converged", "drift",
-          "within", "machine", "torch", "date")  # fmt: skip
+          "reached", "within", "machine", "torch", "date")  # fmt: skip
 
 
 class Case(NamedTuple):
