@@ -51,6 +51,7 @@ bench: .bench-venv/.installed $(VENV)/.installed
 	$(BIN)/python benchmarks/epoch.py $(THIRD_PARTY) --out $(RESULTS)/epoch.csv
 	$(BIN)/python benchmarks/convergence.py $(THIRD_PARTY) --out $(RESULTS)/convergence.csv
 	$(BIN)/python benchmarks/mixture.py --out $(RESULTS)/mixture.csv
+	$(BIN)/python benchmarks/following.py --out $(RESULTS)/following.csv
 	$(BIN)/python benchmarks/learning.py --out $(RESULTS)/learning.csv
 	$(BIN)/python benchmarks/scaling.py --data parquet:$(DATA) --checkpoints $(CHECKPOINTS) --out $(RESULTS)/scaling.csv
 	$(BIN)/rvaudit figures docs --only speed
