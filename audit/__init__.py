@@ -15,6 +15,7 @@ _EXPORTS = {
     "L1": "audit.threat",
     "PGD": "audit.pgd",
     "Representation": "audit.representation",
+    "features_of_layers": "audit.representation",
     "layer_names": "audit.representation",
     "estimate_mi": "audit.information",
     "estimate_vulnerability": "audit.vulnerability",

@@ -24,7 +24,7 @@ def executor_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["local", "ray"]),
             default="local",
             show_default=True,
-            help="On this machine, or one task a cell on a Ray cluster.",
+            help="On this machine, or on a Ray cluster, cells that share a search together.",
         ),
         click.option(
             "--jobs",

@@ -89,7 +89,7 @@ class Known(NamedTuple):
     """What earlier work leaves to a search of the worst case: any of it saves passes, none of it is needed.
 
     `normal` is the normal case of this subject and seed. `start` (N, C, H, W) are the worst-case images of a smaller
-    ball, or of a layer further on: they are one candidate, and the search goes on from them with a quarter of its
+    ball, or of a layer further on: they are one candidate, and the search goes on from them with a part of its
     steps. `served` is the `Vulnerability.served` of another seed: the search makes do with that kind of candidate.
     """
 

@@ -190,6 +190,7 @@ class _Attacks:
 
         Where it is known which of them served, no other.
         """
+        served = "" if served == _CARRIED else served  # another seed had something to start from
         encoder, labels, clean = (
             self.subject.encoder,
             self.subject.labels,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from audit.config import Cell
+from audit.errors import UnknownNameError
 from audit.representation import find_module
 from audit.types import Images
 
@@ -65,9 +66,13 @@ def runs_before(network: nn.Module, layer: str, later: str, images: Images) -> b
     if re.split("[@#]", layer)[0] == re.split("[@#]", later)[0]:
         return False  # two calls of one module: which is which is not worth finding out
     seen: list[str] = []
-    handles = [handle for name in (layer, later) for handle in _noted(network, name, seen)]
+    handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
+        for name in (layer, later):
+            handles += _noted(network, name, seen)
         network(images)
+    except UnknownNameError:  # whose record says it
+        return False
     finally:
         for handle in handles:
             handle.remove()

@@ -109,8 +109,10 @@ class Workbench:
         except AuditError as error:
             return self.keep(failure(cell, error), cell, store)
         if known is None or not known.valid:  # what failed is tried again
-            return self.keep(self.compute(cell), cell, store)
-        self.watcher.done(known, True)
+            known = self.keep(self.compute(cell), cell, store)
+        else:
+            self.watcher.done(known, True)
+        self._release(cell)
         return known
 
     def keep(self, record: AuditRecord, cell: Cell, store: RecordStore) -> AuditRecord:
@@ -179,8 +181,9 @@ class Workbench:
         """
         if self.parts.run is None or not self.parts.run.is_dir():
             return None
-        store = FeatureStore(self.parts.run / FOLDER / "features", self.device)
-        shared = _part(self._identity(cell), "features") | {"reduce": cell.settings.reduce}
+        store = FeatureStore(self.parts.run / FOLDER / "features")  # mapped: only what is read below takes memory
+        shared = _part(self._identity(cell), "features")
+        shared |= {"reduce": cell.settings.reduce, "computed_on": self.device.type}
         network, pixels = self._loaded(cell.ref).network, self._image_set(cell).images
 
         def read(layers: Sequence[str]) -> Iterator[dict[str, Encoded]]:
@@ -189,7 +192,8 @@ class Workbench:
 
         for layers in ({*self._layers, cell.layer}, {cell.layer}):
             try:
-                return store.get_all({layer: shared | {"layer": layer} for layer in sorted(layers)}, read)[cell.layer]
+                found = store.get_all({layer: shared | {"layer": layer} for layer in sorted(layers)}, read)
+                return Encoded(*(part.to(self.device) for part in found[cell.layer]))
             except Exception:  # of another layer, whose own record says it; else the measurement says it
                 continue
         return None
@@ -208,17 +212,25 @@ class Workbench:
     def _followed(self, cell: Cell) -> dict[int, Vulnerability]:
         known = self.cell_id(cell)
         found = self._searched.get(known, {})
-        if not found:  # its record was there already, or is another process's
+        if len(found) < len(cell.settings.seeds):  # its record was there already, or is another process's
             try:
-                runs = self._audit(cell).searched(cell.threat, self._starts(cell))
-            except Exception:  # the record of that cell says why
+                starts = self._starts(cell)  # first: it makes the audits of cells further back
+                runs = self._audit(cell).searched(cell.threat, starts)
+            except EnvironmentFault:  # would pass, and leave a number under an identity that says otherwise
+                raise
+            except AuditError:  # the record of that cell says why
                 return {}
             found = dict(zip(cell.settings.seeds, runs, strict=True))
             self._searched[known] = found
-        self._followers[known] -= 1
-        if self._followers[known] <= 0:
-            self._searched.pop(known, None)
         return found
+
+    def _release(self, cell: Cell) -> None:
+        """Let go of the images that a cell which is done has followed, if no other one will."""
+        if cell.after is not None:
+            known = self.cell_id(cell.after)
+            self._followers[known] -= 1
+            if self._followers[known] <= 0:
+                self._searched.pop(known, None)
 
     def _can_follow(self, cell: Cell, after: Cell) -> bool:
         few = self._image_set(cell).images[:2]

@@ -177,3 +177,24 @@ def test_images_of_a_search_are_held_no_longer_than_somebody_follows(ladder, tmp
         held.append(len(bench._searched))
     # logits at .1 is followed by logits at .2 and penultimate at .1, which penultimate at .2 follows
     assert held == [1, 1, 1, 0]
+
+
+DEEP = YAML.replace("eps: [0.2, 0.1]", "eps: [0.02, 0.1, 0.3]")
+
+
+@pytest.mark.parametrize("kept", [2, 5])
+def test_a_chain_is_resumed_to_the_same_numbers_wherever_it_was_left(kept, tmp_path):
+    (tmp_path / "deep.yaml").write_text(DEEP)
+    cells = expand(read_config(tmp_path / "deep.yaml"))
+    numbers = [(r.cell_id, r.worst_nats, r.normal_nats, r.passes) for r in run(cells, tmp_path / "run")]
+    store = RecordStore(tmp_path / "run")
+    for number in sharing(cells)[0][kept:]:  # what was done before them is searched again on the way
+        store.path(numbers[number][0]).unlink()
+    assert [(r.cell_id, r.worst_nats, r.normal_nats, r.passes) for r in run(cells, tmp_path / "run")] == numbers
+
+
+def test_a_layer_that_is_not_there_fails_alone(tmp_path):
+    (tmp_path / "typo.yaml").write_text(YAML.replace("[penultimate, logits]", "[stages.0, zzz]"))
+    records = run(expand(read_config(tmp_path / "typo.yaml")), tmp_path / "run")
+    assert {record.layer for record in records if record.valid} == {"stages.0"}
+    assert all("unknown layer 'zzz'" in record.reason for record in records if not record.valid)

@@ -262,3 +262,11 @@ def test_another_seed_looks_for_what_served_the_first(name):
         in (first.served, "clean", first.served.removeprefix("mean shift from "), f"mean shift from {first.served}")
         or after.served.split(",")[0] == first.served.split(",")[0]
     )
+
+
+@RANKED
+def test_a_seed_that_cannot_follow_is_searched_though_another_one_followed(name):
+    given, threat = subject(), threat_model("linf", EPS["linf"])
+    scratch = QUICK[name].vulnerability(given, threat, 1)
+    after = QUICK[name].vulnerability(given, threat, 1, Known(served="carried"))
+    assert after.worst == scratch.worst
