@@ -111,6 +111,9 @@ def measuring(measured: Layer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def under(self, _threat: Any, _starts: Any) -> Layer:
             return measured
 
+        def searched(self, _threat: Any, _starts: Any) -> Any:
+            return measured.per_seed
+
     monkeypatch.setattr(workbench, "LayerAudit", Known)
     return layers
 
