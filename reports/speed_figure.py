@@ -161,7 +161,7 @@ def _lines() -> list[Line2D]:
     black = Look("black", "o")
     return [
         named(_mark(black, "full", "-"), "passes, counted at the network"),
-        named(_mark(black, "none", _DASHED), "CPU time"),
+        named(_mark(black, "none", _DASHED), "CPU time, in bare passes"),
         named(Line2D([], [], color=_GREY, linewidth=0.8, linestyle=_DOTTED), "as often as one, nothing shared"),
         named(Line2D([], [], color=_LIMIT, marker="_", markersize=10, markeredgewidth=1.6, linestyle="none"), "limit"),
     ]
