@@ -16,10 +16,11 @@ from torch import nn
 from audit.config import Cell
 from audit.errors import UnknownNameError
 from audit.representation import find_module
+from audit.taps import is_linear
 from audit.types import Images
 
 _PLACES = {"input": 0, "penultimate": 2, "logits": 3}
-_MODULE = 1
+_INSIDE = 1
 
 
 def climbed(cells: Sequence[Cell]) -> list[Cell]:
@@ -63,7 +64,7 @@ def runs_before(network: nn.Module, layer: str, later: str, images: Images) -> b
     """Return whether one forward pass of images (N, C, H, W) leaves a layer before a later one, or it is the same."""
     if layer in (later, "input") or later == "logits":
         return True
-    if re.split("[@#]", layer)[0] == re.split("[@#]", later)[0]:
+    if _module(layer) == _module(later):
         return False  # two calls of one module: which is which is not worth finding out
     seen: list[str] = []
     handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -82,16 +83,21 @@ def runs_before(network: nn.Module, layer: str, later: str, images: Images) -> b
 
 def _noted(network: nn.Module, layer: str, seen: list[str]) -> list[torch.utils.hooks.RemovableHandle]:
     if layer == "penultimate":
-        linear = [part for part in network.modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+        linear = [part for part in network.modules() if is_linear(part)]
         return [part.register_forward_pre_hook(lambda _module, _inputs: seen.append(layer)) for part in linear]
     if layer in _PLACES:
         return []
-    module = find_module(network, re.split("[@#]", layer)[0])
+    module = find_module(network, _module(layer))
     return [module.register_forward_hook(lambda _module, _inputs, _output: seen.append(layer))]
+
+
+def _module(layer: str) -> str:
+    """Return a layer's name without the call and the output that it means."""
+    return re.split("[@#]", layer)[0]
 
 
 def _depth(layer: str) -> tuple[object, ...]:
     """Return a key that sorts layers as a network runs through them, as far as names tell; never the same for two."""
-    path = re.split("[@#]", layer)[0]
+    path = _module(layer)
     tokens = [(0, int(token)) if token.isdigit() else (1, token) for token in re.findall(r"\d+|[^\d.]+", path)]
-    return _PLACES.get(path, _MODULE), *tokens, (2,), layer  # a stage ends after its parts: (2,) is beyond each token
+    return _PLACES.get(path, _INSIDE), *tokens, (2,), layer  # a stage ends after its parts: (2,) is beyond each token

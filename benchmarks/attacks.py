@@ -202,12 +202,18 @@ def version_of(package: str) -> str:
         return "working tree"
 
 
-def options() -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def third_party_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what every script on third-party networks is told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="parquet file of CIFAR-10 test images")
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the third-party checkpoints")
     parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def options() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = third_party_parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--images", type=int, default=1000, help="images per network, those it gets wrong included")
     parser.add_argument("--eps", type=float, default=2.0, help="grey levels of 255")

@@ -34,7 +34,7 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import torch
-from attacks import NETS, NETWORKS
+from attacks import NETS, NETWORKS, third_party_parser
 from torch import Tensor, nn
 
 from audit.bounds import BOUNDS, infonce_terms
@@ -233,10 +233,7 @@ def known(path: Path) -> set[tuple[str, str, str]]:
 
 def options() -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="parquet file of CIFAR-10 test images")
-    parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the third-party checkpoints")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = third_party_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--eps", type=float, nargs="+", default=[1.0], help="grey levels of 255")

@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from attacks import NETS, NETWORKS
+from attacks import NETS, NETWORKS, third_party_parser
 from torch import nn
 
 from audit.bounds import BOUNDS
@@ -194,10 +194,7 @@ def row(name: str, part: str, turns: list[Turn], images: int) -> dict[str, Any]:
 
 def options() -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="parquet file of CIFAR-10 test images")
-    parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the third-party checkpoints")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = third_party_parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--images", type=int, default=512, help="so many that each part is one batch")
     parser.add_argument("--eps", type=float, default=1.0, help="grey levels of 255")
