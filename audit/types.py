@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 Images = Tensor
@@ -40,19 +39,3 @@ Encoder = Callable[[Images], Encoded]
 
 Objective = Callable[[Images, Tensor], Judged]
 """Maps images (N, C, H, W) and their indices (N,) in the whole set to a `Judged`."""
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """Return a CPU generator for a key such as (seed, purpose, restart).
-
-    Different keys give unrelated streams; the same key gives the same stream on every device, batch size and
-    resume point.
-    """
-    state = 0x9E3779B97F4A7C15
-    for part in key:
-        # splitmix64: neighbouring seeds end up far apart
-        state = (state + part + 0x9E3779B97F4A7C15) % 2**64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state % 2**63)

@@ -23,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.attacks import cross_entropy_objective, margin
-from audit.fast import faster
-from audit.pgd import PGD, minimise
-from audit.threat import Linf
-from audit.types import Images, Labels, keyed_generator
-from model_zoo.datasets import ImageRequest, load_images
+from audit.adversary.fused import faster
+from audit.adversary.label_attack import cross_entropy_objective, margin
+from audit.adversary.pgd import PGD, minimise
+from audit.adversary.threat import Linf
+from audit.random_keys import keyed_generator
+from audit.types import Images, Labels
+from model_zoo.images.load import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 
 RELATIVE_STEP, WARM_UP = 0.25, 8

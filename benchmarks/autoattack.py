@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from audit.attacks import AUDIT, LabelAttack
-from audit.benchmark import expand
-from audit.config import Cell, read_config
-from audit.robustness import Target, attacked
-from model_zoo.datasets import ImageRequest, load_images
+from audit.adversary.label_attack import AUDIT, LabelAttack
+from audit.adversary.robustness import Target, attacked
+from audit.run.cell import Cell, read_config
+from audit.run.run_loop import expand
+from model_zoo.images.load import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 
 STANDARD = LabelAttack(borrowed=("autoattack-standard",))

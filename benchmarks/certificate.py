@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from audit.attacks import cross_entropy_objective, never_done
-from audit.certificate import CertificateSettings, NotApplicable, certify
-from audit.fast import faster
-from audit.meeting import Layer, SearchEffort
-from audit.pgd import PGD, minimise
-from audit.representation import Representation
-from audit.threat import Linf
-from audit.types import keyed_generator
-from model_zoo.datasets import ImageRequest, ImageSet, load_images
+from audit.adversary.fused import faster
+from audit.adversary.label_attack import cross_entropy_objective, never_done
+from audit.adversary.pgd import PGD, minimise
+from audit.adversary.threat import Linf
+from audit.certificate.certificate import CertificateSettings, NotApplicable, certify
+from audit.certificate.collision_search import Layer, SearchEffort
+from audit.random_keys import keyed_generator
+from audit.representation.layers import Representation
+from model_zoo.images.load import ImageRequest, ImageSet, load_images
 from model_zoo.load import SourceSettings, load_model
 
 NETWORK = "resnet20-12fca82f.th?arch={nets}:resnet20&mean=.485,.456,.406&std=.229,.224,.225&num_classes=10"

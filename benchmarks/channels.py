@@ -6,7 +6,7 @@ from math import e, exp, lgamma, log, pi, sqrt
 import torch
 from torch import Tensor
 
-from audit.types import keyed_generator
+from audit.random_keys import keyed_generator
 
 Pairs = tuple[Tensor, Tensor]
 

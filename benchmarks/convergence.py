@@ -7,7 +7,7 @@ ResNet-20, logits, l-inf. Both have the same images, split, default dot-product 
 size and network (its folded copy, which gives the same logits within 1e-4). A pass is one image once forward and once
 backward; a forward pass alone counts as half of one.
 
-`search` is the fixed schedule of `audit.vulnerability`: at every reading its images are frozen, a fresh critic is
+`search` is the fixed schedule of `audit.information.critic_descent`: at every reading its images are frozen, a fresh critic is
 fitted to them, and the smallest candidate is taken on validation images, as if the run had been stopped there. The
 passes are those that such a run makes: finding the target, collapse, rounds and encodings, not those of readings
 before. `best-response` does as the paper's authors do: before every critic step a fresh batch leaves from its clean
@@ -37,12 +37,12 @@ import torch
 from attacks import NETS, NETWORKS, third_party_parser
 from torch import Tensor, nn
 
-from audit.bounds import BOUNDS, infonce_terms
-from audit.critics import build_critic
-from audit.estimates import MIEstimate
-from audit.fast import faster
-from audit.gradients import input_gradient
-from audit.information import (
+from audit.adversary.fused import faster
+from audit.adversary.gradients import input_gradient
+from audit.adversary.threat import Linf, ThreatModel
+from audit.information.bounds import BOUNDS, infonce_terms
+from audit.information.critic_descent import Adversary, WorstCaseSearch, estimate_vulnerability
+from audit.information.critic_training import (
     CriticTraining,
     Splits,
     critic_optimiser,
@@ -51,11 +51,12 @@ from audit.information import (
     fit_critic,
     split_images,
 )  # fmt: skip
-from audit.representation import Representation
-from audit.threat import Linf, ThreatModel
-from audit.types import Encoder, Features, Images, keyed_generator
-from audit.vulnerability import Adversary, WorstCaseSearch, estimate_vulnerability
-from model_zoo.datasets import ImageRequest, load_images
+from audit.information.critics import build_critic
+from audit.information.estimator import MIEstimate
+from audit.random_keys import keyed_generator
+from audit.representation.layers import Representation
+from audit.types import Encoder, Features, Images
+from model_zoo.images.load import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 
 TOLERANCE, WINDOW, STEPS = 0.05, 5, 7

@@ -19,12 +19,12 @@ from statistics import mean
 
 import torch
 
-from audit.accuracy import measure_accuracy
-from audit.attacks import TIERS
-from audit.hypothesis import train_hypothesis
-from audit.threat import Linf
-from model_zoo.recipes import GUESS_FIRST
-from model_zoo.recipes.guess_first import EPS, GuessFirstRun, TrainingData, fresh_network, load_training_data
+from audit.adversary.accuracy import measure_accuracy
+from audit.adversary.label_attack import TIERS
+from audit.adversary.threat import Linf
+from audit.studies.recipes import GUESS_FIRST
+from audit.studies.recipes.guess_first import EPS, GuessFirstRun, TrainingData, fresh_network, load_training_data
+from audit.training.label_hypothesis import train_hypothesis
 
 FIELDS = ("recipe", "weight", "seed", "epochs", "images", "natural", "adversarial")
 WEIGHTS = {

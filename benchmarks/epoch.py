@@ -3,8 +3,8 @@
 Run from the repository root (see benchmarks/README.md):
     OMP_NUM_THREADS=1 python benchmarks/epoch.py --data cifar10-test.parquet --checkpoints checkpoints --out epoch.csv
 
-Three parts of the two searches, on logits: a collapse step and a round of `audit.vulnerability` (one moved pass an
-image, then the critic's steps on the features met), and a step of mean shift as `audit.sandwich` takes it. All images
+Three parts of the two searches, on logits: a collapse step and a round of `audit.information.critic_descent` (one moved pass an
+image, then the critic's steps on the features met), and a step of mean shift as `audit.information.sandwich` takes it. All images
 are moved once in each. Ours and the floor take turns in one process on one thread, so that a busy machine slows both
 alike: batch by batch within one search, between any two gradients. Rows that the file has are not measured again.
 Seconds are CPU time, medians over the turns, the
@@ -34,18 +34,19 @@ import torch
 from attacks import NETS, NETWORKS, third_party_parser
 from torch import nn
 
-from audit.bounds import BOUNDS
-from audit.collapse import Moved, Mover
-from audit.critics import build_critic
-from audit.estimates import Known
-from audit.information import CriticTraining, Splits, critic_optimiser, encode, split_images
-from audit.mixture import mean_shift
-from audit.representation import Representation
-from audit.sandwich import Sandwich
-from audit.threat import Linf
-from audit.types import Encoded, Encoder, Features, Images, keyed_generator
-from audit.vulnerability import Adversary, WorstCaseSearch, estimate_vulnerability
-from model_zoo.datasets import ImageRequest, load_images
+from audit.adversary.threat import Linf
+from audit.information.bounds import BOUNDS
+from audit.information.critic_descent import Adversary, WorstCaseSearch, estimate_vulnerability
+from audit.information.critic_training import CriticTraining, Splits, critic_optimiser, encode, split_images
+from audit.information.critics import build_critic
+from audit.information.estimator import Known
+from audit.information.feature_merging import Moved, Mover
+from audit.information.gaussian_mixture import mean_shift
+from audit.information.sandwich import Sandwich
+from audit.random_keys import keyed_generator
+from audit.representation.layers import Representation
+from audit.types import Encoded, Encoder, Features, Images
+from model_zoo.images.load import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 
 IN_A_ROW = 2  # steps of mean shift, which begin with a copy of the images

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from audit.measurement import AuditSettings, LayerAudit
-from audit.sandwich import Sandwich
-from audit.threat import Linf
-from model_zoo.datasets import ImageRequest, load_images
+from audit.adversary.threat import Linf
+from audit.config.settings import AuditSettings
+from audit.information.sandwich import Sandwich
+from audit.run.layer_audit import LayerAudit
+from model_zoo.images.load import ImageRequest, load_images
 from model_zoo.load import load_model
 
 MODELS = ("digits-baseline-h-robust", "digits-resnet-robust", "digits-vgg-standard")

@@ -25,12 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from audit.learning import MITraining, learning_mode, train_representation
-from audit.pgd import PGD
-from audit.representation import Representation
-from audit.scorers import Scorer, ScorerShape
-from audit.threat import Linf
-from audit.types import Images, keyed_generator
+from audit.adversary.pgd import PGD
+from audit.adversary.threat import Linf
+from audit.random_keys import keyed_generator
+from audit.representation.layers import Representation
+from audit.training.mutual_information import MITraining, learning_mode, train_representation
+from audit.training.objectives import Scorer, ScorerShape
+from audit.types import Images
 from model_zoo.architectures.encoders import PaperEncoder
 
 NETS = Path(__file__).resolve().parents[1] / "tests" / "third_party_nets.py"

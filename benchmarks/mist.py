@@ -19,7 +19,7 @@ import torch
 from channels import CHANNELS, draw
 from torch import Tensor
 
-from audit.information import CriticTraining, EncodedSplits, fit_critic, split_indices
+from audit.information.critic_training import CriticTraining, EncodedSplits, fit_critic, split_indices
 from audit.types import Encoded
 
 SAMPLES, STEPS, BATCH, WIDTH, EMBEDDING = 5000, 1000, 256, 128, 32

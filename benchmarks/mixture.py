@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from audit.mixture import guaranteed_pair, plug_in_terms
-from audit.types import keyed_generator
+from audit.information.gaussian_mixture import guaranteed_pair, plug_in_terms
+from audit.random_keys import keyed_generator
 
 SIZES = ((1_000, 10), (5_000, 10), (20_000, 10), (50_000, 10), (50_000, 64))
 FIELDS = ("images", "dimensions", "pair_cpu_seconds", "plug_in_cpu_seconds", "peak_mib", "import_mib", "features_mib",

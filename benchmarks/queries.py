@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from audit.accuracy import logits_of, measure_accuracy
-from audit.attacks import AUDIT, LabelAttack, margin
-from audit.benchmark import expand
-from audit.borrowed import AutoAttack
-from audit.config import read_config
-from audit.queries import Differences
-from audit.robustness import Target
-from audit.threat import ThreatModel, threat_model
-from model_zoo.datasets import ImageRequest, load_images
+from audit.adversary.accuracy import logits_of, measure_accuracy
+from audit.adversary.external import AutoAttack
+from audit.adversary.finite_differences import Differences
+from audit.adversary.label_attack import AUDIT, LabelAttack, margin
+from audit.adversary.robustness import Target
+from audit.adversary.threat import ThreatModel, threat_model
+from audit.run.cell import read_config
+from audit.run.run_loop import expand
+from model_zoo.images.load import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 
 QUERIES = 300

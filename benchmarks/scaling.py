@@ -33,7 +33,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from audit.display import Display
+from audit.commands.display import Display
 
 # torch and what imports it only inside functions: the process that starts the others must be small, because its peak
 # is where theirs begins
@@ -143,9 +143,9 @@ def measured(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
     counter = Counter()
     # before the audit takes it by its name
     model_zoo.load.load_model = counter.watching(model_zoo.load.load_model)
-    from audit.benchmark import expand, run
-    from audit.sections import BenchmarkConfig
-    from audit.workbench import RunOptions
+    from audit.config.benchmark import BenchmarkConfig
+    from audit.run.cell_runner import RunOptions
+    from audit.run.run_loop import expand, run
     from model_zoo.load import SourceSettings
 
     torch.set_num_threads(1)

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from audit.errors import AuditError, EnvironmentFault, MismatchError, UnknownNameError
-from model_zoo.containers import plain
 from model_zoo.entries import PretrainedFacts
+from model_zoo.weights.containers import plain
 
 # Entries whose constructor would fetch weights of its own: an equal architecture is built in its place.
 _SAME_ARCHITECTURE = {"Standard_R50": "Salman2020Do_R50"}

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from model_zoo.entries import ModelEntry, ModelRef, parse_ref
-from model_zoo.files import prepare_file
 from model_zoo.prepared import LoadedModel, Normalized, Prepared, SourceSettings, check_outputs
-from model_zoo.sources import (
+from model_zoo.sources.files import prepare_file
+from model_zoo.sources.references import (
     prepare_bundled,
     prepare_hub,
     prepare_robustbench,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from audit.errors import EnvironmentFault, UnknownNameError, UsageError
 from model_zoo.catalogue import BUNDLED, bundled_names, card_beside, read_card, read_card_file, robustbench_row
-from model_zoo.downloads import verify
 from model_zoo.entries import ModelRef, is_model_ref, parse_ref
+from model_zoo.sources.downloads import verify
 
 NAMED_SETS = ("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "svhn")
 _KINDS: dict[str, Callable[[Path], bool]] = {"folder": Path.is_dir, "npz": Path.is_file, "parquet": Path.exists}

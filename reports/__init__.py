@@ -6,7 +6,11 @@ Imports no torch, and nothing heavy until a name is used: `rvaudit --help` comes
 from importlib import import_module
 from typing import Any
 
-_HOMES = {"to_frame": "reports.table", "leaderboard": "reports.ranking", "write_reports": "reports.publish"}
+_HOMES = {
+    "to_frame": "reports.tables.table",
+    "leaderboard": "reports.tables.ranking",
+    "write_reports": "reports.publish",
+}
 
 __all__ = ["leaderboard", "to_frame", "write_reports"]
 

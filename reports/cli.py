@@ -1,4 +1,4 @@
-"""The command `rvaudit`: what people look at, and the measuring commands of `audit.cli`, mounted lazily.
+"""The command `rvaudit`: what people look at, and the measuring commands of `audit.commands.verbs`, mounted lazily.
 
 Nothing heavy is imported before a command runs: `rvaudit --help` loads neither torch nor pandas.
 """
@@ -25,7 +25,7 @@ _RUN = click.Path(path_type=Path)
 
 
 class LazyGroup(click.Group):
-    """The commands defined here and those that `audit.cli` lists; the latter are imported when asked for."""
+    """The commands defined here and those that `audit.commands.verbs` lists; the latter are imported when asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
@@ -36,7 +36,7 @@ class LazyGroup(click.Group):
         own = super().get_command(ctx, cmd_name)
         if own is not None or cmd_name not in _measuring_commands():
             return own
-        module = importlib.import_module("audit.cli")
+        module = importlib.import_module("audit.commands.verbs")
         found: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return found
 
@@ -114,9 +114,10 @@ def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None)
     """
     if out is not None and out.suffix != ".csv":
         raise UsageError(f"--out writes CSV, so its name must end in .csv, not {out.suffix or out.name!r}")
-    from audit.records import read_records, write_atomically
-    from reports.ranking import leaderboard, to_csv
-    from reports.table import frame_rows, to_frame
+    from audit.records import read_records
+    from audit.storage import write_atomically
+    from reports.tables.ranking import leaderboard, to_csv
+    from reports.tables.table import frame_rows, to_frame
 
     table = leaderboard(to_frame(read_records(*runs)))
     _rebuild_leaderboards(runs)
@@ -137,7 +138,7 @@ def figures_command(path: Path, only: str | None) -> None:
     PATH is a run folder, or a folder of committed study rows such as docs.
     """
     from reports.publish import write_figures
-    from reports.studies import draw_studies, holds_studies
+    from reports.studies.redraw import draw_studies, holds_studies
 
     _list_paths(draw_studies(path, only) if only or holds_studies(path) else write_figures(path))
 
@@ -155,12 +156,12 @@ def report_command(run: Path) -> None:
 
 
 def _measuring_commands() -> dict[str, str]:
-    commands: dict[str, str] = importlib.import_module("audit.cli").COMMANDS
+    commands: dict[str, str] = importlib.import_module("audit.commands.verbs").COMMANDS
     return commands
 
 
 def _rebuild_leaderboards(runs: Sequence[Path]) -> None:
-    from reports.ranking import write_leaderboard
+    from reports.tables.ranking import write_leaderboard
 
     for run in runs:
         try:
@@ -173,8 +174,8 @@ def _rebuild_leaderboards(runs: Sequence[Path]) -> None:
 def _print_table(table: Any, runs: Sequence[Path]) -> None:
     from rich.console import Console
 
-    from reports.calibration import calibration_of
-    from reports.terminal import fitting_table
+    from reports.tables.calibration import calibration_of
+    from reports.tables.terminal import fitting_table
 
     terminal = Console(highlight=False)
     width = terminal.width if terminal.is_terminal else max(terminal.width, _PIPE_WIDTH)

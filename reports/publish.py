@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from audit.records import read_records, write_atomically
-from reports.calibration import calibration_of
-from reports.figures import save_figures
-from reports.html import render_report
-from reports.ranking import leaderboard, write_leaderboard
-from reports.table import to_frame
+from audit.records import read_records
+from audit.storage import write_atomically
+from reports.figures.all_figures import save_figures
+from reports.page.html import render_report
+from reports.tables.calibration import calibration_of
+from reports.tables.ranking import leaderboard, write_leaderboard
+from reports.tables.table import to_frame
 
 
 def write_reports(folder: Path) -> list[Path]:

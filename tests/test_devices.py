@@ -14,32 +14,33 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from audit.accuracy import measure_accuracy
-from audit.attacks import TIERS, LabelAttack, Stage, margin_objective, search
-from audit.certificate import CertificateSettings, certify
-from audit.critics import CriticShape
-from audit.estimates import Subject
-from audit.fast import faster
-from audit.heads import HeadFit, HeadTraining, Watched, fit_head, train_adversarial, train_standard
-from audit.information import CriticTraining
-from audit.labels import LabelInformation, LabelLevel
-from audit.learning import MITraining, train_representation
-from audit.masking import quick_checks
-from audit.measurement import AuditSettings, audit_model
-from audit.meeting import Layer, SearchEffort
-from audit.mine import Mine
-from audit.minimal import DDN, CarliniWagner, carlini_wagner, ddn
-from audit.pgd import PGD, minimise
-from audit.probes import ProbeTraining
-from audit.reference import Reference
-from audit.representation import Representation
-from audit.saliency import SaliencySettings, layer_saliency
-from audit.sandwich import Sandwich
-from audit.scorers import ScorerShape
-from audit.supervised import ClassifierTraining, train_classifier
-from audit.threat import L1, L2, Linf
-from audit.types import keyed_generator
-from audit.vulnerability import WorstCaseSearch
+from audit.adversary.accuracy import measure_accuracy
+from audit.adversary.fused import faster
+from audit.adversary.gradient_checks import quick_checks
+from audit.adversary.label_attack import TIERS, LabelAttack, Stage, margin_objective, search
+from audit.adversary.minimum_norm import DDN, CarliniWagner, carlini_wagner, ddn
+from audit.adversary.pgd import PGD, minimise
+from audit.adversary.threat import L1, L2, Linf
+from audit.attribution.saliency import SaliencySettings, layer_saliency
+from audit.certificate.certificate import CertificateSettings, certify
+from audit.certificate.collision_search import Layer, SearchEffort
+from audit.config.settings import AuditSettings
+from audit.information.critic_descent import WorstCaseSearch
+from audit.information.critic_training import CriticTraining
+from audit.information.critics import CriticShape
+from audit.information.estimator import Subject
+from audit.information.labels import LabelInformation, LabelLevel
+from audit.information.mine import Mine
+from audit.information.probes import ProbeTraining
+from audit.information.released.estimator import Reference
+from audit.information.sandwich import Sandwich
+from audit.random_keys import keyed_generator
+from audit.representation.layers import Representation
+from audit.run.layer_audit import audit_model
+from audit.training.classifiers import ClassifierTraining, train_classifier
+from audit.training.heads import HeadFit, HeadTraining, Watched, fit_head, train_adversarial, train_standard
+from audit.training.mutual_information import MITraining, train_representation
+from audit.training.objectives import ScorerShape
 
 _SPEC = spec_from_file_location("foreign_device", Path(__file__).with_name("foreign_device.py"))
 foreign = module_from_spec(_SPEC)

@@ -16,24 +16,24 @@ RECIPES_MAY = {f"audit.{name}" for name in (
     "accuracy", "attacks", "hypothesis", "learning", "pgd", "records", "resume", "supervised", "threat", "types",
 )}  # fmt: skip
 
-# The measuring command line: audit.cli and the files it is made of.
+# The measuring command line: audit.commands.verbs and the files it is made of.
 CLI = {
-    "audit.cli", "audit.cli_attack", "audit.cli_certificate", "audit.cli_features", "audit.cli_guess_first",
-    "audit.cli_options", "audit.cli_reproduce", "audit.cli_run", "audit.cli_verbs", "audit.cli_verify",
+    "audit.commands.verbs", "audit.commands.attack", "audit.commands.certify", "audit.commands.features", "audit.commands.guess_first",
+    "audit.commands.options", "audit.commands.reproduce", "audit.commands.around_runs", "audit.commands.inspect", "audit.commands.verify",
 }  # fmt: skip
 # Modules that may import a library, and no other: facts as found.
 ONLY = {
     "timm": {"model_zoo.libraries"},
     "robustbench": {"model_zoo.libraries"},
-    "pyautoattack": {"model_zoo.libraries", "audit.borrowed"},
-    "foolbox": {"audit.borrowed"},
+    "pyautoattack": {"model_zoo.libraries", "audit.adversary.external"},
+    "foolbox": {"audit.adversary.external"},
     "torchvision.models": {"model_zoo.libraries"},
-    "ruamel": {"audit.reading"},
+    "ruamel": {"audit.config.yaml_source"},
     "yaml": set(),
     "click": {*CLI, "reports.cli"},
 }
 INSIDE_FUNCTIONS = ("timm", "robustbench", "pyautoattack", "foolbox", "torchvision", "sklearn", "huggingface_hub")
-DYNAMIC = {"model_zoo.files"}  # imports what a `file:` reference names, under --trust-code
+DYNAMIC = {"model_zoo.sources.files"}  # imports what a `file:` reference names, under --trust-code
 
 
 def name_of(path):
@@ -104,15 +104,15 @@ def test_packages_import_each_other_along_the_arrows_only(module):
     package = module.partition(".")[0]
     others = {name for name in ours(imports(module)) if name.partition(".")[0] != package}
     legal = {"audit.errors"}
-    if module in {"audit.benchmark", "audit.workbench", *CLI} or within(module, ["audit.studies"]):
+    if module in {"audit.run.run_loop", "audit.run.cell_runner", *CLI} or within(module, ["audit.studies"]):
         legal |= {name for name in PATHS if within(name, ["model_zoo"])}
     if module in CLI:
         legal |= {name for name in PATHS if within(name, ["reports"])}
     if package == "reports":
         legal |= {"audit.records", "audit.theory"}
     if module == "reports.cli":
-        legal.add("audit.cli")
-    if within(module, ["model_zoo.recipes"]):
+        legal.add("audit.commands.verbs")
+    if within(module, ["audit.studies.recipes"]):
         legal |= RECIPES_MAY
     assert others <= legal
 
@@ -124,13 +124,13 @@ def test_only_studies_and_command_lines_know_studies(module):
 
 
 def test_reports_reaches_the_measuring_commands_lazily():
-    assert "audit.cli" in imports("reports.cli")
-    assert "audit.cli" not in imports_on_loading("reports.cli")
+    assert "audit.commands.verbs" in imports("reports.cli")
+    assert "audit.commands.verbs" not in imports_on_loading("reports.cli")
 
 
 @MODULES
 def test_reports_and_records_import_no_torch(module):
-    if within(module, ["reports", "audit.records", "audit.errors", "audit.theory", "audit.closed_forms"]):
+    if within(module, ["reports", "audit.records", "audit.errors", "audit.theory", "audit.calibration.closed_forms"]):
         assert not any(within(name, ["torch", "torchvision", "timm", "robustbench"]) for name in imports(module))
 
 
@@ -147,7 +147,7 @@ def test_slow_libraries_are_imported_inside_functions(module):
 
 @MODULES
 def test_only_command_lines_print(module):
-    if module in {"reports.cli", "audit.display", *CLI}:  # what the command line shows
+    if module in {"reports.cli", "audit.commands.display", *CLI}:  # what the command line shows
         return
     prints = [n.lineno for n in ast.walk(tree(module)) if isinstance(n, ast.Call) and called(n) == "print"]
     assert not prints
@@ -155,8 +155,8 @@ def test_only_command_lines_print(module):
 
 def test_there_are_no_cycles():
     graph = {module: ours(imports(module)) - {module} for module in PATHS}
-    # the commands of reports.cli live in audit.cli, which renders through reports: lazily, in both directions
-    graph["reports.cli"] -= {"audit.cli"}
+    # the commands of reports.cli live in audit.commands.verbs, which renders through reports: lazily, in both directions
+    graph["reports.cli"] -= {"audit.commands.verbs"}
     tuple(TopologicalSorter(graph).static_order())
 
 

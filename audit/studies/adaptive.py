@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit import checks
-from audit.accuracy import logits_of, measure_accuracy
-from audit.attacks import LOSSES, LabelAttack, Stage, margin, never_done
-from audit.checks import UPPER_BOUND, Check, failed
-from audit.masking import quick_checks
-from audit.pgd import PGD, minimise
-from audit.robustness import SEARCHES, Robustness, Target, attacked, compared
-from audit.threat import ThreatModel
-from audit.types import Images, Judged, Labels, Objective, keyed_generator
+from audit.adversary import attack_checks as checks
+from audit.adversary.accuracy import logits_of, measure_accuracy
+from audit.adversary.attack_checks import UPPER_BOUND, Check, failed
+from audit.adversary.gradient_checks import quick_checks
+from audit.adversary.label_attack import LOSSES, LabelAttack, Stage, margin, never_done
+from audit.adversary.pgd import PGD, minimise
+from audit.adversary.robustness import SEARCHES, Robustness, Target, attacked, compared
+from audit.adversary.threat import ThreatModel
+from audit.random_keys import Purpose, keyed_generator
+from audit.types import Images, Judged, Labels, Objective
 
-_CRAFT, _SCORES = 111, 112  # the keys that separate this module's random streams from others'
 _BATCH = 256
 _OTHERS = 3  # how many of the likeliest other hypotheses are raised by themselves
 _SINGLE_SCORE = PGD(20, 0.15)
@@ -104,7 +104,9 @@ def craft(substitute: Target, threat: ThreatModel, name: str, seed: int) -> Craf
     """
     loss, pgd = ("margin", PGD(40, 0.1)) if name == "cw" else ("ce", SEARCHES[name].pgd)
     objective = never_done(LOSSES[loss](substitute.network, substitute.labels))
-    images = minimise(objective, substitute.images, threat, pgd, keyed_generator(seed, _CRAFT)).images
+    images = minimise(
+        objective, substitute.images, threat, pgd, keyed_generator(seed, Purpose.TRANSFER_CRAFTING)
+    ).images
     left = share(right(substitute.network, images, substitute.labels))
     made = quick_checks(substitute.network, substitute.images, substitute.labels, threat, seed)
     return Crafted(name, threat, images, left, failed_checks(made))
@@ -186,7 +188,9 @@ def _single_scores(subject: Target, robust: Tensor, threat: ThreatModel, seed: i
         others = scores.argsort(1, descending=True)[:, min(max(number - 1, 0), scores.shape[1] - 2)]
         hypotheses, sign = (labels, 1.0) if number == 0 else (others, -1.0)
         objective = score_objective(subject.network, labels, hypotheses, sign)
-        found = minimise(objective, clean, threat, _SINGLE_SCORE, keyed_generator(seed, _SCORES, number))
+        found = minimise(
+            objective, clean, threat, _SINGLE_SCORE, keyed_generator(seed, Purpose.ADAPTIVE_SCORES, number)
+        )
         passes += found.passes
         robust[index] = right(subject.network, found.images, labels)
     return passes

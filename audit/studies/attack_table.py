@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from audit.accuracy import Proportion, wilson
-from audit.attacks import AUDIT, LabelAttack
+from audit.adversary.label_attack import AUDIT, LabelAttack
+from audit.adversary.minimum_norm import DDN, CarliniWagner, Nearest, carlini_wagner, ddn
+from audit.adversary.robustness import Alone, Target, alone, climb
+from audit.adversary.threat import L2, Linf, ThreatModel
+from audit.config.settings import AuditSettings
 from audit.errors import UsageError
-from audit.measurement import AuditSettings, LayerAudit, assemble
-from audit.minimal import DDN, CarliniWagner, Nearest, carlini_wagner, ddn
-from audit.robustness import Alone, Target, alone, climb
-from audit.sandwich import Sandwich
+from audit.information.sandwich import Sandwich
+from audit.proportion import Proportion, wilson
+from audit.run.layer_audit import LayerAudit, assemble
 from audit.studies.adaptive import Adaptive, Crafted, Nearby, adaptive, believed, craft, excess, failed_checks, right
-from audit.threat import L2, Linf, ThreatModel
 
 _SINGLE = ("fgsm", "pgd")
 _MULTIPLES = (0.5, 1.0, 1.5, 2.0, 10 / 3)  # of the smallest radius, for the curve and check 18

@@ -14,12 +14,12 @@ from urllib.parse import quote
 
 import torch
 
+from audit.config.benchmark import BenchmarkConfig
 from audit.errors import UnknownNameError, UsageError
-from audit.records import write_atomically
-from audit.sections import BenchmarkConfig
-from model_zoo.datasets import ImageRequest, ImageSet, load_at_most
-from model_zoo.recipes.cifar import EPS, PAPER, SMALL, CifarRecipe, is_trained, train_cifar
-from model_zoo.recipes.digits import EPS as DIGITS_EPS
+from audit.storage import write_atomically
+from audit.studies.recipes.cifar import EPS, PAPER, SMALL, CifarRecipe, is_trained, train_cifar
+from audit.studies.recipes.digits import EPS as DIGITS_EPS
+from model_zoo.images.load import ImageRequest, ImageSet, load_at_most
 
 _HELD_OUT = 500  # images that the accuracies on cards are measured on
 

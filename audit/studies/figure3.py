@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from audit.config import Cell
-from audit.features import FeatureAudit, FeatureRequest, FeatureSettings, audit_features
-from audit.features import Watch as Watch
+from audit.attribution.single_features import FeatureAudit, FeatureRequest, FeatureSettings, audit_features
+from audit.attribution.single_features import Watch as Watch
+from audit.run.cell import Cell
+from audit.run.cell_runner import RunOptions
 from audit.studies.networks import Exhibit, opened, preset, second_convolutions
 from audit.studies.rows import write_rows
-from audit.workbench import RunOptions
 
 _IMAGES, _EPS = 500, 0.05
 

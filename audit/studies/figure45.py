@@ -12,16 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
-from audit.config import Cell
-from audit.features import FeatureRequest, Watch
-from audit.records import write_atomically
-from audit.representation import Representation
-from audit.saliency import Alignment, Saliency, SaliencySettings, alignment, feature_saliency, layer_saliency
+from audit.attribution.receptive_field import units
+from audit.attribution.saliency import (
+    Alignment,
+    Saliency,
+    SaliencySettings,
+    alignment,
+    feature_saliency,
+    layer_saliency,
+)
+from audit.attribution.single_features import FeatureRequest, Watch
+from audit.representation.layers import Representation
+from audit.run.cell import Cell
+from audit.run.cell_runner import RunOptions
+from audit.storage import write_atomically
 from audit.studies.networks import Exhibit, opened, preset, second_convolutions
 from audit.studies.rows import write_rows
 from audit.types import Images
-from audit.units import units
-from audit.workbench import RunOptions
 
 _IMAGES, _EPS, _LEVELS = 300, 0.2, 50
 WHOLE = "g"

@@ -13,17 +13,14 @@ from typing import Any
 
 from torch import nn
 
+from audit.adversary.robustness import Target
 from audit.errors import IntegrityError, UnknownNameError, UsageError
-from audit.measurement import tensors_sha256
-from audit.records import digest
-from audit.robustness import Target
-from audit.sandwich import Sandwich
+from audit.hashing import tensors_sha256
+from audit.information.sandwich import Sandwich
+from audit.storage import digest
 from audit.studies.adaptive import Crafted
 from audit.studies.attack_table import Reading, Row, Study, TableSettings, craft_all, stages, table_rows
-from audit.studies.rows import write_rows
-from model_zoo.architectures.hypothesis import VIB, Hypothesised, HypothesisNet
-from model_zoo.checkpoints import fit_weights, read_weights
-from model_zoo.recipes.guess_first import (
+from audit.studies.recipes.guess_first import (
     GUESS_FIRST,
     GuessFirstRecipe,
     GuessFirstRun,
@@ -32,6 +29,9 @@ from model_zoo.recipes.guess_first import (
     train_guess_first,
     training_of,
 )
+from audit.studies.rows import write_rows
+from model_zoo.architectures.hypothesis import VIB, Hypothesised, HypothesisNet
+from model_zoo.weights.checkpoints import fit_weights, read_weights
 
 RECIPES = ("cnn", "c-dv", "c-js", "c-dv-ie", "c-js-ie", "vib")
 VERSION = 1

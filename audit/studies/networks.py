@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from audit.benchmark import expand
-from audit.config import Cell, read_config
-from audit.measurement import check_input
-from audit.sections import BenchmarkConfig
+from audit.config.benchmark import BenchmarkConfig
+from audit.run.cell import Cell, read_config
+from audit.run.cell_runner import RunOptions, device_of
+from audit.run.layer_audit import check_input
+from audit.run.run_loop import expand
 from audit.types import Images, Labels
-from audit.workbench import RunOptions, device_of
-from model_zoo.datasets import ImageRequest, check_fit, load_images
+from model_zoo.images.load import ImageRequest, check_fit, load_images
 from model_zoo.load import load_model
 
 _TRAININGS = ("standard", "robust-quarter", "robust")

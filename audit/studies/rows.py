@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from audit.records import write_atomically
+from audit.storage import write_atomically
 
 _DIGITS = 5
 _EXACT = ("eps", "trained_eps")  # settings, not measurements: 2/255 must be read back as such

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from audit.accuracy import measure_accuracy
-from audit.attacks import TIERS
+from audit.adversary.accuracy import measure_accuracy
+from audit.adversary.label_attack import TIERS
 from audit.errors import UsageError
-from audit.heads import OnLayer, Watched, fit_head, make_head
-from audit.learning import Progress, train_representation
-from audit.records import write_atomically
+from audit.storage import write_atomically
 from audit.studies.rows import write_rows
 from audit.studies.table1_settings import PAPER_ATTACK, Parts, Sample, Table1Request, load_parts
-from audit.supervised import train_classifier
+from audit.training.classifiers import train_classifier
+from audit.training.heads import OnLayer, Watched, fit_head, make_head
+from audit.training.mutual_information import Progress, train_representation
 from model_zoo.architectures.encoders import FEATURES, PaperEncoder
-from model_zoo.checkpoints import fit_weights, read_weights, write_safetensors
+from model_zoo.weights.checkpoints import fit_weights, read_weights, write_safetensors
 
 HEADS = ("mlp", "linear")
 EARLY = "worst-case g, standard h, E.S."

@@ -4,17 +4,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from audit.attacks import TIERS, LabelAttack, Stage
+from audit.adversary.label_attack import TIERS, LabelAttack, Stage
+from audit.adversary.pgd import PGD
+from audit.adversary.threat import Linf, ThreatModel
 from audit.errors import UnknownNameError, UsageError
-from audit.heads import HeadFit
-from audit.learning import MITraining
-from audit.pgd import PGD
-from audit.records import digest
-from audit.scorers import ScorerShape
-from audit.supervised import ClassifierTraining
-from audit.threat import Linf, ThreatModel
+from audit.storage import digest
+from audit.training.classifiers import ClassifierTraining
+from audit.training.heads import HeadFit
+from audit.training.mutual_information import MITraining
+from audit.training.objectives import ScorerShape
 from audit.types import Images, Labels
-from model_zoo.datasets import ImageRequest, load_images
+from model_zoo.images.load import ImageRequest, load_images
 
 PAPER_PGD = PGD(steps=7, relative_step=0.32, random_start=False)
 """The authors' search: 7 steps from the clean image, 0.01 at 8/255; the same share of every other radius."""

@@ -10,19 +10,19 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from audit.channels import SPAN, Channel, as_values, channels
-from audit.closed_forms import SignTruth, sign_of_gaussian
+from audit.adversary.threat import Linf
+from audit.calibration.channels import SPAN, Channel, as_values, channels
+from audit.calibration.closed_forms import SignTruth, sign_of_gaussian
 from audit.errors import UsageError
-from audit.estimates import Estimator, Subject, Vulnerability
-from audit.labels import LabelLevel
-from audit.sandwich import Sandwich
+from audit.information.estimator import Estimator, Subject, Vulnerability
+from audit.information.labels import LabelLevel
+from audit.information.sandwich import Sandwich
 from audit.studies.rows import write_rows
 from audit.theory import vulnerability_range
-from audit.threat import Linf
 
 Watch = Callable[[str, int], None]
 _NOISE = 0.1  # the sign is one of two values: noise under which they stay distinct
-# mean and spread of w.x: the three mixtures of `audit.channels` that lie apart by mean / spread
+# mean and spread of w.x: the three mixtures of `audit.calibration.channels` that lie apart by mean / spread
 MIXTURES = ((1.0, 1.0), (0.6, 1.0), (0.0, 1.0))
 
 
@@ -73,7 +73,7 @@ def _channel(mean: float, spread: float, shift: float) -> Channel:
     named = f"mean {mean:g}, spread {spread:g}, "
     like = next((c for c in channels() if c.name.startswith("sign") and c.parameters.startswith(named)), None)
     if like is None:
-        raise UsageError(f"no channel has mean {mean:g} and spread {spread:g}: see audit.channels")
+        raise UsageError(f"no channel has mean {mean:g} and spread {spread:g}: see audit.calibration.channels")
     return replace(like, parameters=f"{named}shift {shift:g}", eps=shift / SPAN)
 
 

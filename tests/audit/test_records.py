@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from audit.errors import EnvironmentFault, IntegrityError
-from audit.records import AuditRecord, RecordStore, canonical_json, digest, read_records, write_atomically
+from audit.records import AuditRecord, RecordStore, read_records
+from audit.storage import canonical_json, digest, write_atomically
 
 
 @pytest.fixture

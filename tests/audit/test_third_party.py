@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from audit.attacks import TIERS, cross_entropy_objective, margin
-from audit.benchmark import expand, run
-from audit.config import read_config
-from audit.labels import LabelLevel
-from audit.pgd import PGD, minimise
+from audit.adversary.label_attack import TIERS, cross_entropy_objective, margin
+from audit.adversary.pgd import PGD, minimise
+from audit.information.labels import LabelLevel
+from audit.random_keys import keyed_generator
 from audit.records import AuditRecord
-from audit.types import keyed_generator
-from audit.workbench import RunOptions
-from model_zoo.datasets import ImageRequest, load_images
+from audit.run.cell import read_config
+from audit.run.cell_runner import RunOptions
+from audit.run.run_loop import expand, run
+from model_zoo.images.load import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 
 ROOT = Path(__file__).parents[2]

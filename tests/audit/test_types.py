@@ -4,7 +4,7 @@ from itertools import product
 
 import torch
 
-from audit.types import keyed_generator
+from audit.random_keys import keyed_generator
 
 
 def draw(*key):

@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from audit.critics import CriticShape
-from audit.estimates import FloorKind, Known, Subject
-from audit.estimators import ESTIMATORS
-from audit.information import CriticTraining
-from audit.labels import LabelInformation, LabelLevel
-from audit.mine import Mine
-from audit.probes import ProbeTraining
-from audit.reference import Reference
-from audit.representation import Representation
-from audit.sandwich import Sandwich
-from audit.threat import THREATS, threat_model
+from audit.adversary.threat import THREATS, threat_model
+from audit.information.critic_descent import WorstCaseSearch
+from audit.information.critic_training import CriticTraining
+from audit.information.critics import CriticShape
+from audit.information.estimator import FloorKind, Known, Subject
+from audit.information.labels import LabelInformation, LabelLevel
+from audit.information.mine import Mine
+from audit.information.probes import ProbeTraining
+from audit.information.registry import ESTIMATORS
+from audit.information.released.estimator import Reference
+from audit.information.sandwich import Sandwich
+from audit.representation.layers import Representation
 from audit.types import Encoded
-from audit.vulnerability import WorstCaseSearch
 
 TRAINING = CriticTraining(steps=60, every=5, batch_size=64, shape=CriticShape(width=32, embedding=8, channels=4))
 SEARCH = WorstCaseSearch(collapse_steps=3, rounds=3, critic_steps=1, relative_step=0.4)

@@ -6,11 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from audit.information import CriticTraining, EncodedSplits, Splits, estimate_mi, fit_critic, split_images
-from audit.representation import Representation
-from audit.threat import THREATS, threat_model
+from audit.adversary.threat import THREATS, threat_model
+from audit.information.critic_descent import Adversary, WorstCaseSearch, estimate_vulnerability
+from audit.information.critic_training import (
+    CriticTraining,
+    EncodedSplits,
+    Splits,
+    estimate_mi,
+    fit_critic,
+    split_images,
+)
+from audit.representation.layers import Representation
 from audit.types import Encoded
-from audit.vulnerability import Adversary, WorstCaseSearch, estimate_vulnerability
 
 NORMS = pytest.mark.parametrize("norm", sorted(THREATS))
 EPS = {"linf": 0.1, "l2": 0.5, "l1": 2.0}

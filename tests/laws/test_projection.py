@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from audit.threat import L1, L2, THREATS, Linf, threat_model
+from audit.adversary.threat import L1, L2, THREATS, Linf, threat_model
 
 SHAPE = (3, 1, 2, 3)
 NORMS = pytest.mark.parametrize("norm", sorted(THREATS))

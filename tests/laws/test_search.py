@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from audit.accuracy import measure_accuracy
-from audit.attacks import AUDIT
-from audit.pgd import PGD, minimise
-from audit.threat import THREATS, Linf, threat_model
+from audit.adversary.accuracy import measure_accuracy
+from audit.adversary.label_attack import AUDIT
+from audit.adversary.pgd import PGD, minimise
+from audit.adversary.threat import THREATS, Linf, threat_model
 from audit.types import Judged
 
 NORMS = pytest.mark.parametrize("norm", sorted(THREATS))

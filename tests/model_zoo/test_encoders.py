@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from audit.errors import UsageError
-from audit.representation import Representation
+from audit.representation.layers import Representation
 from model_zoo.architectures import build
 from model_zoo.architectures.encoders import PaperEncoder
 

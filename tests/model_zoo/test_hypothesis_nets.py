@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from audit.errors import UnknownNameError, UsageError
-from audit.representation import Representation, layer_names
-from audit.types import keyed_generator
+from audit.random_keys import keyed_generator
+from audit.representation.layers import Representation, layer_names
 from model_zoo.architectures import build
 from model_zoo.architectures import hypothesis as nets
 from model_zoo.architectures.hypothesis import ENTRIES, VIB, Dense, Hypothesised, HypothesisNet, PlainCNN

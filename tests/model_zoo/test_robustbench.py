@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from audit.errors import EnvironmentFault, MismatchError, UnknownNameError
-from model_zoo import catalogue, key_rules, libraries, sources
-from model_zoo.downloads import file_sha256
+from model_zoo import catalogue, libraries
 from model_zoo.load import LoadedModel, SourceSettings, identify, load_model
+from model_zoo.sources import references as sources
+from model_zoo.sources.downloads import file_sha256
+from model_zoo.weights import key_rules
 
 Check = Callable[[LoadedModel], None]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_zoo.datasets import ImageRequest, ImageSet, check_fit, load_images
+from model_zoo.images.load import ImageRequest, ImageSet, check_fit, load_images
 from model_zoo.load import SourceSettings, load_model
 
 ROOT = Path(__file__).parents[2]

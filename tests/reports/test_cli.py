@@ -12,8 +12,8 @@ from reports import cli
 
 @pytest.fixture(autouse=True)
 def fake_measuring_commands(monkeypatch):
-    """Stand in for audit.cli: one command that fails in a chosen way, one that returns an exit code."""
-    module = types.ModuleType("audit.cli")
+    """Stand in for audit.commands.verbs: one command that fails in a chosen way, one that returns an exit code."""
+    module = types.ModuleType("audit.commands.verbs")
     module.COMMANDS = {"model-list": "List models.", "run": "Run a benchmark."}
 
     @click.command("run", help="Run a benchmark.")
@@ -35,7 +35,7 @@ def fake_measuring_commands(monkeypatch):
         }[how]
 
     module.run_command, module.model_list_command = run_command, model_list_command
-    monkeypatch.setitem(sys.modules, "audit.cli", module)
+    monkeypatch.setitem(sys.modules, "audit.commands.verbs", module)
 
 
 def test_help_lists_own_and_measuring_commands(capsys):
@@ -149,7 +149,7 @@ def test_no_records_exit_with_three(tmp_path, capsys):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, types; m = types.ModuleType('audit.cli'); m.COMMANDS = {}; sys.modules['audit.cli'] = m\n"
+        "import sys, types; m = types.ModuleType('audit.commands.verbs'); m.COMMANDS = {}; sys.modules['audit.commands.verbs'] = m\n"
         "from reports.cli import main; main(['--help'])\n"
         "print([n for n in ('torch', 'numpy', 'pandas', 'matplotlib', 'rich') if n in sys.modules])"
     )

@@ -1,0 +1,199 @@
+"""The sections of a benchmark: what each may hold, and the settings it stands for. No YAML and no torch here."""
+
+from collections.abc import Iterator
+from math import inf
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_serializer
+
+from audit.config.estimators import ESTIMATOR_SECTIONS, AnyEstimator, EstimatorSection, SandwichSection, Section
+from audit.config.values import Count, Names, Number, StepSize, as_list, known
+from audit.config.values import parse_number as parse_number
+from audit.storage import canonical_json
+
+NORMS = ("linf", "l2", "l1")
+TIERS = ("smoke", "audit", "leaderboard")
+
+
+def _legal_norm(norm: str) -> str:
+    known("norm", norm.lower() if norm.lower() in NORMS else norm, NORMS)
+    return norm
+
+
+def _legal_radius(eps: float, info: ValidationInfo) -> float:
+    norm = info.data.get("norm")  # missing where the norm itself is at fault, and says so
+    if not 0 <= eps < inf:
+        raise ValueError(f"eps {eps!r} is not a finite radius >= 0 in pixel units (images lie in [0, 1])")
+    if norm is not None and norm.lower() == "linf" and eps > 1:
+        raise ValueError(f"eps {eps!r} is outside [0, 1], the range of pixels: write 8/255 for 8 grey levels")
+    return eps
+
+
+def _legal_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {list(seeds)} must be at least one, each named once")
+    return seeds
+
+
+Radius = Annotated[Number, AfterValidator(_legal_radius)]
+Radii = Annotated[tuple[Radius, ...], BeforeValidator(as_list), Field(min_length=1)]
+Seeds = Annotated[tuple[int, ...], BeforeValidator(as_list), AfterValidator(_legal_seeds)]
+
+
+class ThreatConfig(Section):
+    """A norm and one or more radii in pixel units."""
+
+    decides = ("norm", "eps")
+
+    norm: Annotated[str, AfterValidator(_legal_norm)] = "linf"
+    eps: Radii
+
+
+class ModelConfig(Section):
+    """A model reference, and what differs for this model from the benchmark's own settings.
+
+    The reference and the data set decide through what they name: the hashes of weights and images.
+    """
+
+    decides = ("ref", "dataset", "images", "layers", "threats")
+    labels = ("name",)
+
+    ref: str
+    name: str | None = None
+    dataset: str | None = None
+    images: int | None = Field(default=None, ge=1)
+    layers: Names | None = None
+    threats: Annotated[tuple[ThreatConfig, ...], BeforeValidator(as_list)] | None = None
+
+
+def _as_model(value: object) -> object:
+    return {"ref": value} if isinstance(value, str) else value
+
+
+def _as_models(value: object) -> object:
+    return [_as_model(item) for item in as_list(value)]
+
+
+class AttackConfig(Section):
+    """A tier by its name, or steps, sizes and restarts of one's own: on the cross-entropy, then on the margin."""
+
+    decides = ("tier", "steps", "relative_step", "restarts")
+    settings_of = "audit.adversary.pgd:PGD"
+
+    tier: Annotated[str, AfterValidator(lambda name: known("tier", name, TIERS))] | None = None
+    steps: Count = 10
+    relative_step: StepSize = 0.25
+    restarts: Count = 1
+
+    @field_validator("steps", "relative_step", "restarts")
+    @classmethod
+    def _alone(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("tier") is not None:
+            raise ValueError(f"{info.field_name} and a tier exclude each other: a tier says how hard it searches")
+        return value
+
+    @property
+    def own(self) -> bool:
+        """Whether steps of one's own were asked for, not a tier.
+
+        Run folders of earlier versions spell the audit tier as `tier: null` beside the default steps.
+        """
+        said = self.model_fields_set
+        spelled_out = said == set(type(self).model_fields) and self.tier is None
+        default = (self.steps, self.relative_step, self.restarts) == (10, 0.25, 1)
+        return bool(said - {"tier"}) and not (spelled_out and default)
+
+    @model_serializer
+    def _as_read_back(self) -> dict[str, Any]:
+        """Only what was said: the default steps beside a tier, or beside nothing, would be read back as one's own."""
+        if self.own:
+            return {"steps": self.steps, "relative_step": self.relative_step, "restarts": self.restarts}
+        return {} if self.tier is None else {"tier": self.tier}
+
+    def attack(self) -> Any:
+        """Return the `LabelAttack` of the tier, or one's own; the audit tier where nothing is said."""
+        from audit.adversary.label_attack import TIERS as ATTACKS
+        from audit.adversary.label_attack import two_losses
+        from audit.adversary.pgd import PGD
+
+        if not self.own:
+            return ATTACKS[self.tier or "audit"]
+        return two_losses(PGD(self.steps, self.relative_step, restarts=self.restarts))
+
+
+def _as_attack(value: object) -> object:
+    return {"tier": value} if isinstance(value, str) else value
+
+
+class Planned(NamedTuple):
+    """One cell before anything is loaded: its number among the estimators tells the settings."""
+
+    model: ModelConfig
+    dataset: str
+    images: int | None
+    layer: str
+    norm: str
+    eps: float
+    estimator: EstimatorSection
+
+
+class BenchmarkConfig(Section):
+    """A benchmark: models x layers x threat models, each over all seeds."""
+
+    decides = ("dataset", "models", "threats", "layers", "images", "seeds", "reduce", "estimators", "certificate",
+               "attack")  # fmt: skip
+    labels = ("name",)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")
+    dataset: str
+    models: Annotated[tuple[ModelConfig, ...], BeforeValidator(_as_models), Field(min_length=1)]
+    threats: Annotated[tuple[ThreatConfig, ...], BeforeValidator(as_list), Field(min_length=1)]
+    layers: Names = ("logits",)
+    images: int | None = Field(default=None, ge=1)
+    seeds: Seeds = (0, 1, 2)
+    reduce: Literal["flatten", "mean"] = "flatten"
+    estimators: Annotated[tuple[AnyEstimator, ...], BeforeValidator(as_list), Field(min_length=1)] = (
+        SandwichSection(),
+    )
+    certificate: bool = False
+    attack: Annotated[AttackConfig, BeforeValidator(_as_attack)] = AttackConfig()
+
+    @field_validator("estimators")
+    @classmethod
+    def _distinct(cls, estimators: tuple[EstimatorSection, ...]) -> tuple[EstimatorSection, ...]:
+        names = [each.shown for each in estimators]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named twice: tables tell estimators apart by name only")
+        return estimators
+
+    def planned(self) -> Iterator[Planned]:
+        """Yield the benchmark's cells, all of one model together; patterns of models are left as they are."""
+        for model in self.models:
+            dataset, images = model.dataset or self.dataset, model.images or self.images
+            for layer in model.layers or self.layers:
+                for estimator in self.estimators:
+                    for section in model.threats or self.threats:
+                        for eps in section.eps:
+                            yield Planned(model, dataset, images, layer, section.norm.lower(), eps, estimator)
+
+    def settings(self) -> list[Any]:
+        """Return, for each estimator, the `AuditSettings` with all that decides numbers beside model and images."""
+        from audit.config.settings import AuditSettings
+
+        attack = self.attack.attack()
+        return [
+            AuditSettings(each.estimator(), attack, self.seeds, self.reduce, self.certificate)
+            for each in self.estimators
+        ]
+
+    def canonical(self) -> str:
+        """Return the one spelling of this configuration."""
+        data = self.model_dump(mode="json")
+        if not self.attack.own:  # spelled in full, as run folders have been stamped with
+            attack = self.attack
+            data["attack"] = {name: getattr(attack, name) for name in type(attack).model_fields}
+        return canonical_json(data)
+
+
+__all__ = ["ESTIMATOR_SECTIONS", "AttackConfig", "BenchmarkConfig", "ModelConfig", "Planned", "ThreatConfig"]

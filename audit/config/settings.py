@@ -1,0 +1,24 @@
+"""The settings of an audit: estimator, attack, seeds and reduction."""
+
+from dataclasses import dataclass, field
+
+from audit.adversary.label_attack import AUDIT, LabelAttack
+from audit.errors import UsageError
+from audit.information.estimator import Estimator
+from audit.information.sandwich import Sandwich
+from audit.representation.layers import Reduction
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """Everything that decides an audit's numbers beside the model, the images and the threat model."""
+
+    estimator: Estimator = field(default_factory=Sandwich)
+    attack: LabelAttack = AUDIT
+    seeds: tuple[int, ...] = (0, 1, 2)
+    reduce: Reduction = "flatten"
+    certificate: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"seeds {list(self.seeds)} must be at least one, each named once")

@@ -1,0 +1,122 @@
+"""What figures are drawn with: points, whiskers, titles and the key."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from reports.figures.style import FILL_LABELS, Look, Sheet, fill_of, label, looks, marker, place_key
+from reports.tables.table import Panel, contradicted, panels
+from reports.text import short_name
+
+GREY = Look("#555555", "o")
+_NAMED = 6
+_TITLE = 52
+
+
+def plottable(frame: pd.DataFrame, needed: Sequence[str]) -> pd.DataFrame:
+    """Return the rows that hold every needed value, in an order that does not depend on that of the records."""
+    return frame.dropna(subset=list(needed)).sort_values(["family", "trained_eps", "model", "cell_id"])
+
+
+def points(rows: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Return rows as dictionaries, `refuted` telling which are contradicted."""
+    return rows.assign(refuted=contradicted(rows)).to_dict(orient="records")
+
+
+def sheet_of(groups: Sequence[Panel], captions: Sequence[str], keys: tuple[int, int]) -> Sheet:
+    """Return a sheet with a panel a group, the estimators of one setting beside one another."""
+    settings = [panel.setting for panel in groups]
+    together = [settings.count(setting) for setting in dict.fromkeys(settings)]
+    lines = max((len(title_lines(panel)) for panel in groups), default=1)
+    return Sheet(len(groups) or 1, captions, keys=keys, groups=together, head=0.14 + 0.16 * lines)
+
+
+def title_lines(panel: Panel) -> list[str]:
+    """Return a panel's title: its setting, over it the estimator where there are several."""
+    return [panel.setting] if panel.title == panel.setting else [panel.estimator, panel.setting]
+
+
+def point(ax: Axes, x: float, y: float, artist: Line2D) -> None:
+    """Put a marker at (x, y)."""
+    artist.set_data([x], [y])
+    ax.add_line(artist)
+
+
+def cross(ax: Axes, x: float, y: float) -> None:
+    """Cross out a contradicted or failed point."""
+    ax.plot([x], [y], marker="x", markersize=8.5, markeredgewidth=0.8, color="black", linestyle="none", zorder=4)
+
+
+def whisker(ax: Axes, x: list[float], y: list[float], look: Look) -> None:
+    """Draw an interval."""
+    ax.plot(x, y, color=look.colour, linewidth=0.8, solid_capstyle="butt", zorder=2.5)
+
+
+def dress(ax: Axes, title: Sequence[str], x_label: str, y_label: str) -> None:
+    """Title a panel and its axes; the labels carry unit and kind."""
+    ax.set_title("\n".join(label(line, _TITLE) for line in title), loc="left", pad=5)
+    ax.set_xlabel(x_label, labelpad=3)
+    ax.set_ylabel(y_label, labelpad=3)
+    ax.locator_params(nbins=6)
+    sns.despine(ax=ax)
+
+
+def finish(figure: Figure, axes: list[Axes], keys: tuple[list[Line2D], list[Line2D]], columns: int) -> None:
+    """Put the key under the figure, or say that there is nothing to show."""
+    if keys[0]:
+        place_key(figure, *keys, columns)
+        return
+    axes[0].text(0.5, 0.5, "no model has these values", ha="center", transform=axes[0].transAxes)
+    axes[0].set_axis_off()
+
+
+def family_key(rows: pd.DataFrame) -> list[Line2D]:
+    """Return the key's entries for families."""
+    return [named(marker(look, "full"), label(name, 16)) for name, look in looks(rows["family"]).items()]
+
+
+def fill_key(rows: pd.DataFrame) -> list[Line2D]:
+    """Return the key's entries for how models were trained, and for the contradicted."""
+    known = zip(rows["training"], rows["trained_eps"], rows["eps"], strict=True)
+    used = {fill_of(training, trained, eps) for training, trained, eps in known}
+    fills = [named(marker(GREY, fill), text) for fill, text in FILL_LABELS.items() if fill in used]
+    return [*fills, *_contradicted_key(rows)]
+
+
+def named(artist: Line2D, text: str) -> Line2D:
+    """Give an entry of the key its text."""
+    artist.set_label(text)
+    return artist
+
+
+def or_zero(value: float) -> float:
+    """Return a standard error, 0 where there is none."""
+    return or_else(value, 0.0)
+
+
+def or_else(value: float, otherwise: float) -> float:
+    """Return a value, or another where it is missing."""
+    return otherwise if pd.isna(value) else float(value)
+
+
+def _contradicted_key(rows: pd.DataFrame) -> list[Line2D]:
+    refuted = rows[contradicted(rows)]
+    if len(panels(rows)) > 1:
+        # a name would not say in which panel
+        return [_cross_entry("contradicted: not ranked")] if len(refuted) else []
+    return [_cross_entry(text) for text in _named_models(refuted["model"])]
+
+
+def _named_models(models: Iterable[str]) -> list[str]:
+    names = sorted(set(models))
+    texts = [f"contradicted: {label(short_name(name), 17)}" for name in names[:_NAMED]]
+    return [*texts, f"and {len(names) - _NAMED} more contradicted"] if len(names) > _NAMED else texts
+
+
+def _cross_entry(text: str) -> Line2D:
+    return named(Line2D([], [], marker="x", color="black", linestyle="none", markersize=6), text)

@@ -1,0 +1,134 @@
+"""What the HTML report tabulates: a leaderboard an estimator, its agreement with the others, and its calibration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import cast
+
+import pandas as pd
+
+from audit.records import CalibrationRow
+from reports.estimators import place
+from reports.page.cells import HEADERS, MISSING, NO_CLAIM, Cell, Row, unranked_reason, with_error
+from reports.statistics.agreement import Agreement, agreements
+from reports.statistics.gap_statistics import correlations
+from reports.statistics.sentences import describe, panel_caption
+from reports.tables.calibration import calibration_sentence, channel_name, errors, failed_calibration, verdict
+from reports.tables.table import Panel, contradicted, panels
+from reports.text import plain_text, short_name
+
+
+@dataclass(frozen=True)
+class Board:
+    """The models of one estimator: how it did in calibration, its table, who is refuted by what, its correlations."""
+
+    estimator: str
+    quantity: str
+    calibration: str
+    failed: bool
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+    refuted: Sequence[str]
+    caption: str
+    correlations: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The estimators of one data set, layer and threat, the default for ranking first."""
+
+    title: str
+    boards: Sequence[Board]
+
+
+@dataclass(frozen=True)
+class Concord:
+    """How the estimators of one setting agree in words, and how firm each one stands."""
+
+    title: str
+    pairs: Sequence[str]
+    firmness: Sequence[tuple[str, str, str, str]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One channel an estimator was tried on, as text: for each case its truth, the estimate and the error."""
+
+    estimator: str
+    channel: str
+    samples: int
+    verdict: str
+    cases: Sequence[tuple[str, str, str]]
+
+
+def settings(frame: pd.DataFrame, calibration: Sequence[CalibrationRow]) -> list[Setting]:
+    """Return the boards of a leaderboard, by setting."""
+    grouped = groupby(panels(frame), key=lambda panel: panel.setting)
+    return [Setting(title, [_board(panel, calibration) for panel in group]) for title, group in grouped]
+
+
+def concords(frame: pd.DataFrame) -> list[Concord]:
+    """Return the agreement of estimators in words, a setting each."""
+    return [_concord(agreement) for agreement in agreements(frame)]
+
+
+def trials(calibration: Sequence[CalibrationRow]) -> list[Trial]:
+    """Return the rows of the calibration table."""
+    return [_trial(row) for row in sorted(calibration, key=lambda row: (place(row.estimator), channel_name(row)))]
+
+
+def _board(panel: Panel, calibration: Sequence[CalibrationRow]) -> Board:
+    first = panel.rows.iloc[0]
+    rows = [cast(Row, row) for row in panel.rows.to_dict(orient="records")]
+    refuted = [row for row, mark in zip(rows, contradicted(panel.rows), strict=True) if mark]
+    ranks = bool(panel.rows["ranks"].any())
+    return Board(
+        estimator=plain_text(first["estimator"]),
+        quantity=plain_text(first["quantity"]),
+        calibration=calibration_sentence(calibration, first["estimator"]),
+        failed=failed_calibration(calibration, first["estimator"]),
+        rows=[
+            ("unranked" if row["rank"] == "unranked" else "ranked", [head.cell(row) for head in HEADERS])
+            for row in rows
+        ],
+        refuted=[_refuted(row) for row in refuted],
+        caption=panel_caption(panel.rows) if ranks else NO_CLAIM,
+        correlations=[describe(correlation) for correlation in correlations(panel.rows)] if ranks else [],
+    )
+
+
+def _refuted(row: Row) -> str:
+    why = unranked_reason(row).replace("contradicted: ", "").replace("contradicted", "")
+    return f"{short_name(row['model'])} is contradicted and not ranked{': ' + why if why else ''}."
+
+
+def _concord(agreement: Agreement) -> Concord:
+    pairs = [
+        f"{plain_text(one)} and {plain_text(other)}, {tau.n} models: {describe(tau)}"
+        for (one, other), tau in agreement.taus.items()
+    ]
+    firmness = [
+        (
+            plain_text(name) + ("" if firm.ranks else " (does not claim to rank)"),
+            str(firm.models),
+            MISSING if firm.error is None else f"{firm.error:.3f}",
+            MISSING if firm.spread is None else f"{firm.spread:.3f}",
+        )
+        for name, firm in agreement.firmness.items()
+    ]
+    return Concord(agreement.title, pairs, firmness)
+
+
+def _trial(row: CalibrationRow) -> Trial:
+    cases = []
+    for case in ("normal", "worst"):
+        truth, value = getattr(row, f"true_{case}_nats"), getattr(row, f"{case}_nats")
+        error, tolerance = errors(row).get(case), getattr(row, f"{case}_tolerance")
+        allowed = "" if tolerance is None else f" (± {tolerance:.3f} allowed)"
+        cases.append(
+            (
+                MISSING if truth is None else f"{truth:.3f}",
+                MISSING if value is None else with_error(value, getattr(row, f"{case}_nats_se")),
+                MISSING if error is None else f"{error:+.3f}{allowed}",
+            )
+        )
+    return Trial(plain_text(row.estimator), channel_name(row), row.samples, verdict(row), cases)

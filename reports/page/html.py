@@ -1,0 +1,179 @@
+"""The report: one self-contained HTML file that opens offline and runs nothing but its own script."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+
+import pandas as pd
+from jinja2 import DictLoader, Environment, StrictUndefined
+from matplotlib.figure import Figure
+
+from audit.records import AuditRecord, CalibrationRow
+from reports.estimators import place
+from reports.figures.all_figures import agreement_figure, calibration_figure, figure1, figure2, figure_bytes
+from reports.page.boards import concords, settings, trials
+from reports.page.cells import HEADERS
+from reports.page.drawings import spark
+from reports.page.explanations import distrusts_attack, distrusts_search, explain, flag_name
+from reports.page.model_pages import anchors, model_pages
+from reports.statistics.sentences import family_order, summary
+from reports.tables.calibration import calibration_sentence, failed_calibration
+from reports.tables.ranking import leaderboard
+from reports.tables.table import split_flags, to_frame
+from reports.text import plain_text, short_name, shorten
+
+_TEMPLATE = "report.html.j2"
+_PARTS = (_TEMPLATE, "models.html.j2")
+_ONE_PANEL = 6.0  # inches
+_LONGEST = 2000  # characters of one value of a record
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as a data address, with what it shows in words, and whether it is wide: more than one panel."""
+
+    title: str
+    source: str
+    words: str
+    wide: bool
+
+
+def render_report(records: Sequence[AuditRecord], calibration: Sequence[CalibrationRow] = ()) -> str:
+    """Return the HTML report of records and of their estimators' calibration; the same ones give the same bytes."""
+    frame = leaderboard(to_frame(records))
+    css, js = _asset("report.css"), _asset("report.js")
+    template = _environment().get_template(_TEMPLATE)
+    pages = model_pages(records, frame)
+    return template.render(
+        policy=_policy(css, js),
+        css=css,
+        js=js,
+        headers=HEADERS,
+        summary=summary(frame),
+        notices=[*_notices(records), *_uncalibrated(frame, calibration)],
+        settings=settings(frame, calibration),
+        order=family_order(frame).to_dict(orient="records"),
+        pictures=_pictures(frame),
+        concords=concords(frame),
+        agreement=_optional("Agreement of estimators", agreement_figure(frame), _AGREEMENT),
+        trials=trials(calibration),
+        calibrated=_optional("Calibration", calibration_figure(calibration), _CALIBRATION),
+        flags=_flags(frame),
+        failures=_failures(frame),
+        attacks=sorted({plain_text(attack) for attack in frame["attack"]}),
+        models=pages,
+        links=anchors(pages),
+        certified=any(record.certified_bound is not None for record in records),
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=DictLoader({name: _asset(name) for name in _PARTS}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(plain=_plain, spark=spark)
+    return environment
+
+
+def _asset(name: str) -> str:
+    return (files("reports") / "page" / "templates" / name).read_text(encoding="utf-8")
+
+
+def _policy(css: str, js: str) -> str:
+    style, script = (base64.b64encode(sha256(text.encode()).digest()).decode() for text in (css, js))
+    return (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _notices(records: Sequence[AuditRecord]) -> list[str]:
+    trusted = sorted({short_name(record.model) for record in records if record.code_trusted})
+    loose = sorted({short_name(record.model) for record in records if not record.weights_pinned})
+    notices = []
+    if trusted:
+        notices.append(f"User code was trusted to build: {', '.join(trusted)}.")
+    if loose:
+        notices.append(f"No hash of the weights was known beforehand for: {', '.join(loose)}.")
+    attacked, searched = (
+        sorted({short_name(record.model) for record in records if any(told(flag) for flag in record.flags)})
+        for told in (distrusts_attack, distrusts_search)
+    )
+    if attacked:
+        notices.append(
+            f"The adversarial accuracy is an upper bound, attack not trustworthy, of: {', '.join(attacked)}. "
+            "They are not ranked."
+        )
+    if searched:
+        notices.append(
+            "The worst-case information is an upper bound, its search not trustworthy, of: "
+            f"{', '.join(searched)}. They are not ranked."
+        )
+    gated = sorted({short_name(record.model) for record in records if record.gated})
+    if gated:
+        notices.append(f"Failed a gate, so broken or not what they should be: {', '.join(gated)}. They are not ranked.")
+    return notices
+
+
+_AGREEMENT = (
+    "Kendall's tau-b (estimate) of the RVs of every two estimators, with the number of models it is over; the table "
+    "under it says the same in words."
+)
+_CALIBRATION = (
+    "Estimate less truth (nats, measured) on channels whose information is known, normal and worst case; grey is the "
+    "tolerance, a cross a failure."
+)
+
+
+def _pictures(frame: pd.DataFrame) -> list[Picture]:
+    return [
+        _picture(
+            "Figure 1. Representation vulnerability against adversarial gap",
+            figure1(frame),
+            "RV is an estimate, the gap measured. What each panel shows stands under its leaderboard.",
+        ),
+        _picture(
+            "Figure 2. Information against accuracy, normal and worst case",
+            figure2(frame),
+            "Small markers: normal-case information and natural accuracy; large ones: worst case and adversarial "
+            "accuracy. Solid: exact Fano, under label information. Dashed: Theorem 3.4 as printed. Both are estimated "
+            "bounds because the information is an estimate. Smoothed information and label-level entropy have no "
+            "place here.",
+        ),
+    ]
+
+
+def _uncalibrated(frame: pd.DataFrame, calibration: Sequence[CalibrationRow]) -> list[str]:
+    failed = [name for name in sorted(set(frame["estimator"]), key=place) if failed_calibration(calibration, name)]
+    return [f"{plain_text(name)}: {calibration_sentence(calibration, name)}." for name in failed]
+
+
+def _optional(title: str, figure: Figure | None, words: str) -> Picture | None:
+    return None if figure is None else _picture(title, figure, words)
+
+
+def _picture(title: str, figure: Figure, words: str) -> Picture:
+    data = base64.b64encode(figure_bytes(figure, "svg")).decode()
+    return Picture(title, f"data:image/svg+xml;base64,{data}", words, figure.get_figwidth() > _ONE_PANEL)
+
+
+def _flags(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    return sorted({(flag_name(flag), explain(flag)) for cell in frame["flags"] for flag in split_flags(cell)})
+
+
+def _failures(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    failed = frame[~frame["status"].eq("valid")]
+    pairs = zip(failed["model"], failed["status"], strict=True)
+    return [(plain_text(model), plain_text(status).removeprefix("failed: ")) for model, status in pairs]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return shorten(plain_text(str(value)), _LONGEST)

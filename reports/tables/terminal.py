@@ -1,0 +1,84 @@
+"""The leaderboard on a terminal: as many columns as fit, the most telling first, names made harmless."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from audit.records import CalibrationRow
+from reports.page.cells import HEADERS, NO_CLAIM, Header, Row, flags_text, unranked_reason
+from reports.page.explanations import flag_name
+from reports.tables.calibration import calibration_sentence
+from reports.tables.table import panels, split_flags
+from reports.text import short_name, shorten
+
+# by what a reader needs first; the table keeps the report's order whatever fits
+_WANTED = (
+    "rank", "model", "RV", "adversarial gap", "flags", "training", "adversarial accuracy", "natural accuracy",
+    "worst-case MI", "normal-case MI", "Fano accuracy bound", "adversarial accuracy bound", "family",
+)  # fmt: skip
+_WIDEST = 34
+_PADDING = 3
+
+
+def fitting_table(table: pd.DataFrame, width: int, calibration: Sequence[CalibrationRow] = ()) -> list[Table | Text]:
+    """Return a rich table for each comparable group, at most `width` characters wide, and why rows are unranked.
+
+    Each title says how the estimator did in calibration.
+    """
+    parts: list[Table | Text] = []
+    for panel in panels(table):
+        rows = [{str(name): value for name, value in row.items()} for row in panel.rows.to_dict(orient="records")]
+        columns = {header.title: [_shown(header, row) for row in rows] for header in HEADERS}
+        title = f"{panel.setting}, {panel.estimator}\n{calibration_sentence(calibration, rows[0]['estimator'])}"
+        parts.append(_table(title, _fitting(columns, width), columns))
+        parts.extend(_unranked(rows))
+    return parts
+
+
+def _unranked(rows: Sequence[Row]) -> list[Text]:
+    claim = any(row["ranks"] for row in rows)
+    told = [row for row in rows if row["rank"] == "unranked" and (claim or unranked_reason(row) != "no claim to rank")]
+    # the table names flags only, their particulars stand here
+    lines = [Text(f"{short_name(row['model'])}: {_particulars(row)}") for row in told]
+    return lines if claim else [Text(NO_CLAIM), *lines]
+
+
+def _particulars(row: Row) -> str:
+    flags = flags_text(row)
+    return unranked_reason(row) if flags == "none" else flags
+
+
+def _shown(header: Header, row: Row) -> str:
+    if header.title != "flags":
+        return shorten(header.cell(row).text, _WIDEST)
+    # the names fit in a table; the particulars follow under it
+    failure = [] if row["status"] == "valid" else ["failed"]
+    return shorten("; ".join([*failure, *map(flag_name, split_flags(row["flags"]))]) or "none", 24)
+
+
+def _fitting(columns: dict[str, list[str]], width: int) -> list[Header]:
+    heads = {header.title: header for header in HEADERS}
+    left, chosen = width - 1, set[str]()
+    for title in _WANTED:
+        needed = _PADDING + max(map(cell_len, [*_head_lines(heads[title]), *columns[title]]))
+        if needed <= left:
+            chosen.add(title)
+            left -= needed
+    return [header for header in HEADERS if header.title in chosen]
+
+
+def _table(title: str, heads: Sequence[Header], columns: dict[str, list[str]]) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    for head in heads:
+        # Text, never str: a name must not be read as markup
+        table.add_column(Text("\n".join(_head_lines(head))), justify="right" if head.numeric else "left", no_wrap=True)
+    for cells in zip(*(columns[head.title] for head in heads), strict=True):
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _head_lines(header: Header) -> list[str]:
+    return [line for line in (header.title, f"{header.unit}, {header.kind}") if line.strip(", ")]

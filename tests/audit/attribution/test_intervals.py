@@ -1,0 +1,67 @@
+"""Intervals on the line: the fewest atoms, and the worst case against channels whose truth is known."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from audit.attribution.intervals import least_telling, stabbed
+from audit.calibration.closed_forms import gaussian, three_points, two_points, uniform
+from audit.information.gaussian_mixture import plug_in_terms
+from audit.random_keys import keyed_generator
+
+N = 300
+
+
+def nats(values):
+    return float(plug_in_terms(values[:, None], keyed_generator(9), 8)[0].mean())
+
+
+def quantiles(count=N):
+    return torch.special.ndtri((torch.arange(count, dtype=torch.double) + 0.5) / count)
+
+
+SOURCES = {
+    "gaussian": (gaussian, quantiles()),
+    "uniform": (uniform, 2 * (torch.arange(N, dtype=torch.double) + 0.5) / N - 1),
+    "two": (two_points, torch.tensor([-1.0, 1.0]).double().repeat(N // 2)),
+    "three": (three_points, torch.tensor([-1.0, 0.0, 1.0]).double().repeat(N // 3)),
+}
+
+
+@pytest.mark.parametrize(("source", "sigma", "shift"), [
+    ("gaussian", 0.5, 0.5), ("gaussian", 1.0, 0.25), ("uniform", 0.5, 0.25), ("two", 0.5, 0.5), ("two", 0.25, 0.75),
+    ("three", 0.25, 0.4), ("three", 1.0, 0.5),
+])  # fmt: skip
+def test_the_worst_case_is_the_closed_form(source, sigma, shift):
+    truth, values = SOURCES[source]
+    clean, reach = values / sigma, shift / sigma
+    worst = least_telling(clean, clean - reach, clean + reach, 30, 4, 0)
+    assert ((worst - clean).abs() <= reach + 1e-9).all()
+    assert nats(worst) == pytest.approx(truth(sigma, shift).worst, abs=0.03)
+
+
+def test_atoms_beat_soft_thresholding_where_the_noise_is_small():
+    clean = quantiles() / 0.1
+    worst = least_telling(clean, clean - 5, clean + 5, 30, 4, 0)
+    assert nats(worst) < gaussian(0.1, 0.5).worst - 0.2
+
+
+def test_intervals_that_meet_tell_nothing_and_points_that_cannot_move_stay():
+    clean = quantiles()
+    low, high = torch.full_like(clean, -9.0), torch.full_like(clean, 9.0)
+    assert nats(least_telling(clean, low, high, 5, 4, 0)) == pytest.approx(0, abs=0.01)
+    assert torch.equal(least_telling(clean, clean, clean, 5, 4, 0), clean)
+
+
+def test_more_reach_never_tells_more():
+    clean = quantiles(100)
+    found = [nats(least_telling(clean, clean - r, clean + r, 20, 4, 0)) for r in (0.0, 0.2, 0.6, 1.5, 4.0)]
+    assert all(later <= earlier + 0.01 for earlier, later in pairwise(found))
+
+
+def test_piercing_uses_the_fewest_atoms_and_each_lies_inside():
+    low, high = torch.tensor([0.0, 1.0, 2.5, 4.0, -1.0]), torch.tensor([2.0, 3.0, 5.0, 6.0, 0.5])
+    atoms = stabbed(low, high)
+    assert ((low <= atoms) & (atoms <= high)).all()
+    assert len(atoms.unique()) == 3  # [-1, .5] [1, 2] [4, 5]: no two points pierce all five

@@ -1,0 +1,180 @@
+"""Channels of known information: legal images, truths of the closed forms, samples that bear them out."""
+
+from math import log
+
+import pytest
+import torch
+
+from audit.calibration.channels import SPAN, as_images, as_values, channels
+from audit.calibration.closed_forms import bits, gaussian, sign_of_gaussian, three_points, two_points, uniform
+from audit.theory import binary_entropy
+
+ALL = channels()
+EVERY = pytest.mark.parametrize("channel", ALL, ids=[f"{c.name}, {c.parameters}" for c in ALL])
+
+
+def numbers(channel):
+    """The numbers of `sigma 0.5, shift 0.1`."""
+    return [float(part.split(" ")[1]) for part in channel.parameters.split(", ")]
+
+
+def named(name, parameters):
+    (found,) = [channel for channel in ALL if (channel.name, channel.parameters) == (name, parameters)]
+    return found
+
+
+@EVERY
+@pytest.mark.parametrize("count", [200, 201])
+def test_samples_are_legal_images_with_labels(channel, count):
+    images, labels = channel.sample(count, 0)
+    assert images.shape[0] == labels.shape[0] == count
+    assert images.dim() == 4
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.long)
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    assert 0 <= int(labels.min()) <= int(labels.max()) < max(2, channel.classes)
+    encoded = channel.noiseless()(images)
+    assert encoded.features.isfinite().all()
+    assert encoded.answers.shape == (count, channel.classes)
+    assert float(encoded.answers.exp().sum(1).sub(1).abs().max() if channel.classes else 0.0) < 1e-5
+
+
+@EVERY
+def test_moving_inside_the_ball_stays_inside_the_pixels(channel):
+    # otherwise the closed form's worst case could not be reached
+    images = channel.sample(2000, 0).images
+    assert 0 <= channel.eps <= 0.125
+    outside = (images < channel.eps) | (images > 1 - channel.eps)
+    assert float(outside.float().mean()) < 1e-4
+
+
+@EVERY
+def test_samples_are_drawn_by_their_seed(channel):
+    before = torch.random.get_rng_state()
+    first, again, other = channel.sample(100, 0), channel.sample(100, 0), channel.sample(100, 1)
+    assert first.images.equal(again.images)
+    assert first.labels.equal(again.labels)
+    assert not first.images.equal(other.images)
+    noisy, same, new = channel.noisy(0), channel.noisy(0), channel.noisy(1)
+    values = noisy(first.images).features
+    assert values.equal(same(first.images).features)
+    if channel.sigma:
+        assert not values.equal(noisy(first.images).features)  # fresh noise at every call
+        assert not values.equal(new(first.images).features)
+    assert torch.random.get_rng_state().equal(before)
+
+
+TRUTHS = {
+    "two points": two_points,
+    "three points": three_points,
+    "Gaussian": gaussian,
+    "uniform": uniform,
+    "projection of 8x8 images": gaussian,
+    "projection of 16x16 images": gaussian,
+    "labels of two Gaussians": two_points,
+}
+
+
+@EVERY
+def test_truths_are_the_closed_forms(channel):
+    if channel.name in TRUTHS:
+        truth = TRUTHS[channel.name](*numbers(channel))
+        assert (channel.normal_nats, channel.worst_nats) == pytest.approx(truth)
+    elif channel.name == "sign of a Gaussian mixture":
+        truth = sign_of_gaussian(*numbers(channel))
+        assert (channel.normal_nats, channel.worst_nats) == (truth.normal, truth.worst)
+    elif channel.name.endswith("-d Gaussian"):
+        dimension = int(channel.name.removesuffix("-d Gaussian"))
+        assert channel.normal_nats == pytest.approx(dimension / 2 * log(1 + channel.sigma**-2), abs=1e-5)
+        assert channel.worst_nats is None
+    else:
+        assert channel.normal_nats == bits(0 if channel.name == "constant" else int(channel.name[0]))
+        assert channel.worst_nats is None
+    assert channel.worst_nats is None or 0 <= channel.worst_nats <= channel.normal_nats
+
+
+def test_every_kind_is_there_and_no_channel_twice():
+    assert {c.name for c in ALL} >= {*TRUTHS, "constant", "1 noiseless bits", "3 noiseless bits", "20-d Gaussian"}
+    assert len({(c.name, c.parameters) for c in ALL}) == len(ALL)
+    assert {c.name for c in ALL if not c.exact} == {"Gaussian"}
+    assert {c.sigma for c in ALL if not c.exact} == {0.1}
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (7, 20)])
+def test_reals_come_back_from_images(shape):
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    images = as_images(values)
+    assert images.shape == (shape[0], 1, 1, shape[1])
+    assert (as_values(images) - values).abs().max() < 2e-6  # pixels around .5 in float32
+    assert as_values(torch.tensor([[[[0.0, 1.0]]]])).tolist() == [[-SPAN / 2, SPAN / 2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "points"),
+    [("two points", "sigma 0.5, shift 0.5", (-1.0, 1.0)), ("three points", "sigma 0.25, shift 0.5", (-1.0, 0.0, 1.0))],
+)
+def test_noisy_samples_of_atoms_tell_what_the_closed_form_says(name, parameters, points):
+    channel = named(name, parameters)
+    x = as_values(channel.sample(30_000, 0).images)
+    z = channel.noisy(0)(channel.sample(30_000, 0).images).features
+    told = -((z - x) ** 2) / (2 * channel.sigma**2)
+    mixture = torch.stack([-((z - p) ** 2) / (2 * channel.sigma**2) for p in points]).logsumexp(0) - log(len(points))
+    assert float((told - mixture).mean()) == pytest.approx(channel.normal_nats, abs=0.01)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.25])
+def test_noisy_samples_of_reals_and_pictures_have_their_moments(sigma):
+    for name in ("Gaussian", "projection of 8x8 images"):
+        channel = named(name, f"sigma {sigma:g}, shift 0.25")
+        images = channel.sample(5000, 0).images
+        clean, noisy = channel.noiseless()(images).features, channel.noisy(0)(images).features
+        assert float(clean.mean()) == pytest.approx(0, abs=2e-3)
+        assert float(clean.std()) == pytest.approx(1, abs=5e-3)
+        assert float((noisy - clean).std()) == pytest.approx(sigma, rel=0.03)
+        correlation = float(torch.corrcoef(torch.stack([clean[:, 0], noisy[:, 0]]))[0, 1])
+        assert -log(1 - correlation**2) / 2 == pytest.approx(channel.normal_nats, abs=0.03)
+
+
+@pytest.mark.parametrize(("size", "shift"), [(8, 0.25), (16, 0.5)])
+def test_the_radius_moves_the_projection_of_a_picture_by_the_shift(size, shift):
+    channel = named(f"projection of {size}x{size} images", f"sigma 1, shift {shift:g}")
+    images = channel.sample(50, 0).images.requires_grad_()
+    (slope,) = torch.autograd.grad(channel.noiseless()(images).features.sum(), images)
+    moved = channel.noiseless()(images + channel.eps * slope.sign()).features - channel.noiseless()(images).features
+    assert moved.flatten().tolist() == pytest.approx([shift] * 50, abs=1e-4)
+
+
+def test_the_sign_is_wrong_as_often_as_it_should_be():
+    channel = named("sign of a Gaussian mixture", "mean 0.6, spread 1, shift 0.7")
+    images, labels = channel.sample(4000, 0)
+    answers = channel.noiseless()(images).answers.argmax(1)
+    truth = sign_of_gaussian(0.6, 1.0, 0.7)
+    assert float((answers != labels).float().mean()) == pytest.approx(truth.risk, abs=2e-3)
+    # at worst all that can is one answer: the least entropy that the ball allows
+    other = channel.noiseless()(images - channel.eps).answers.argmax(1)
+    assert binary_entropy(float(other.float().mean())) == pytest.approx(truth.worst, abs=2e-3)
+
+
+def test_noiseless_bits_are_all_there_and_equally_often():
+    for count in (1, 2, 3):
+        channel = named(f"{count} noiseless bits", "eps 0")
+        images, labels = channel.sample(800, 0)
+        answers = channel.noiseless()(images).answers.argmax(1)
+        assert answers.equal(labels)
+        assert answers.bincount().tolist() == [800 // 2**count] * 2**count
+
+
+def test_labels_of_two_gaussians_are_told_as_the_closed_form_says():
+    channel = named("labels of two Gaussians", "sigma 1, shift 0.5")
+    images, labels = channel.sample(20_000, 0)
+    z, side = as_values(images)[:, 0], 2.0 * labels - 1
+    surprise = torch.nn.functional.softplus(-2 * side * z)  # -ln of the posterior 1 / (1 + exp(-2 y z))
+    assert log(2) - float(surprise.mean()) == pytest.approx(channel.normal_nats, abs=0.01)
+
+
+def test_the_gradient_of_the_sign_is_that_of_its_input():
+    channel = named("sign of a Gaussian mixture", "mean 1, spread 1, shift 0.5")
+    images = channel.sample(20, 0).images.requires_grad_()
+    features = channel.noiseless()(images).features
+    assert set(features.flatten().round(decimals=4).tolist()) == {-1.0, 1.0}
+    (slope,) = torch.autograd.grad(features[:, 1].sum(), images)
+    assert slope.flatten().tolist() == pytest.approx([SPAN] * 20)

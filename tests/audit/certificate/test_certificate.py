@@ -1,0 +1,261 @@
+"""The certificate on layers whose best head is known, and where it does not apply."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from torch import nn
+
+from audit.adversary.threat import L2, Linf
+from audit.certificate.certificate import (
+    Certificate,
+    CertificateSettings,
+    NotApplicable,
+    certify,
+    certify_held_out,
+    freeze_hubs,
+    reach_frozen,
+)
+from audit.certificate.collision_search import Layer, SearchEffort
+from audit.certificate.equality import TIERS, holds, noise_floor
+from audit.certificate.population import frozen_limit, sample_limit
+from audit.errors import InvalidModelError, UnknownNameError, UsageError
+from audit.random_keys import keyed_generator
+
+PAIRS_ONLY = CertificateSettings(effort=SearchEffort(hubs=0, neighbours=1000))
+
+
+def drawn(*shape, low=0.3, high=0.7, key=0):
+    return low + (high - low) * torch.rand(*shape, generator=keyed_generator(key))
+
+
+def linear(weight, bias=0.0):
+    return Layer(lambda x: x.flatten(1) @ weight.T + bias, lambda x: x.flatten(1) @ weight.double().T + bias)
+
+
+def network(key=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(36, 40), nn.ReLU(), nn.Linear(40, 4))
+    return Layer.of(net.eval().requires_grad_(False))
+
+
+def best_of_all(labels, edges):
+    choices = [c for k in range(len(labels) + 1) for c in combinations(range(len(labels)), k)]
+    return max(len(c) for c in choices if not any(i in c and j in c for i, j in edges))
+
+
+@pytest.fixture(scope="module")
+def found():
+    clean, labels = drawn(40, 1, 6, 6, low=0, high=1), torch.arange(40) % 4
+    layer = network()
+    return layer, clean, labels, certify(layer, clean, labels, Linf(0.08), CertificateSettings())
+
+
+@pytest.mark.parametrize("eps", [0.002, 0.01, 0.03])
+def test_two_classes_on_a_linear_layer_against_enumeration(eps):
+    clean, labels, weight = drawn(11, 1, 3, 3), torch.arange(11) % 2, drawn(1, 9, low=-1, high=1, key=1)
+    values, reach = (clean.flatten(1) @ weight.T)[:, 0], 2 * eps * float(weight.abs().sum())
+    edges = [
+        (i, j) for i, j in combinations(range(11), 2) if labels[i] != labels[j] and abs(values[i] - values[j]) <= reach
+    ]
+    certificate = certify(linear(weight), clean, labels, Linf(eps), PAIRS_ONLY)
+    assert edges
+    assert certificate.bound.kept == best_of_all(labels, edges)
+    assert certificate.bound.kind == "matching"
+    with_hubs = certify(linear(weight), clean, labels, Linf(eps), CertificateSettings())
+    assert with_hubs.bound.kept >= certificate.bound.kept  # the pairs above are all there are
+
+
+def test_a_constant_layer_leaves_the_largest_class():
+    labels = torch.tensor([0] * 4 + [1] * 7 + [2] * 5)
+    layer = linear(torch.zeros(2, 9), 0.7)
+    certificate = certify(layer, drawn(16, 1, 3, 3), labels, Linf(0.01), CertificateSettings())
+    assert certificate.bound.certified == 7 / 16
+    assert certificate.at_hubs == (16,)
+    assert certificate.population == sample_limit(7, 16, 0.95)
+
+
+def test_the_bound_does_not_grow_with_eps():
+    clean, labels, weight = drawn(16, 1, 3, 3), torch.arange(16) % 3, drawn(1, 9, low=-1, high=1, key=1)
+    kept = [
+        certify(linear(weight), clean, labels, Linf(eps), PAIRS_ONLY).bound.kept for eps in (0, 0.003, 0.01, 0.03, 0.1)
+    ]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] == 16
+    assert kept[-1] < 8
+
+
+def test_no_head_gets_more_of_the_exhibits_right(found):
+    """Heads of all sorts, among them the one that knows the exhibits, on the images as they lie in the certificate."""
+    layer, clean, labels, certificate = found
+    at, members = certificate.meetings.at, certificate.meetings.members
+    features = torch.cat([layer.precise(clean.double()), layer.precise(certificate.meetings.moved)])
+    owners, rounded = torch.cat([torch.arange(40), members]), features.float()
+    generator = keyed_generator(5)
+    answers = [torch.full((len(owners),), k) for k in range(4)]
+    answers += [(rounded @ torch.randn(4, 4, generator=generator)).argmax(1) for _ in range(20)]
+    # by heart: every vector gets the label of the first image that shows it
+    _, which = rounded.unique(dim=0, return_inverse=True)
+    first = torch.full((int(which.max()) + 1,), 40).scatter_reduce(0, which, owners, "amin")
+    answers.append(labels[first[which]])
+    kept = []
+    for answer in answers:
+        wrong = torch.zeros(40, dtype=torch.bool)
+        wrong[owners[answer != labels[owners]]] = True
+        kept.append(40 - int(wrong.sum()))
+    assert certificate.bound.kept < 40
+    assert max(kept) <= certificate.bound.kept
+    assert kept[-1] >= certificate.bound.kept / 2
+    assert len(certificate.meetings.targets) == len(certificate.at_hubs) + certificate.pairs
+    assert int(at.max()) + 1 == len(certificate.meetings.targets)
+
+
+def test_a_fitted_head_stays_below(found):
+    """A linear head fitted to the clean features, asked about every clean and every exhibited image in float32."""
+    layer, clean, labels, certificate = found
+    pad = nn.functional.pad
+    head = torch.linalg.lstsq(pad(layer.working(clean), (0, 1), value=1.0), nn.functional.one_hot(labels, 4).float())
+    moved = torch.cat([clean.double(), certificate.meetings.moved]).float()
+    owners = torch.cat([torch.arange(40), certificate.meetings.members])
+    answers = (pad(layer.working(moved), (0, 1), value=1.0) @ head.solution).argmax(1)
+    assert 40 - len(owners[answers != labels[owners]].unique()) <= certificate.bound.kept
+
+
+def test_effort_only_tightens():
+    clean, labels, layer = drawn(24, 1, 6, 6, low=0, high=1), torch.arange(24) % 4, network()
+    kept = [
+        certify(layer, clean, labels, Linf(0.05), CertificateSettings(effort=effort)).bound.kept
+        for effort in (SearchEffort(hubs=0, neighbours=0), SearchEffort(hubs=1, neighbours=0), SearchEffort(hubs=1))
+    ]
+    assert kept[0] == 24 > kept[1] >= kept[2]
+
+
+def test_every_tier_stands_on_its_own(found):
+    layer, clean, labels, certificate = found
+    assert certificate.bound.kept < 30
+    for tier in TIERS[1:]:  # the first is no matter of features: test_proof
+        other = certify(layer, clean, labels, Linf(0.08), CertificateSettings(tier=tier))
+        assert isinstance(other, Certificate)
+        targets = other.meetings.targets[other.meetings.at]
+        assert bool(holds(layer.precise(other.meetings.moved), targets, tier, other.noise).all())
+
+
+def test_a_near_miss_does_not_hold():
+    target = drawn(1, 5).double()
+    for tier, miss, within in [
+        ("bit-identical at float32", 1e-6, 1e-10),
+        ("bit-identical at float16", 1e-2, 1e-10),
+        ("bit-identical at bfloat16", 1e-1, 1e-10),
+        ("below noise floor", 0.6e-6, 0.4e-6),
+    ]:
+        nudge = torch.zeros(1, 5).double()
+        nudge[0, 3] = 1
+        assert not bool(holds(target + miss * nudge, target, tier, noise=1e-6)), tier
+        assert bool(holds(target + within * nudge, target, tier, noise=1e-6)), tier
+    # what overflows is not the same
+    assert not bool(holds(1e6 * target, 1e6 * target, "bit-identical at float16", noise=0.0))
+
+
+def test_images_that_the_search_leaves_outside_their_ball_do_not_count(monkeypatch):
+    clean, labels = drawn(12, 1, 3, 3), torch.arange(12) % 3
+    layer = linear(torch.zeros(1, 9), 0.5)
+    from audit.certificate import certificate as module
+
+    def outside(search, near, seed, original=module.find_hubs):
+        hubs, met = original(search, near, seed)
+        met.moved[4] += 0.02
+        return hubs, met
+
+    monkeypatch.setattr(module, "find_hubs", outside)
+    found = certify(layer, clean, labels, Linf(0.01), CertificateSettings())
+    assert found.at_hubs == (11,)
+    assert 4 not in found.meetings.members
+
+
+def test_the_noise_floor_is_how_far_batches_move_an_image():
+    def shaky(images):
+        return images.flatten(1) + 1e-3 * (len(images) > 1)
+
+    assert noise_floor(shaky, drawn(8, 1, 2, 2)) == pytest.approx(2e-3, rel=1e-3)
+    assert noise_floor(lambda x: x.flatten(1), drawn(8, 1, 2, 2)) == 0
+
+
+def test_held_out_hubs_give_the_population_limit():
+    clean, labels, layer = drawn(60, 1, 6, 6, low=0, high=1), torch.arange(60) % 4, network()
+    held = certify_held_out(layer, clean, labels, Linf(0.15), CertificateSettings(confidence=0.9))
+    assert len(held.images) == held.bound.images == 30
+    assert held.bound.kept < 20
+    assert held.population == frozen_limit(held.bound.kept, 30, 0.9)
+    assert held.bound.certified < held.population < 1
+
+
+def test_an_image_that_chose_the_hubs_is_refused_afterwards():
+    clean, labels, layer = drawn(12, 1, 6, 6), torch.arange(12) % 3, network()
+    settings = CertificateSettings()
+    frozen = freeze_hubs(layer, clean, torch.arange(6), Linf(0.1), settings)
+    assert frozen.chosen_on == frozenset(range(6))
+    with pytest.raises(UsageError, match="image 5 helped to choose the hubs"):
+        reach_frozen(layer, frozen, (clean, labels, torch.arange(5, 12)), Linf(0.1), settings)
+
+
+def test_frozen_hubs_do_not_know_the_other_images():
+    clean, layer = drawn(12, 1, 6, 6), network()
+    other = clean.clone()
+    other[6:] = drawn(6, 1, 6, 6, key=9)
+    one, two = (
+        freeze_hubs(layer, images, torch.arange(6), Linf(0.1), CertificateSettings()) for images in (clean, other)
+    )
+    assert (one.scale, one.noise, len(one.hubs)) == (two.scale, two.noise, len(two.hubs))
+    assert all(torch.equal(a.target, b.target) for a, b in zip(one.hubs, two.hubs, strict=True))
+
+
+class _Random(nn.Module):
+    def forward(self, images):
+        return images.flatten(1)[:, :2] + 1e-5 * torch.rand(len(images), 2)
+
+
+class _OtherImages(nn.Module):
+    def forward(self, images):
+        return images.flatten(1)[:, :2] - images.flatten(1)[:, :2].mean(0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "threat", "reason"),
+    [
+        (linear(torch.ones(1, 9)), L2(0.1), "linf ball, not l2"),
+        (linear(torch.ones(10, 9)), Linf(0.1), "10 features and the image 9 pixels"),
+        (Layer.of(_Random()), Linf(0.1), "features are random"),
+        (Layer.of(_OtherImages()), Linf(0.1), "depend on the other images"),
+    ],
+)
+@pytest.mark.parametrize("what", [certify, certify_held_out])
+def test_it_says_where_it_does_not_apply(what, layer, threat, reason):
+    answer = what(layer, drawn(6, 1, 3, 3), torch.arange(6) % 2, threat, CertificateSettings())
+    assert isinstance(answer, NotApplicable)
+    assert reason in answer.reason
+
+
+def test_one_image_has_no_halves():
+    answer = certify_held_out(linear(torch.ones(1, 9)), drawn(1, 1, 3, 3), torch.tensor([0]), Linf(0.1), PAIRS_ONLY)
+    assert "at least two images" in answer.reason
+    alone = certify(linear(torch.ones(1, 9)), drawn(1, 1, 3, 3), torch.tensor([0]), Linf(0.1), CertificateSettings())
+    assert alone.bound.certified == 1
+
+
+def test_what_does_not_fit_is_refused():
+    clean, layer = drawn(6, 1, 3, 3), linear(torch.ones(1, 9))
+    with pytest.raises(UsageError, match="6 images with 5 labels"):
+        certify(layer, clean, torch.arange(5), Linf(0.1), PAIRS_ONLY)
+    with pytest.raises(UsageError, match="another network"):
+        certify(
+            layer._replace(precise=lambda x: 1.1 * x.flatten(1).sum(1, True)),
+            clean,
+            torch.arange(6),
+            Linf(0.1),
+            PAIRS_ONLY,
+        )
+    with pytest.raises(InvalidModelError, match="not finite for 6 of 6"):
+        certify(linear(torch.full((1, 9), float("nan"))), clean, torch.arange(6), Linf(0.1), PAIRS_ONLY)
+    with pytest.raises(UnknownNameError, match=r"unknown tier 'bit-identical'.*did you mean"):
+        CertificateSettings(tier="bit-identical")

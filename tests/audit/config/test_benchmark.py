@@ -1,0 +1,227 @@
+"""The sections hold what the settings they stand for hold: the same fields, defaults and limits, without torch."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from audit.adversary import label_attack as attacks
+from audit.adversary.threat import THREATS, threat_model
+from audit.commands.options import slug
+from audit.config.benchmark import NORMS, TIERS, AttackConfig, BenchmarkConfig, ModelConfig, ThreatConfig
+from audit.config.estimators import BOUNDS, CRITICS, ESTIMATOR_SECTIONS, CriticSection, SearchSection, Section
+from audit.config.yaml_source import read_config, to_yaml
+from audit.errors import AuditError
+from audit.information import bounds, critics
+from audit.information.registry import ESTIMATORS
+from audit.records import RecordStore
+from audit.storage import canonical_json, digest
+
+SECTIONS = [*ESTIMATOR_SECTIONS.values(), CriticSection, SearchSection, AttackConfig]
+WITHOUT_SECTION = {"random_start", "probes", "shape", "per_position"}  # fixed, a section of its own, or in the name
+PROBES = [-1, 0, 1, 2, 3, 0.5, 0.999, 1.0, 1.5, 2.0, 2.5, math.inf, -math.inf, math.nan]
+
+
+def made_of(section: type[Section]) -> Any:
+    module, _, name = section.settings_of.partition(":")
+    return getattr(import_module(module), name)
+
+
+def simple(section: type[Section]) -> list[str]:
+    return [name for name in section.model_fields if name not in ("name", "tier", "critic", "search")]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_a_section_has_the_fields_and_defaults_of_its_settings(section: type[Section]) -> None:
+    filled = made_of(section)
+    unsaid = {"batch_size"} if section is AttackConfig else set()
+    assert set(simple(section)) == {known.name for known in fields(filled)} - WITHOUT_SECTION - unsaid - {"name"}
+    for name in simple(section):
+        default = getattr(filled() if section not in ESTIMATOR_SECTIONS.values() else made(section), name)
+        assert section.model_fields[name].default == default, name
+
+
+def made(section: type[Section]) -> Any:
+    """Return the settings with the default of the table that users choose from."""
+    estimator = ESTIMATORS[section.model_fields["name"].default]
+    return getattr(estimator, "training", estimator)
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
+def test_a_section_takes_what_its_settings_take(section: type[Section]) -> None:
+    filled = made_of(section)
+    for name in simple(section):
+        kind = section.model_fields[name].annotation
+        if kind not in (int, float):
+            continue
+        for value in PROBES if kind is float else [probe for probe in PROBES if isinstance(probe, int)]:
+            assert takes(section, **{name: value}) == takes(filled, **{name: value}), (name, value)
+
+
+def takes(make: Any, *words: Any, **values: Any) -> bool:
+    try:
+        make(*words, **values)
+    except (ValidationError, AuditError):
+        return False
+    return True
+
+
+def test_quantisers_are_counts() -> None:
+    section = ESTIMATOR_SECTIONS["sandwich"]
+    assert takes(section, quantisers=[1])
+    assert not takes(section, quantisers=[2, 0])
+
+
+def test_widths_are_multiples_of_the_noise() -> None:
+    section = ESTIMATOR_SECTIONS["sandwich"]
+    assert takes(section, widths=[1, "5/2"])
+    assert not any(takes(section, widths=wrong) for wrong in ([0.5], [2, math.inf], ["wide"]))
+
+
+def test_the_tables_of_names_are_the_ones_that_compute() -> None:
+    assert set(ESTIMATOR_SECTIONS) == set(ESTIMATORS)
+    assert set(CRITICS) == set(critics.CRITICS)
+    assert set(BOUNDS) == set(bounds.BOUNDS)
+    assert set(NORMS) == set(THREATS)
+    assert set(TIERS) == set(attacks.TIERS)
+
+
+@pytest.mark.parametrize("norm", [*NORMS, "LINF", "l3", ""])
+@pytest.mark.parametrize("eps", [-0.1, 0, 0.5, 1, 1.1, 300, math.inf, math.nan])
+def test_a_threat_is_legal_where_the_threat_model_is(norm: str, eps: float) -> None:
+    assert takes(ThreatConfig, norm=norm, eps=eps) == takes(threat_model, norm, eps)
+
+
+@pytest.mark.parametrize("name", ESTIMATOR_SECTIONS)
+def test_a_section_knows_the_name_that_tables_show(name: str) -> None:
+    section = ESTIMATOR_SECTIONS[name]()
+    assert section.shown == section.estimator().name
+    if name == "mine":
+        for other in ({"bound": "nwj"}, {"critic": {"name": "concatenated"}}):
+            changed = ESTIMATOR_SECTIONS[name].model_validate(other)
+            assert changed.shown == changed.estimator().name != section.shown
+
+
+@pytest.mark.parametrize("section", [*SECTIONS, BenchmarkConfig, ModelConfig, ThreatConfig], ids=lambda s: s.__name__)
+def test_every_field_is_classed_as_identity_or_not(section: type[Section]) -> None:
+    assert sorted([*section.decides, *section.labels]) == sorted(section.model_fields)
+
+
+def test_reading_a_benchmark_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom audit.config.yaml_source import read_config\n"
+        "read_config(Path('benchmark.yaml'))\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    root = Path(__file__).parents[3]
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert answer.stdout.split() == ["False", "False"]
+
+
+TEXT = st.text(min_size=1, max_size=30).filter(lambda text: text.isprintable() or not text.isascii())
+NUMBERS = st.floats(0, 1)
+THREAT = st.fixed_dictionaries(
+    {"eps": st.lists(NUMBERS, min_size=1, max_size=3)}, optional={"norm": st.sampled_from(NORMS)}
+)
+LAYERS = st.lists(TEXT, min_size=1, max_size=3)
+MODEL = st.fixed_dictionaries(
+    {"ref": TEXT},
+    optional={"name": TEXT, "dataset": TEXT, "images": st.integers(1, 10**6), "layers": LAYERS, "threats": THREAT},
+)
+OWN = st.fixed_dictionaries({}, optional={"steps": st.integers(1, 99), "restarts": st.integers(1, 9)})
+MINE = st.fixed_dictionaries(
+    {"name": st.just("mine")},
+    optional={"learning_rate": st.floats(1e-8, 1), "critic": st.fixed_dictionaries({"width": st.integers(1, 9)})},
+)
+CONFIGS = st.fixed_dictionaries(
+    {
+        "name": st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z"),
+        "dataset": TEXT,
+        "models": st.lists(st.one_of(TEXT, MODEL), min_size=1, max_size=3),
+        "threats": st.lists(THREAT, min_size=1, max_size=2),
+    },
+    optional={
+        "images": st.integers(1, 10**6),
+        "layers": LAYERS,
+        "seeds": st.lists(st.integers(0, 2**31), min_size=1, max_size=4, unique=True),
+        "reduce": st.sampled_from(["flatten", "mean"]),
+        "certificate": st.booleans(),
+        "attack": st.one_of(st.sampled_from(TIERS), OWN),
+        "estimators": st.lists(
+            st.one_of(MINE, st.sampled_from(["sandwich", "label-level", "ref-mean"])),
+            min_size=1,
+            max_size=3,
+            unique_by=lambda each: each if isinstance(each, str) else each["name"],
+        ),
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(CONFIGS)
+def test_yaml_and_configurations_go_to_and_fro(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
+) -> None:
+    config = BenchmarkConfig.model_validate(values)
+    path = tmp_path_factory.mktemp("yaml") / "b.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    again = read_config(path)
+    assert again.canonical() == config.canonical()
+    assert again.attack.attack() == config.attack.attack()  # what canonical() says of it, it also means
+    assert to_yaml(again) == to_yaml(config)
+
+
+@pytest.mark.parametrize("said", [None, "smoke", "audit", {"steps": 10}, {"steps": 10, "restarts": 1}, {"steps": 3}])
+def test_an_attack_is_read_back_as_it_was_meant(said: Any, tmp_path: Path) -> None:
+    values = {"name": "a", "dataset": "d", "models": ["m"], "threats": {"eps": 0}}
+    config = BenchmarkConfig.model_validate(values if said is None else {**values, "attack": said})
+    (tmp_path / "b.yaml").write_text(to_yaml(config))
+    again = read_config(tmp_path / "b.yaml")
+    assert again.attack.attack() == config.attack.attack()
+    default = BenchmarkConfig.model_validate(values)
+    assert (config.canonical() == default.canonical()) == (said is None)
+
+
+def test_a_folder_stamped_before_reads_as_the_audit_tier() -> None:
+    spelled = {"tier": None, "steps": 10, "relative_step": 0.25, "restarts": 1}
+    assert AttackConfig.model_validate(spelled).attack() == attacks.AUDIT
+    assert AttackConfig.model_validate({**spelled, "steps": 9}).attack().name == "ce-9+margin-9"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(JSON)
+def test_canonical_json_is_a_fixed_point(data: Any) -> None:
+    once = canonical_json(data)
+    assert canonical_json(json.loads(once)) == once
+    assert digest(json.loads(once)) == digest(data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=300) | st.sampled_from(["..", "../../x", "CON", "a\0b", "/etc/passwd", "x" * 300, "C:\\x", ""]))
+def test_no_name_leaves_the_run_folder(name: str) -> None:
+    folder = Path("runs/here")
+    made = slug(name)
+    assert made == Path(made).name
+    assert made not in ("", ".", "..")
+    assert len(made) <= 60
+    assert made.isascii()
+    assert (folder / made).resolve().parent == folder.resolve()
+    identity = digest({"layer": name, "model": name})
+    assert RecordStore(folder).path(identity).resolve().parent == (folder / "cells").resolve()
+    legal = takes(BenchmarkConfig, name=name, dataset="d", models=["m"], threats={"eps": 0})
+    assert not legal or (Path("runs") / name).resolve().parent == Path("runs").resolve()

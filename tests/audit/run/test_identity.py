@@ -1,0 +1,165 @@
+"""A cell's id changes with everything that decides its numbers, and with nothing that does not."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from audit.adversary.label_attack import LabelAttack, Stage
+from audit.adversary.pgd import PGD
+from audit.adversary.threat import Linf
+from audit.config.benchmark import BenchmarkConfig
+from audit.config.estimators import ESTIMATOR_SECTIONS, CriticSection, SearchSection, Section
+from audit.config.settings import AuditSettings
+from audit.information.critic_descent import WorstCaseSearch
+from audit.information.critic_training import CriticTraining
+from audit.information.critics import CriticShape
+from audit.information.probes import ProbeTraining
+from audit.run import cell_runner as workbench
+from audit.run.cell import Cell, cells
+from audit.run.cell_runner import RunOptions
+from audit.storage import digest
+from model_zoo.entries import ModelEntry
+from model_zoo.images.load import ImageRequest, ImageSet
+from model_zoo.prepared import SourceSettings
+
+# Dataclasses that are no sections: which fields are part of a cell's identity, and which are not.
+CLASSES: dict[type, tuple[set[str], set[str]]] = {
+    Cell: ({"ref", "dataset", "images", "layer", "threat", "settings", "after"}, {"name"}),
+    AuditSettings: ({"estimator", "attack", "seeds", "reduce", "certificate"}, set()),
+    Linf: ({"eps"}, {"pixel_range"}),  # the range is the same for all images
+    LabelAttack: ({"stages", "noise", "queries", "borrowed", "version"}, {"fast"}),
+    Stage: ({"loss", "pgd", "targets"}, set()),
+    PGD: ({"steps", "relative_step", "random_start", "restarts"}, {"batch_size"}),
+    CriticTraining: ({known.name for known in fields(CriticTraining)}, set()),
+    CriticShape: ({known.name for known in fields(CriticShape)}, set()),
+    WorstCaseSearch: ({known.name for known in fields(WorstCaseSearch)}, set()),
+    ProbeTraining: ({known.name for known in fields(ProbeTraining)}, set()),
+    RunOptions: (set(), {"sources", "data_dir", "device"}),
+    SourceSettings: (set(), {"trust_code", "offline", "cache_dir", "model_dir"}),
+    ImageRequest: (set(), {"count", "split", "data_dir", "offline", "balanced"}),  # through the hash of the images
+}
+VALUES: dict[str, Any] = {
+    "name": "other", "dataset": "mnist", "images": 77, "layers": ["input"], "seeds": [9], "reduce": "mean",
+    "estimators": ["label-level"], "certificate": True, "attack": "smoke", "models": ["bundled:digits-mlp-robust"],
+    "threats": {"norm": "l2", "eps": 0.1},
+}  # fmt: skip
+ENTRY = ModelEntry(ref="bundled:x", name="x", source="bundled", weights_sha256="1" * 64)
+BASE: dict[str, Any] = {
+    "name": "a", "dataset": "digits", "models": ["bundled:x"], "threats": {"norm": "linf", "eps": 0.2},
+}  # fmt: skip
+
+
+def images(dataset: str, count: int | None) -> ImageSet:
+    """Return a set whose hash says which images were asked for, as that of a real one does."""
+    return ImageSet(torch.zeros(1), torch.zeros(1), ("0", "1"), dataset, "test", (0,), digest([dataset, count]))
+
+
+def ids(values: dict[str, Any], entry: ModelEntry = ENTRY) -> list[str]:
+    found = cells(BenchmarkConfig.model_validate(values))
+    return [digest(workbench._identity(cell, images(cell.dataset, cell.images), entry)) for cell in found]
+
+
+@pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.__name__)
+def test_every_field_of_the_settings_is_classed(made: type) -> None:
+    decide, leave = CLASSES[made]
+    assert not decide & leave
+    assert decide | leave == {known.name for known in fields(made)}
+
+
+@pytest.mark.parametrize("field", BenchmarkConfig.model_fields)
+def test_a_benchmark_s_fields_change_ids_where_they_decide_numbers(field: str) -> None:
+    changed = ids({**BASE, field: VALUES[field]}) != ids(BASE)
+    assert changed == (field in BenchmarkConfig.decides)
+
+
+SECTIONS: list[tuple[type[Section], tuple[str, ...]]] = [
+    *((section, ()) for section in ESTIMATOR_SECTIONS.values()), (CriticSection, ("critic",)),
+    (SearchSection, ("search",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "under"), SECTIONS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_section_s_fields_change_ids_where_they_decide_numbers(
+    section: type[Section], under: tuple[str, ...]
+) -> None:
+    estimator = "mine" if under else section.model_fields["name"].default
+    plain = ids({**BASE, "estimators": [estimator]})
+    for field, info in section.model_fields.items():
+        if field == "name" and not under:
+            continue
+        inner = {field: other(info.default, field)}
+        value = {"name": estimator, **({under[0]: inner} if under else inner)}
+        assert (ids({**BASE, "estimators": [value]}) != plain) == (field in section.decides), field
+
+
+def other(default: Any, field: str) -> Any:
+    """Return another legal value of a field."""
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, str):
+        return {"name": "concatenated", "bound": "nwj"}[field]
+    if isinstance(default, tuple):
+        return [3]
+    if isinstance(default, int | float):
+        return default + 1 if isinstance(default, int) else default / 2
+    return {"width": 5} if field == "critic" else {"rounds": 5}
+
+
+@pytest.mark.parametrize("field", ["tier", "steps", "relative_step", "restarts"])
+def test_the_attack_s_fields_decide(field: str) -> None:
+    own = {"steps": 5, "relative_step": 0.3, "restarts": 2}
+    change = {"tier": "smoke"} if field == "tier" else {**own, field: 1}
+    assert ids({**BASE, "attack": change}) != ids({**BASE, "attack": own})
+
+
+def test_a_model_s_own_fields_decide_but_for_its_label() -> None:
+    plain = ids(BASE)
+    for field, value in VALUES.items():
+        if field in ("dataset", "images", "layers", "threats", "name"):
+            changed = ids({**BASE, "models": [{"ref": "bundled:x", field: value}]})
+            assert (changed != plain) == (field != "name"), field
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "decides"),
+    [
+        ("weights_sha256", "2" * 64, True),
+        ("architecture", "vgg", True),
+        ("code_sha256", "3" * 64, True),
+        ("licence", "MIT", False),
+        ("reference", "x", False),
+        ("training", "robust", False),
+        ("pinned", True, False),
+        ("renames", ("a",), False),
+    ],
+)
+def test_weights_and_code_decide_what_is_known_of_them_does_not(field: str, value: Any, decides: bool) -> None:
+    assert (ids(BASE, replace(ENTRY, **{field: value})) != ids(BASE)) == decides
+
+
+def test_the_images_decide_through_their_hash() -> None:
+    (cell,) = cells(BenchmarkConfig.model_validate(BASE))
+    one = images("digits", None)
+    renamed = replace(one, ref="folder:x", split="train")
+    assert workbench._identity(cell, one, ENTRY) == workbench._identity(cell, renamed, ENTRY)
+    assert workbench._identity(cell, replace(one, sha256="0"), ENTRY)["data_sha256"] == "0"
+
+
+def test_where_a_file_lies_decides_nothing_and_what_it_is_read_as_does() -> None:
+    def of(ref: str) -> list[str]:
+        return ids({**BASE, "models": [ref]})
+
+    base = of("file:a.pth?arch=timm:resnet18&num_classes=10")
+    assert of("file:/b/c.pth?arch=timm:resnet18&num_classes=10&name=x&training=robust&trained_eps=8/255") == base
+    for option in ("mean=0.5&std=0.5", "shape=3x32x32"):
+        assert of(f"file:a.pth?arch=timm:resnet18&num_classes=10&{option}") != base
+    assert of("file:a.pth?arch=timm:resnet34&num_classes=10") != base
+
+
+def test_an_id_is_the_hash_of_canonical_json_alone(tmp_path: Path) -> None:
+    (cell,) = cells(BenchmarkConfig.model_validate(BASE))
+    identity = workbench._identity(cell, images("digits", None), ENTRY)
+    assert digest(dict(reversed(list(identity.items())))) == digest(identity)

@@ -1,0 +1,186 @@
+import pytest
+import torch
+from torch import nn
+
+from audit.adversary.accuracy import measure_accuracy
+from audit.adversary.label_attack import two_losses
+from audit.adversary.pgd import PGD
+from audit.adversary.threat import Linf
+from audit.errors import UnknownNameError, UsageError
+from audit.training import classifiers as supervised
+from audit.training.classifiers import ClassifierTraining, StepSchedule, train_classifier
+
+
+@pytest.fixture
+def toy():
+    """Two classes of 6x6 images: a bright left or a bright right half, in noise."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(160) % 2
+    images = 0.4 * torch.rand(160, 1, 6, 6, generator=generator)
+    images[labels == 0, :, :, :3] += 0.5
+    images[labels == 1, :, :, 3:] += 0.5
+    return images, labels
+
+
+def network():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
+        )
+
+
+def trained(toy, **settings):
+    net = network()
+    train_classifier(net, *toy, ClassifierTraining(**{"epochs": 3, "batch_size": 32, **settings}))
+    return net
+
+
+def test_a_separable_toy_is_learned(toy):
+    net, heard = network(), []
+    train_classifier(net, *toy, ClassifierTraining(epochs=3, batch_size=32), lambda *line: heard.append(line))
+    assert float((net(toy[0]).argmax(1) == toy[1]).float().mean()) >= 0.99
+    assert [epoch for epoch, _ in heard] == [0, 1, 2]
+    assert heard[-1][1] < heard[0][1]
+
+
+@pytest.mark.parametrize("threat", [None, Linf(0.1)])
+def test_the_network_is_left_in_eval_mode(toy, threat):
+    net = trained(toy, epochs=1, threat=threat, pgd=PGD(2, 0.5))
+    assert not any(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("threat", [None, Linf(0.1)])
+def test_the_seed_decides_the_weights(toy, threat):
+    settings = {"epochs": 2, "threat": threat, "pgd": PGD(2, 0.5)}
+    before = torch.random.get_rng_state()
+    first, again, other = (trained(toy, seed=s, **settings).state_dict() for s in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_adversarial_training_helps_against_its_threat(toy):
+    images, labels = toy
+    threat = Linf(0.2)
+    plain = trained(toy, epochs=6, shift=0)
+    robust = trained(toy, epochs=6, shift=0, threat=threat, pgd=PGD(4, 0.5))
+    attack = two_losses(PGD(5))
+    values = [measure_accuracy(net, images, labels, threat, attack, 0).adversarial.value for net in (plain, robust)]
+    assert values[1] >= max(0.9, values[0])
+
+
+def test_the_attack_does_not_move_the_batch_statistics(toy):
+    seen = []
+
+    class Spy(nn.BatchNorm2d):
+        def forward(self, images):
+            seen.append(self.training)
+            return super().forward(images)
+
+    net = nn.Sequential(Spy(1), nn.Flatten(), nn.Linear(36, 2))
+    images, labels = toy
+    train_classifier(
+        net, images[:8], labels[:8], ClassifierTraining(epochs=1, batch_size=8, threat=Linf(0.1), pgd=PGD(3))
+    )
+    assert seen.count(True) == 1
+    assert seen.count(False) > 3
+    assert int(net[0].num_batches_tracked) == 1
+
+
+def test_images_come_back_unchanged_and_fewer_than_a_batch_is_enough(toy):
+    images, labels = toy[0][:5].clone(), toy[1][:5]
+    kept = images.clone()
+    train_classifier(network(), images, labels, ClassifierTraining(epochs=1, batch_size=64, shift=2))
+    assert torch.equal(images, kept)
+
+
+def test_sgd_with_steps_is_the_textbook_update_and_its_rate_falls(toy):
+    images, labels = toy[0][:64], toy[1][:64]
+    settings = ClassifierTraining(
+        epochs=4, batch_size=64, learning_rate=0.1, weight_decay=5e-4, shift=0, steps=StepSchedule(2, 0.1, 0.9)
+    )
+    net, mine = network(), network()
+    train_classifier(net, images, labels, settings)
+    velocity = [torch.zeros_like(weight) for weight in mine.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    for rate in (0.1, 0.1, 0.01, 0.01):
+        order = torch.randperm(64, generator=generator)  # the whole set is one batch: its order does not matter
+        loss = nn.functional.cross_entropy(mine(images[order]), labels[order])
+        slopes = torch.autograd.grad(loss, list(mine.parameters()))
+        with torch.no_grad():
+            for weight, slope, speed in zip(mine.parameters(), slopes, velocity, strict=True):
+                speed.mul_(0.9).add_(slope + 5e-4 * weight)
+                weight.sub_(rate * speed)
+    for found, expected in zip(net.parameters(), mine.parameters(), strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_with_flip_every_image_is_mirrored_or_not_by_itself(toy):
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, images):
+            seen.append(images.detach())
+            return images
+
+    images = toy[0][:64]
+    net = nn.Sequential(Spy(), nn.Flatten(), nn.Linear(36, 2))
+    train_classifier(net, images, toy[1][:64], ClassifierTraining(epochs=1, batch_size=64, shift=0, flip=True))
+    kept, mirrored = ({row.numpy().tobytes() for row in each} for each in (images, images.flip(3).contiguous()))
+    was = [(row.numpy().tobytes() in kept, row.numpy().tobytes() in mirrored) for row in seen[0]]
+    assert all(one != other for one, other in was)
+    assert 10 < sum(one for one, _ in was) < 54
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"threat": Linf(0.1), "pgd": PGD(2, 0.5)}, {"steps": StepSchedule(1), "flip": True, "learning_rate": 0.05}],
+)
+def test_a_run_killed_at_a_step_and_taken_up_again_ends_in_the_same_bits(toy, tmp_path, monkeypatch, changes):
+    settings, path = ClassifierTraining(**{"epochs": 3, "batch_size": 32} | changes), tmp_path / "run.pt"
+    undisturbed, taken, net = trained(toy, **changes).state_dict(), [], network()
+    with monkeypatch.context() as patch:
+
+        def failing(module, batch, labels, training, generator):
+            taken.append(None)
+            if len(taken) == 8:  # the third step of the second epoch
+                raise _Killed
+            return whole(module, batch, labels, training, generator)
+
+        whole = supervised._loss
+        patch.setattr(supervised, "_loss", failing)
+        with pytest.raises(_Killed):
+            train_classifier(net, *toy, settings, checkpoint_path=path)
+    heard, again = [], network()
+    train_classifier(again, *toy, settings, lambda epoch, _loss: heard.append(epoch), path)
+    assert heard == [1, 2]
+    assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in again.state_dict().items())
+    with pytest.raises(UsageError, match="another run"):
+        train_classifier(network(), *toy, ClassifierTraining(epochs=4, batch_size=32), checkpoint_path=path)
+
+
+@pytest.mark.parametrize("threat", [None, Linf(0.1)])
+def test_bf16_trains_weights_that_stay_and_answer_in_full_precision(toy, threat):
+    settings = {"epochs": 1, "threat": threat, "pgd": PGD(1, 0.5)}
+    mixed, full = trained(toy, precision="bf16", **settings), trained(toy, **settings)
+    assert all(tensor.isfinite().all() for tensor in mixed.state_dict().values())
+    assert {weight.dtype for weight in mixed.parameters()} == {torch.float32}
+    assert mixed(toy[0]).dtype is torch.float32
+    assert not torch.equal(mixed[0].weight, full[0].weight)
+
+
+def test_settings_that_mean_nothing_are_refused():
+    with pytest.raises(UnknownNameError, match="did you mean 'bf16'"):
+        ClassifierTraining(precision="bf61")
+    for changes, sentence in (
+        ({"every": 0}, "schedule every 0 must be at least 1"),
+        ({"factor": 0.0}, "schedule factor 0.0 must be above 0"),
+        ({"momentum": 1.0}, r"schedule momentum 1\.0 must be at least 0 and below 1"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            StepSchedule(**changes)
