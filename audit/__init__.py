@@ -1,33 +1,58 @@
-"""Measurements: normal- and worst-case mutual information of a representation, and the accuracies beside them.
+"""Audit representations: mutual information in the normal and the worst case, accuracies, certificates.
 
-Names are loaded on first use, so that importing `audit.records` or the command line does not import torch.
+Public names are imported on first use, so that importing `audit.records` or the command line does not import torch.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
 
 _EXPORTS = {
-    "audit_model": "audit.run.layer_audit",
-    "AuditSettings": "audit.run.layer_audit",
+    "AUDIT": "audit.adversary.label_attack",
     "AuditRecord": "audit.records",
-    "ThreatModel": "audit.adversary.threat",
-    "Linf": "audit.adversary.threat",
-    "L2": "audit.adversary.threat",
+    "AuditSettings": "audit.config.settings",
+    "ESTIMATORS": "audit.information.registry",
     "L1": "audit.adversary.threat",
+    "L2": "audit.adversary.threat",
+    "LabelAttack": "audit.adversary.label_attack",
+    "LabelEntropy": "audit.information.label_entropy",
+    "LabelInformation": "audit.information.label_information",
+    "Linf": "audit.adversary.threat",
+    "MIEstimate": "audit.information.estimator",
+    "Mine": "audit.information.mine",
     "PGD": "audit.adversary.pgd",
     "Representation": "audit.representation.layers",
+    "Sandwich": "audit.information.sandwich",
+    "TargetModel": "audit.adversary.robustness",
+    "ThreatModel": "audit.adversary.threat",
+    "Vulnerability": "audit.information.estimator",
+    "audit_model": "audit.run.network_audit",
+    "certify": "audit.certificate.certificate",
+    "evaluate_robustness": "audit.adversary.robustness",
     "features_of_layers": "audit.representation.layers",
     "layer_names": "audit.representation.layers",
-    "estimate_mi": "audit.information.critic_training",
-    "estimate_vulnerability": "audit.information.critic_descent",
-    "Adversary": "audit.information.critic_descent",
-    "MIEstimate": "audit.information.critic_training",
-    "max_adversarial_accuracy": "audit.theory",
+    "train_adversarial_head": "audit.training.heads",
+    "train_classifier": "audit.training.classifiers",
+    "train_representation": "audit.training.mutual_information",
+    "train_standard_heads": "audit.training.heads",
+    "verify_witness": "audit.certificate.witness",
 }
 
 __all__ = sorted(_EXPORTS)
 
 
+def exported(package: str, exports: Mapping[str, str], name: str) -> object:
+    """Import a public name of a package, from its module or `module:attribute`; raises AttributeError for others."""
+    if name not in exports:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    module, _, attribute = exports[name].partition(":")
+    return getattr(import_module(module), attribute or name)
+
+
 def __getattr__(name: str) -> object:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'audit' has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    """Import a public name on first use (PEP 562)."""
+    return exported(__name__, _EXPORTS, name)
+
+
+def __dir__() -> list[str]:
+    """List the public names without importing them."""
+    return sorted({*globals(), *_EXPORTS})

@@ -1,30 +1,27 @@
-"""The error tree: every user-facing failure is one sentence and one exit code.
-
-Imports nothing of ours, so every layer may raise these.
-"""
+"""Exceptions shown to the user, each with one sentence and the exit code of the command line."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
 class AuditError(Exception):
-    """Root of the tree; `exit_code` is what the command line returns."""
+    """Base class; `exit_code` is the exit code of the command line."""
 
     exit_code = 1
 
 
 class InvalidModelError(AuditError):
-    """The model loads but cannot be given a number (non-finite weights or outputs, a random forward...)."""
+    """The model cannot be evaluated, for example because weights or outputs are not finite."""
 
 
 class UsageError(AuditError):
-    """Something the user wrote is not legal; the message says what is."""
+    """An argument or setting is not legal; the message names the legal values."""
 
     exit_code = 2
 
 
 class UnknownNameError(UsageError):
-    """A name that is in no table; carries its nearest matches."""
+    """An unknown name; the message suggests the nearest legal names."""
 
     def __init__(self, kind: str, value: str, legal: Iterable[str]) -> None:
         names = sorted(set(legal))
@@ -32,7 +29,7 @@ class UnknownNameError(UsageError):
 
 
 class ConfigError(UsageError):
-    """Every fault of one configuration file, each with its line and column."""
+    """All faults of one configuration file, each with its line and column."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = tuple(faults)
@@ -40,17 +37,17 @@ class ConfigError(UsageError):
 
 
 class MismatchError(UsageError):
-    """Model, data set and request do not fit together (classes, channels, size, architecture)."""
+    """Model, data set and settings do not match (classes, channels, image size, architecture)."""
 
 
 class EnvironmentFault(AuditError):
-    """The machine lacks something: a file, a device, the network, room on the disk."""
+    """A missing resource: a file, a device, the network, disk space."""
 
     exit_code = 3
 
 
 class CheckpointError(EnvironmentFault):
-    """A weights file that cannot be read; `kind` is one of empty, truncated, html, not_a_checkpoint."""
+    """An unreadable weights file; `kind` is `empty`, `truncated`, `html` or `not_a_checkpoint`."""
 
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
@@ -58,19 +55,19 @@ class CheckpointError(EnvironmentFault):
 
 
 class UnsafeError(AuditError):
-    """Refused for safety: reading on would run code or exhaust the machine."""
+    """Refused for safety: loading would run code or exhaust memory."""
 
     exit_code = 4
 
 
 class IntegrityError(AuditError):
-    """What is there is not what was promised: a hash or a record does not agree."""
+    """A hash or a record does not match its content."""
 
     exit_code = 5
 
 
 def suggestion(value: str, legal: Sequence[str]) -> str:
-    """Return the tail of a sentence: the nearest legal names, or all of them when they are few.
+    """Return the end of an error message: the nearest legal names, and all of them if there are at most 12.
 
     >>> suggestion("lnf", ["linf", "l2", "l1"])
     "; did you mean 'linf'? Legal: l1, l2, linf"
@@ -79,4 +76,4 @@ def suggestion(value: str, legal: Sequence[str]) -> str:
     meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
     if len(legal) <= 12:
         return f"{meant} Legal: {', '.join(sorted(legal))}" if legal else f"{meant} none is known"
-    return meant if near else f"; {len(legal)} names are known, none of them near"
+    return meant if near else f"; {len(legal)} names are known, none of them similar"

@@ -1,4 +1,4 @@
-"""Random streams: every use of randomness draws from a generator keyed by a seed and its purpose."""
+"""Seeded random generators, one independent stream for each seed and purpose."""
 
 from enum import IntEnum, unique
 
@@ -7,70 +7,70 @@ import torch
 
 @unique
 class Purpose(IntEnum):
-    """What a random stream is for. No two purposes share a value, so that no two streams coincide by accident."""
+    """The use of a random stream; values are unique, so that two uses never share a stream."""
 
-    LABEL_ATTACK = 1
-    CANDIDATE_NOISE = 2
-    HUBS = 7
-    CERTIFICATE_SPLIT = 8
-    CLASSIFIER_TRAINING = 11
-    CRITIC_SPLIT = 21
-    CRITIC_WEIGHTS = 22
-    CRITIC_BATCHES = 23
-    MINE_SEARCH = 31
-    MINE_SEARCH_CRITIC = 32
-    HYPOTHESIS_ORDER = 35
-    HYPOTHESIS_NOISE = 36
-    SANDWICH_READING = 41
-    SANDWICH_CHOICE = 42
-    SANDWICH_SEARCH = 43
-    SANDWICH_CENTRES = 44
-    CHANNEL_SAMPLE = 51
-    CHANNEL_NOISE = 52
-    CHANNEL_PIXELS = 53
-    PROBE_FOLDS = 61
-    PROBE_WEIGHTS = 62
-    RELEASED_CRITIC = 65
-    RELEASED_BATCHES = 66
-    TARGETED_MERGE = 71
-    PROBE_ATTACK = 72
-    EXTERNAL_ATTACK = 75
-    PIXEL_ORDER = 76
-    FLOOR_NOISE = 81
-    CHECK_START = 91
-    UNBOUNDED_ATTACK = 92
-    TRANSFER_ATTACK = 97
-    CONVERGENCE_CHECK = 98
-    HALVING_SEARCH = 99
-    NETWORK_NOISE = 96
-    MI_TRAINING_ORDER = 101
-    MI_TRAINING_SHIFTS = 102
-    MI_TRAINING_STARTS = 103
-    MI_TRAINING_CRITIC = 104
-    FEATURE_READING = 111
-    FEATURE_SEARCH = 112
-    INTERVAL_CHOICE = 121
-    INTERVAL_CENTRES = 122
-    INTERVAL_SHIFT = 123
-    RECEPTIVE_FIELD = 131
-    SALIENCY_DRAWS = 141
-    HEAD_ORDER = 151
-    HEAD_STARTS = 152
-    HEAD_WEIGHTS = 153
-    HEAD_VALIDATION = 154
-    TRANSFER_CRAFTING = 161
-    ADAPTIVE_SCORES = 162
+    LABEL_ATTACK = 1  # adversary: PGD stages of label attacks
+    CANDIDATE_NOISE = 2  # adversary: random vertices of the ball
+    HUBS = 7  # certificate: initial centres of k-means
+    CERTIFICATE_SPLIT = 8  # certificate: split into optimisation and held-out images
+    CLASSIFIER_TRAINING = 11  # training: classifiers, batches, shifts and attacks
+    CRITIC_SPLIT = 21  # information: mine, train, validation and test images
+    CRITIC_WEIGHTS = 22  # information: mine, initial weights
+    CRITIC_BATCHES = 23  # information: mine, batches
+    MINE_SEARCH = 31  # information: mine, batches of the worst-case search
+    MINE_SEARCH_CRITIC = 32  # information: mine, critic updates during the search
+    HYPOTHESIS_ORDER = 35  # training: label hypothesis, order of images
+    HYPOTHESIS_NOISE = 36  # training: label hypothesis, stochastic encoders
+    SANDWICH_READING = 41  # information: sandwich, noise draws of reported values
+    SANDWICH_CHOICE = 42  # information: sandwich, noise draws that candidates are compared on
+    SANDWICH_SEARCH = 43  # information: sandwich, noise draws of search steps
+    SANDWICH_CENTRES = 44  # information: sandwich, initial centres of k-means
+    CHANNEL_SAMPLE = 51  # calibration: inputs
+    CHANNEL_NOISE = 52  # calibration: channel noise
+    PROBE_FOLDS = 61  # information: probes, cross-validation folds
+    PROBE_WEIGHTS = 62  # information: initial weights of probes
+    RELEASED_CRITIC = 65  # information: ref-local and ref-mean, initial weights
+    RELEASED_BATCHES = 66  # information: ref-local and ref-mean, batches
+    EXTERNAL_ATTACK = 71  # adversary: seeds of other libraries
+    PIXEL_ORDER = 72  # adversary: order of pixels
+    TARGETED_MERGE = 75  # information: label level, PGD towards one answer
+    PROBE_ATTACK = 76  # information: label information, PGD against probes
+    EXTERNAL_STARTS = 77  # adversary: starting points for other libraries
+    FLOOR_NOISE = 81  # run: smoothing noise of information floors
+    CHECK_START = 91  # adversary: starts of gradient checks
+    UNBOUNDED_ATTACK = 92  # adversary: check by an attack without a radius
+    NETWORK_NOISE = 96  # adversary: a network's own randomness
+    TRANSFER_ATTACK = 97  # adversary: transfer attack between classifiers
+    CONVERGENCE_CHECK = 98  # adversary: longer against shorter PGD
+    HALVING_SEARCH = 99  # adversary: PGD after halving the distance
+    MI_TRAINING_ORDER = 101  # training: MI training, order of images
+    MI_TRAINING_SHIFTS = 102  # training: MI training, shifts and flips
+    MI_TRAINING_STARTS = 103  # training: MI training, random starts of PGD
+    MI_TRAINING_CRITIC = 104  # training: MI training, critic weights and dropout
+    FEATURE_READING = 111  # attribution: single features, noise draws of reported values
+    FEATURE_SEARCH = 112  # attribution: single features, random starts of PGD
+    INTERVAL_CHOICE = 121  # attribution: intervals, noise draws that candidates are compared on
+    INTERVAL_CENTRES = 122  # attribution: intervals, initial centres of k-means
+    INTERVAL_SHIFT = 123  # attribution: intervals, noise draws of mean shift
+    RECEPTIVE_FIELD = 131  # attribution: random images and weights
+    SALIENCY_DRAWS = 141  # attribution: saliency, noise draws
+    HEAD_ORDER = 151  # training: heads, order of images
+    HEAD_STARTS = 152  # training: heads, random starts of PGD
+    HEAD_WEIGHTS = 153  # training: heads, initial weights and dropout
+    HEAD_VALIDATION = 154  # training: heads, PGD for early stopping
+    TRANSFER_CRAFTING = 161  # studies: PGD on substitute networks
+    ADAPTIVE_SCORES = 162  # studies: PGD on single hypothesis scores
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """Return a CPU generator for a key such as (seed, purpose, restart).
+    """Return a CPU generator for a key (seed, purpose, further indices).
 
-    Different keys give unrelated streams; the same key gives the same stream on every device, batch size and
-    resume point.
+    Different keys give independent streams. The same key gives the same stream on every device, with every batch size
+    and after a resume.
     """
     state = 0x9E3779B97F4A7C15
     for part in key:
-        # splitmix64: neighbouring seeds end up far apart
+        # splitmix64 decorrelates neighbouring seeds
         state = (state + part + 0x9E3779B97F4A7C15) % 2**64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64

@@ -1,7 +1,7 @@
-"""One immutable record per finished cell, and the folder that holds them. Imports no torch.
+"""Audit records: one immutable JSON file per finished cell, and the folder that holds them. Imports no torch.
 
-A record is strict JSON, written atomically (temporary file, fsync, rename): everything people look at -
-leaderboards, figures, reports - is derived from records and can be rebuilt from them.
+A record is strict JSON, written atomically (temporary file, fsync, rename). Leaderboards, figures and reports are
+derived from records and can be rebuilt from them.
 """
 
 import json
@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from audit.errors import EnvironmentFault, IntegrityError
+from audit.flags import FlagCode, code_of
 from audit.storage import write_atomically
 
-VERSION = 5  # of the method: raised by hand when a change changes numbers
+VERSION = 5  # of the method: increment when a change of the code changes numbers
 SCHEMA = "rvaudit.record/1"
 CALIBRATION_SCHEMA = "rvaudit.calibration/1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRecord:
-    """What came of auditing one model at one layer under one threat model.
+    """The result of auditing one model at one layer under one threat model.
 
     MI values are in nats, accuracies and bounds are fractions in [0, 1], `eps` is in pixel units of images in
-    [0, 1]. A field that could not be measured is None; `status` is "valid" or "failed", and `reason` says why.
+    [0, 1]. A field that was not measured is None; `status` is "valid" or "failed", and `reason` explains a failure.
     """
 
-    # what was audited
+    # subject
     cell_id: str
     model: str
     source: str
@@ -43,7 +44,7 @@ class AuditRecord:
     weights_pinned: bool = False
     code_trusted: bool = False
 
-    # how; `quantity` is what the nats are nats of, `ranks` whether the estimator claims to rank models
+    # method; `quantity` is the estimated quantity, `ranks` whether the estimator may rank models
     estimator: str
     quantity: str = "I(X; g(X))"
     ranks: bool = True
@@ -52,7 +53,7 @@ class AuditRecord:
     images: int
     critic_images: int | None = None
 
-    # what came of it
+    # results
     status: str = "valid"
     reason: str = ""
     normal_nats: float | None = None
@@ -79,11 +80,11 @@ class AuditRecord:
     best_head: str = ""
     best_head_accuracy: float | None = None
     flags: tuple[str, ...] = ()
-    checks: tuple[dict[str, Any], ...] = ()  # is it to be believed: number, name, level, passed, figure...
+    checks: tuple[dict[str, Any], ...] = ()  # each: number, name, level, passed, figure, ...
     passes: int | None = None
     seconds: float | None = None
 
-    # everything else a reader may want: identity, per-seed values, curves, notes, versions
+    # identity, per-seed values, curves, notes, versions
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -92,19 +93,24 @@ class AuditRecord:
         return self.status == "valid"
 
     @property
+    def codes(self) -> frozenset[FlagCode]:
+        """The codes of the record's flags."""
+        return frozenset(code for flag in self.flags if (code := code_of(flag)) is not None)
+
+    @property
     def contradicted(self) -> bool:
-        """Whether a measurement refutes one of the estimates; such a record is shown but never ranked."""
-        return any(flag.startswith("contradicted") for flag in self.flags)
+        """Whether a measurement contradicts one of the estimates; such a record is shown but never ranked."""
+        return FlagCode.CONTRADICTED in self.codes
 
     @property
     def untrusted(self) -> bool:
-        """Whether an attack or a search failed a trust check: its number is an upper bound, and is not ranked."""
-        return any(flag.startswith("untrusted") for flag in self.flags)
+        """Whether an attack or a search failed a check: its result is only an upper bound, and is not ranked."""
+        return not self.codes.isdisjoint((FlagCode.UNTRUSTED, FlagCode.UNTRUSTED_SEARCH))
 
     @property
     def gated(self) -> bool:
-        """Whether the network failed a gate: it is broken or not what it seems, is shown, and is not ranked."""
-        return any(flag.startswith("gated") for flag in self.flags)
+        """Whether the network failed a sanity check: the record is shown but not ranked."""
+        return FlagCode.GATED in self.codes
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, the schema name first."""
@@ -112,25 +118,25 @@ class AuditRecord:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AuditRecord":
-        """Rebuild a record; raises IntegrityError for another schema or unknown and missing fields."""
+        """Return the record of JSON data; raises IntegrityError for another schema and unknown or missing fields."""
         if data.get("schema") != SCHEMA:
-            raise IntegrityError(f"record schema {data.get('schema')!r} is not {SCHEMA!r}, the one this version reads")
+            raise IntegrityError(f"record schema {data.get('schema')!r} is not {SCHEMA!r}, which this version reads")
         values = {name: value for name, value in data.items() if name != "schema"}
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise IntegrityError(f"record has fields this version does not know: {', '.join(sorted(unknown))}")
+            raise IntegrityError(f"record has fields unknown to this version: {', '.join(sorted(unknown))}")
         try:
             return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("flags", "checks")}})
         except TypeError as error:
-            raise IntegrityError(f"record lacks a field: {error}") from error
+            raise IntegrityError(f"record has a missing field: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRow:
-    """An estimator beside the truth on one channel, nats throughout.
+    """Estimates of one estimator and true values on one synthetic channel, in nats.
 
-    `tolerance` is the largest |estimate - truth| that passes; None where the channel is shown without a verdict.
-    A truth that is not known in closed form is None.
+    A tolerance is the largest |estimate - truth| that passes; None if the channel is shown without a verdict. A true
+    value without a closed form is None.
     """
 
     channel: str
@@ -148,7 +154,7 @@ class CalibrationRow:
 
     @property
     def passed(self) -> bool:
-        """Whether no error is beyond its tolerance."""
+        """Whether all errors are within their tolerances."""
         return _within(self.normal_nats, self.true_normal_nats, self.normal_tolerance) and _within(
             self.worst_nats, self.true_worst_nats, self.worst_tolerance
         )
@@ -159,7 +165,7 @@ def _within(value: float | None, truth: float | None, tolerance: float | None) -
 
 
 def write_calibration(folder: Path, key: str, rows: Sequence[CalibrationRow]) -> Path:
-    """Store the rows of one estimator's settings, named by `key`, under `calibration/` of a run folder."""
+    """Store the rows of one estimator's settings as `calibration/<key>.json` of a run folder; return the path."""
     path = Path(folder) / "calibration" / f"{key}.json"
     data = {"schema": CALIBRATION_SCHEMA, "rows": [asdict(row) for row in rows]}
     write_atomically(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
@@ -167,14 +173,14 @@ def write_calibration(folder: Path, key: str, rows: Sequence[CalibrationRow]) ->
 
 
 def is_calibrated(folder: Path, key: str) -> bool:
-    """Return whether a run folder holds the calibration of these settings."""
+    """Return whether a run folder holds the calibration of the settings with this key."""
     return (Path(folder) / "calibration" / f"{key}.json").exists()
 
 
 def read_calibration(folder: Path, key: str = "*") -> list[CalibrationRow]:
-    """Return the calibration rows of a folder, of all settings or of one; none where there are none.
+    """Return the calibration rows of a run folder, of all settings or of one key; an empty list if there are none.
 
-    Raises IntegrityError for a file that holds something else.
+    Raises IntegrityError for a file that is not a calibration.
     """
     rows: list[CalibrationRow] = []
     for path in sorted((Path(folder) / "calibration").glob(f"{key}.json")):
@@ -184,18 +190,18 @@ def read_calibration(folder: Path, key: str = "*") -> list[CalibrationRow]:
                 raise IntegrityError(f"{path}: schema {data['schema']!r} is not {CALIBRATION_SCHEMA!r}")
             rows += [CalibrationRow(**row) for row in data["rows"]]
         except (ValueError, TypeError, KeyError) as error:
-            raise IntegrityError(f"{path} holds no calibration: {error}") from error
+            raise IntegrityError(f"{path} is not a calibration: {error}") from error
     return rows
 
 
 class RecordStore:
-    """A run folder's records: one file per cell under `cells/`, named by the cell's id."""
+    """The records of a run folder: one file per cell in `cells/`, named by the cell's id."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
 
     def path(self, cell_id: str) -> Path:
-        """Return where the record of a cell lies."""
+        """Return the path of a cell's record."""
         return self.folder / "cells" / f"{cell_id}.json"
 
     def write(self, record: AuditRecord) -> Path:
@@ -204,19 +210,23 @@ class RecordStore:
         write_atomically(path, json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n")
         return path
 
+    def holds_records(self) -> bool:
+        """Return whether there is any record."""
+        return any((self.folder / "cells").glob("*.json"))
+
     def read(self, cell_id: str) -> AuditRecord | None:
-        """Return a cell's record, or None where the cell has none yet."""
+        """Return a cell's record, or None if it has none. Raises IntegrityError for a file that is not a record."""
         path = self.path(cell_id)
         return _read(path) if path.exists() else None
 
     def __iter__(self) -> Iterator[AuditRecord]:
-        """Yield every record, in the order of their file names."""
+        """Yield every record, in the order of file names. Raises IntegrityError for a file that is not a record."""
         for path in sorted((self.folder / "cells").glob("*.json")):
             yield _read(path)
 
 
 def read_records(*folders: Path) -> list[AuditRecord]:
-    """Return the records of one or more run folders; raises EnvironmentFault where a folder has none."""
+    """Return the records of one or more run folders; raises EnvironmentFault if a folder has none."""
     records: list[AuditRecord] = []
     for folder in folders:
         found = list(RecordStore(folder))

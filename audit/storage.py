@@ -10,7 +10,7 @@ from audit.errors import EnvironmentFault
 
 
 def canonical_json(data: object) -> str:
-    """Return the one spelling of JSON data: sorted keys, no spaces, strict numbers.
+    """Return the canonical JSON of data: sorted keys, no spaces, no NaN or infinity (ValueError).
 
     >>> canonical_json({"b": 0.1, "a": [1, None]})
     '{"a":[1,null],"b":0.1}'
@@ -24,9 +24,9 @@ def digest(data: object) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that is either whole or not there; an older file survives any failure.
+    """Write a file atomically (temporary file, fsync, rename): after a failure, an older file is unchanged.
 
-    Raises EnvironmentFault when the folder cannot be written to or the disk is full.
+    Raises EnvironmentFault if the folder is not writable or the disk is full.
     """
     payload = content.encode() if isinstance(content, str) else content
     temporary = ""

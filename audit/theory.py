@@ -1,46 +1,46 @@
-"""Closed forms of the theory, in plain floats: nats in, fractions out."""
+"""Closed forms of the theory in floating point: information in nats, accuracies and risks as fractions."""
 
-from collections.abc import Sequence
-from math import fsum, inf, isclose, isnan, log, log1p
+from math import inf, isnan, log, log1p
 
 from audit.errors import UsageError
 
 
-def max_adversarial_accuracy(worst_case_nats: float, num_classes: int) -> float:
-    """Return Theorem 3.4's ceiling on the adversarial accuracy of any head, clipped to [1/K, 1].
+def adversarial_accuracy_bound(worst_case_nats: float, num_classes: int) -> float:
+    """Return the upper bound (I + ln 2) / ln K on any head's adversarial accuracy, clipped to [1/K, 1].
 
-    With `worst_case_nats` estimated, the result is an *estimated bound*: the theorem needs an upper bound of the
-    worst-case MI, and a trained critic gives neither. Raises UsageError for fewer than two classes or a NaN.
+    I is `worst_case_nats`, K is `num_classes`. If I is an estimate, so is the bound: the theorem requires an upper
+    bound of the worst-case information, which a trained critic does not give. Raises UsageError for fewer than two
+    classes or a NaN.
 
     Source: Zhu, Zhang & Evans 2020, Theorem 3.4: 1 - (I + ln 2) / ln K bounds the adversarial risk from below.
 
-    >>> [round(max_adversarial_accuracy(nats, 10), 3) for nats in (0.0, 0.5, 1.0, 1.08, 1.5)]
+    >>> [round(adversarial_accuracy_bound(nats, 10), 3) for nats in (0.0, 0.5, 1.0, 1.08, 1.5)]
     [0.301, 0.518, 0.735, 0.77, 0.952]
-    >>> max_adversarial_accuracy(-1.0, 10), max_adversarial_accuracy(3.0, 10)
+    >>> adversarial_accuracy_bound(-1.0, 10), adversarial_accuracy_bound(3.0, 10)
     (0.1, 1.0)
     """
     if num_classes < 2:
         raise UsageError(f"num_classes {num_classes!r} must be at least 2")
     if isnan(worst_case_nats):
-        raise UsageError("worst_case_nats is not a number: there is no bound to compute from it")
+        raise UsageError("worst_case_nats is nan: it must be a number")
     return min(1.0, max(1.0 / num_classes, (worst_case_nats + log(2)) / log(num_classes)))
 
 
-def min_adversarial_risk(worst_case_nats: float, num_classes: int) -> float:
-    """Return Theorem 3.4 as printed: the least adversarial risk of any head, clipped to [0, 1 - 1/K].
+def adversarial_risk_bound(worst_case_nats: float, num_classes: int) -> float:
+    """Return the lower bound 1 - (I + ln 2) / ln K on any head's adversarial risk, clipped to [0, 1 - 1/K].
 
-    Raises UsageError as `max_adversarial_accuracy` does.
+    Raises UsageError as `adversarial_accuracy_bound` does.
 
     Source: Zhu, Zhang & Evans 2020, Theorem 3.4.
 
-    >>> round(min_adversarial_risk(1.0, 10), 3)
+    >>> round(adversarial_risk_bound(1.0, 10), 3)
     0.265
     """
-    return 1.0 - max_adversarial_accuracy(worst_case_nats, num_classes)
+    return 1.0 - adversarial_accuracy_bound(worst_case_nats, num_classes)
 
 
 def binary_entropy(p: float) -> float:
-    """Return the entropy H2(p) of a coin, in nats; raises UsageError for a probability outside [0, 1].
+    """Return the binary entropy H2(p) in nats; raises UsageError for a probability outside [0, 1].
 
     Source: Shannon 1948, section 6.
 
@@ -53,13 +53,13 @@ def binary_entropy(p: float) -> float:
 
 
 def vulnerability_range(adversarial_gap: float) -> tuple[float, float]:
-    """Return the least and the largest RV in nats that an adversarial gap allows: Theorem 3.2, corrected.
+    """Return the lower and the upper bound of Theorem 3.2 on RV in nats, given the adversarial gap AG.
 
-    RV lies between ln 2 - H2(1/2 - AG/2) and ln 2 - H2(max(1/2 - AG, 0)), for two equally likely classes and a
-    representation that is itself the sign, the answer of the classifier. **The paper prints the two bounds
-    exchanged**: as printed the lower one exceeds the upper one. Raises UsageError for a gap outside [0, 1].
+    ln 2 - H2(1/2 - AG/2) <= RV <= ln 2 - H2(max(1/2 - AG, 0)), for two equally likely classes and a representation
+    that is the predicted class itself. **The paper prints the two bounds in the wrong order.** Raises UsageError for a
+    gap outside [0, 1].
 
-    Source: Zhu, Zhang & Evans 2020, Theorem 3.2, with its bounds in the right order.
+    Source: Zhu, Zhang & Evans 2020, Theorem 3.2, bounds exchanged.
 
     >>> [round(nats, 4) for nats in vulnerability_range(0.34134)]
     [0.0594, 0.2557]
@@ -72,17 +72,17 @@ def vulnerability_range(adversarial_gap: float) -> tuple[float, float]:
 
 
 def _entropy_deficit(bias: float) -> float:
-    # ln 2 - H2((1 - bias) / 2), without the cancellation that loses a small bias
+    # ln 2 - H2((1 - bias) / 2), without cancellation for small biases
     upper = (1 + bias) * log1p(bias)
     return (upper + (1 - bias) * log1p(-bias)) / 2 if bias < 1 else log(2)
 
 
 def binary_divergence(p: float, q: float) -> float:
-    """Return the KL divergence d(p || q) of two coins, in nats; infinite where q rules out what p allows.
+    """Return the binary KL divergence d(p || q) = p ln(p / q) + (1 - p) ln((1 - p) / (1 - q)) in nats.
 
-    Raises UsageError for a probability outside [0, 1].
+    Infinite if p is not absolutely continuous with respect to q. Raises UsageError for a probability outside [0, 1].
 
-    Source: Kullback & Leibler 1951, for two outcomes.
+    Source: Kullback & Leibler 1951.
 
     >>> round(binary_divergence(0.8633, 0.1), 3), round(binary_divergence(0.95, 0.1), 2)
     (1.603, 1.99)
@@ -95,7 +95,7 @@ def binary_divergence(p: float, q: float) -> float:
 
 
 def _divergence_term(p: float, q: float, difference: float) -> float:
-    # the difference comes exact from outside: near p = q the two terms cancel to its square
+    # the caller passes the exact difference: near p = q the two terms cancel to second order
     if p == 0:
         return 0.0
     if q == 0:
@@ -103,23 +103,23 @@ def _divergence_term(p: float, q: float, difference: float) -> float:
     return p * (log1p(difference / q) if q / 2 < p < 2 * q else log(p) - log(q))
 
 
-def max_accuracy(nats: float, largest_share: float) -> float:
-    """Return the largest accuracy of any head that sees `nats` of information about labels: exact Fano, any prior.
+def fano_accuracy_bound(nats: float, largest_share: float) -> float:
+    """Return the largest accuracy a >= pi_max with d(a || pi_max) <= I, an upper bound for every head.
 
-    `largest_share` is that of the largest class. The result is at least it: a head that sees nothing can name that
-    class. Raises UsageError for negative nats, or a share outside (0, 1].
+    I is `nats` of information about the labels, pi_max is `largest_share`, the share of the largest class, which a
+    constant prediction achieves. Raises UsageError for negative nats or a share outside (0, 1].
 
-    Source: Fano's inequality in its exact form, d(accuracy || pi_max) <= I(Y; Z).
+    Source: Fano's inequality in its exact form for any prior, d(accuracy || pi_max) <= I(Y; Z).
 
-    >>> [round(max_accuracy(nats, 0.1), 3) for nats in (0.0, 0.5, 1.0, 1.08, 1.5, 2.0)]
+    >>> [round(fano_accuracy_bound(nats, 0.1), 3) for nats in (0.0, 0.5, 1.0, 1.08, 1.5, 2.0)]
     [0.1, 0.495, 0.689, 0.715, 0.837, 0.951]
-    >>> [round(max_accuracy(nats, 0.5), 3) for nats in (0.0, 0.1, 0.25, 0.5)]
+    >>> [round(fano_accuracy_bound(nats, 0.5), 3) for nats in (0.0, 0.1, 0.25, 0.5)]
     [0.5, 0.72, 0.838, 0.952]
-    >>> [round(max_accuracy(nats, 0.01), 3) for nats in (0.0, 1.0, 2.0)]
+    >>> [round(fano_accuracy_bound(nats, 0.01), 3) for nats in (0.0, 1.0, 2.0)]
     [0.01, 0.357, 0.581]
     """
     if not (nats >= 0 and 0 < largest_share <= 1):
-        raise UsageError(f"nats {nats!r} must be at least 0 and largest_share {largest_share!r} a share above 0")
+        raise UsageError(f"nats {nats!r} must be at least 0 and largest_share {largest_share!r} must be in (0, 1]")
     low, high = largest_share, 1.0
     if binary_divergence(high, largest_share) <= nats:
         return 1.0
@@ -129,39 +129,17 @@ def max_accuracy(nats: float, largest_share: float) -> float:
     return low
 
 
-def max_top_m_accuracy(nats: float, shares: Sequence[float], m: int) -> float:
-    """Return the largest top-m accuracy of any head that sees `nats` of information about labels, any prior.
-
-    `shares` (K,) are those of the classes. With m = 1 it is `max_accuracy`; with m = K it is 1. Raises UsageError for
-    negative nats, shares that are negative or do not sum to 1, or m outside 1..K.
-
-    Source: Fano's inequality in its exact form for lists, d(accuracy || sum of the m largest pi) <= I(Y; Z).
-
-    >>> [round(max_top_m_accuracy(nats, [0.1] * 10, 1), 3) for nats in (0.0, 0.5, 1.0)]
-    [0.1, 0.495, 0.689]
-    >>> round(max_top_m_accuracy(0.25, [0.1] * 10, 5), 3)
-    0.838
-    """
-    if not all(share >= 0 for share in shares) or not isclose(fsum(shares), 1, abs_tol=1e-6):
-        raise UsageError(f"shares must each be at least 0 and sum to 1; theirs is {fsum(shares)!r}")
-    if not 1 <= m <= len(shares):
-        raise UsageError(f"m {m!r} must be between 1 and the number of classes, {len(shares)}")
-    if m == len(shares):
-        return max_accuracy(nats, 1.0)
-    return max_accuracy(nats, min(1.0, fsum(sorted(shares)[-m:])))
-
-
 def information_floor(accuracy: float, largest_share: float) -> float:
-    """Return the least I(Y; Z) in nats that a head of this accuracy on Z proves; zero at or below chance.
+    """Return d(accuracy || pi_max), a lower bound on I(Y; Z) in nats given a head's accuracy; 0 at or below chance.
 
-    `largest_share` is the share of the largest class. Any estimate of I(X; Z) below it is refuted. Raises UsageError
-    for shares outside [0, 1], or a largest one of 0.
+    pi_max is `largest_share`, the share of the largest class. Since I(X; Z) >= I(Y; Z), an estimate of I(X; Z) below
+    the bound is wrong. Raises UsageError for an accuracy outside [0, 1] or a share outside (0, 1].
 
-    Source: Fano's inequality in its exact, any-prior form, d(accuracy || pi_max) <= I(Y; Z).
+    Source: Fano's inequality in its exact form for any prior, d(accuracy || pi_max) <= I(Y; Z).
 
     >>> round(information_floor(0.8633, 0.1), 3), round(information_floor(0.95, 0.1), 2), information_floor(0.1, 0.1)
     (1.603, 1.99, 0.0)
     """
     if not (0 <= accuracy <= 1 and 0 < largest_share <= 1):
-        raise UsageError(f"accuracy {accuracy!r} and largest_share {largest_share!r} must be shares between 0 and 1")
+        raise UsageError(f"accuracy {accuracy!r} must be in [0, 1] and largest_share {largest_share!r} in (0, 1]")
     return binary_divergence(accuracy, largest_share) if accuracy > largest_share else 0.0

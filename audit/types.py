@@ -1,4 +1,4 @@
-"""Tensor names with shapes, and the one seam between searches and what they minimise. Imports nothing of ours."""
+"""Named tensor types with their shapes, and the interfaces of encoders and objectives."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,30 +12,33 @@ Features = Tensor
 """(N, D), float32."""
 
 Scores = Tensor
-"""(N, N), entry [i, j] = T(x_i, z_j): the diagonal holds joint pairs, the rest product pairs."""
+"""(N, N), entry [i, j] = T(x_i, z_j): joint pairs on the diagonal, product pairs elsewhere."""
 
 Labels = Tensor
 """(N,), int64."""
 
 
-class Judged(NamedTuple):
-    """What an objective says of N images: the value to make small (N,), and which need no more work (N,) bool."""
+class ObjectiveValue(NamedTuple):
+    """Value of an objective for each of N images: `value` (N,) to minimise, and `done` (N,) bool.
+
+    An image that is done needs no further steps.
+    """
 
     value: Tensor
     done: Tensor
 
 
 class Encoded(NamedTuple):
-    """What one forward pass tells a critic: the features (N, D), and the network's log-probabilities (N, K).
-
-    An encoder without a head has K = 0.
-    """
+    """Output of an encoder: features (N, D), and log-probabilities (N, K) of the network, K = 0 if not available."""
 
     features: Tensor
-    answers: Tensor
+    log_probs: Tensor
 
+
+FeatureMap = Callable[[Images], Features]
+"""Maps images (N, C, H, W) to features (N, D)."""
 
 Encoder = Callable[[Images], Encoded]
 
-Objective = Callable[[Images, Tensor], Judged]
-"""Maps images (N, C, H, W) and their indices (N,) in the whole set to a `Judged`."""
+Objective = Callable[[Images, Tensor], ObjectiveValue]
+"""Maps images (N, C, H, W) and their indices (N,) in the data set to an `ObjectiveValue`."""

@@ -1,11 +1,11 @@
-"""PGD-20 beside other packages' PGD-20: the same images, eps, step and start; who takes how long, and who breaks what?
+"""Compare time and verdicts of PGD-20 in rvaudit and other packages, with the same images, eps, step and start.
 
-Run from the repository root, in an environment of its own (see benchmarks/requirements.txt):
+Run from the repository root, in a separate environment (see benchmarks/requirements.txt):
     python benchmarks/attacks.py --data cifar10-test.parquet --checkpoints checkpoints --out attacks.csv
 
-Everything runs in one process on one thread, package after package on each batch, the first one a different one each
-time, so that a busy machine slows all alike. Seconds are CPU time of the process. The floor is what no such search can
-do without: as many forward and backward passes to the input as there are steps. The reference is the plain loop.
+All packages run in one process on one thread, in turn on each batch, with a rotating order so that load on the
+machine affects all equally. Seconds are CPU time of the process. The floor is the minimal cost of such a search: as
+many forward and backward passes to the input as steps. The reference is the plain loop.
 """
 
 import argparse
@@ -23,18 +23,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.adversary.fused import faster
+from audit.adversary.fused import fused_copy
 from audit.adversary.label_attack import cross_entropy_objective, margin
 from audit.adversary.pgd import PGD, minimise
 from audit.adversary.threat import Linf
 from audit.random_keys import keyed_generator
 from audit.types import Images, Labels
-from model_zoo.images.load import ImageRequest, load_images
+from model_zoo.images.datasets import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 
 RELATIVE_STEP, WARM_UP = 0.25, 8
-FIELDS = ("network", "package", "version", "images", "steps", "cpu_seconds", "ratio_to_floor", "robust",
-          "differs_from_reference")  # fmt: skip
+FIELDS = (
+    "network",
+    "package",
+    "version",
+    "images",
+    "steps",
+    "cpu_seconds",
+    "ratio_to_floor",
+    "robust",
+    "differs_from_reference",
+)
 NETWORKS = {
     "resnet20": "resnet20-12fca82f.th?arch={nets}:resnet20&mean=.485,.456,.406&std=.229,.224,.225",
     "resnet2b": "resnet2b.pth?arch={nets}:resnet2b&mean=.4914,.4822,.4465&std=.2471,.2435,.2616",
@@ -46,47 +55,47 @@ Attack = Callable[[Images, Labels], Images]
 
 
 def rvaudit(network: nn.Module, threat: Linf, steps: int) -> Attack:
-    """Return the audit's search, on the copy of the network that it searches with."""
-    copies: list[nn.Module] = []
+    """Return the search of rvaudit, on its folded copy of the network."""
+    folded: list[nn.Module] = []
 
     def attack(images: Images, labels: Labels) -> Images:
-        if not copies:  # made when the first batch is seen, so its time counts
-            copies.append(faster(network, images))
+        if not folded:  # created in the first batch, so that its time is included
+            folded.append(fused_copy(network, images))
         pgd = PGD(steps, RELATIVE_STEP, random_start=False, batch_size=len(images))
-        objective = cross_entropy_objective(copies[0], labels)
+        objective = cross_entropy_objective(folded[0], labels)
         return minimise(objective, images, threat, pgd, keyed_generator(0)).images
 
     return attack
 
 
 def floor(network: nn.Module, threat: Linf, steps: int) -> Attack:  # noqa: ARG001
-    """Return the bare passes: so many gradients at the clean images, none of them followed."""
+    """Return the passes alone: `steps` gradients at the clean images, without moving them."""
 
     def passes(images: Images, labels: Labels) -> Images:
         for _ in range(steps):
-            _gradient(network, images, labels)
+            _input_gradient(network, images, labels)
         return images
 
     return passes
 
 
 def loop(network: nn.Module, threat: Linf, steps: int) -> Attack:
-    """Return the plain loop that all packages claim to be, keeping the images that were lost: the reference."""
+    """Return the reference: a plain PGD loop that keeps the first misclassified iterate of every image."""
 
     def descend(images: Images, labels: Labels) -> Images:
         current, kept = images, images.clone()
-        lost = torch.zeros(len(images), dtype=torch.bool)
+        broken = torch.zeros(len(images), dtype=torch.bool)
         for step in range(steps + 1):
             leaf = current.detach().requires_grad_()
             logits = network(leaf)
-            now = ~lost & ~(margin(logits.detach(), labels) > 0)
-            kept[now], lost = current[now], lost | now
+            now = ~broken & ~(margin(logits.detach(), labels) > 0)
+            kept[now], broken = current[now], broken | now
             if step == steps:
                 break
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), leaf)
             moved = current + RELATIVE_STEP * threat.eps * gradient.sign()
             current = (images + (moved - images).clamp(-threat.eps, threat.eps)).clamp(0, 1)
-        return torch.where(lost[:, None, None, None], kept, current)
+        return torch.where(broken[:, None, None, None], kept, current)
 
     return descend
 
@@ -99,7 +108,7 @@ def torchattacks(network: nn.Module, threat: Linf, steps: int) -> Attack:
 
 
 def foolbox(network: nn.Module, threat: Linf, steps: int) -> Attack:
-    """Return Foolbox's LinfPGD, run without the forward pass that its call adds to judge the result."""
+    """Return Foolbox's LinfPGD, without the additional forward pass of its `__call__`."""
     library = import_module("foolbox")
     model = library.PyTorchModel(network, bounds=(0, 1), device="cpu")
     step = RELATIVE_STEP * threat.eps
@@ -110,7 +119,7 @@ def foolbox(network: nn.Module, threat: Linf, steps: int) -> Attack:
 
 
 def art(network: nn.Module, threat: Linf, steps: int) -> Attack:
-    """Return ART's ProjectedGradientDescent; it takes and returns numpy arrays, at its own cost."""
+    """Return ART's ProjectedGradientDescent; its conversions to and from numpy are included."""
     evasion, classifiers = import_module("art.attacks.evasion"), import_module("art.estimators.classification")
     classifier = classifiers.PyTorchClassifier(
         network,
@@ -123,9 +132,13 @@ def art(network: nn.Module, threat: Linf, steps: int) -> Attack:
 
     def attack(images: Images, labels: Labels) -> Images:
         search = evasion.ProjectedGradientDescent(
-            classifier, eps=threat.eps, eps_step=RELATIVE_STEP * threat.eps, max_iter=steps, batch_size=len(images),
+            classifier,
+            eps=threat.eps,
+            eps_step=RELATIVE_STEP * threat.eps,
+            max_iter=steps,
+            batch_size=len(images),
             verbose=False,
-        )  # fmt: skip
+        )
         return torch.from_numpy(search.generate(images.numpy(), F.one_hot(labels, 10).numpy()))
 
     return attack
@@ -141,27 +154,27 @@ PACKAGES: dict[str, tuple[Callable[[nn.Module, Linf, int], Attack], str]] = {
 }
 
 
-def _gradient(network: nn.Module, images: Images, labels: Labels) -> Tensor:
+def _input_gradient(network: nn.Module, images: Images, labels: Labels) -> Tensor:
     leaf = images.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(network(leaf), labels, reduction="sum"), leaf)
     return gradient
 
 
 @torch.no_grad()
-def right(network: nn.Module, images: Images, labels: Labels) -> Tensor:
-    """Return which images the network still names, by a plain forward pass: (N,) bool."""
+def correct_mask(network: nn.Module, images: Images, labels: Labels) -> Tensor:
+    """Return which images the network classifies correctly in a plain forward pass: (N,) bool."""
     logits = torch.cat([network(part) for part in images.split(250)])
     return margin(logits, labels) > 0
 
 
-def measure(network: nn.Module, images: Images, labels: Labels, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Return seconds and robust marks (N,) of every package, taken by turns batch after batch."""
-    threat = Linf(chosen.eps / 255)
+def measure(network: nn.Module, images: Images, labels: Labels, args: argparse.Namespace) -> dict[str, Any]:
+    """Return CPU seconds and robust masks (N,) of every package, run in turn on each batch."""
+    threat = Linf(args.eps / 255)
     for name in PACKAGES:
-        PACKAGES[name][0](network, threat, 2)(images[:WARM_UP], labels[:WARM_UP])  # imports and kernels, paid once
-    attacks = {name: PACKAGES[name][0](network, threat, chosen.steps) for name in PACKAGES}
-    seconds, marks = dict.fromkeys(attacks, 0.0), {name: [] for name in attacks}
-    batches = list(zip(images.split(chosen.batch_size), labels.split(chosen.batch_size), strict=True))
+        PACKAGES[name][0](network, threat, 2)(images[:WARM_UP], labels[:WARM_UP])  # imports and kernel compilation
+    attacks = {name: PACKAGES[name][0](network, threat, args.steps) for name in PACKAGES}
+    seconds, robust_masks = dict.fromkeys(attacks, 0.0), {name: [] for name in attacks}
+    batches = list(zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True))
     for number, (x, y) in enumerate(batches):
         names = list(attacks)
         first = number % len(names)
@@ -170,33 +183,38 @@ def measure(network: nn.Module, images: Images, labels: Labels, chosen: argparse
             found = attacks[name](x, y)
             seconds[name] += time.process_time() - started
             check_legal(name, found, x, threat)
-            marks[name].append(right(network, found, y))
+            robust_masks[name].append(correct_mask(network, found, y))
         sys.stderr.write(f"batch {number + 1} of {len(batches)}\n")
-    return {name: (seconds[name], torch.cat(marks[name])) for name in attacks}
+    return {name: (seconds[name], torch.cat(robust_masks[name])) for name in attacks}
 
 
 def check_legal(name: str, found: Images, clean: Images, threat: Linf) -> None:
-    """Stop where a package leaves the ball or the pixel range: its verdicts would not compare."""
+    """Exit where a package leaves the ball or the pixel range, because its verdicts would not be comparable."""
     if float(threat.distance(found, clean).max()) > threat.eps + 1e-6 or found.min() < 0 or found.max() > 1:
         raise SystemExit(f"{name} returned images outside the eps-ball or the pixel range")
 
 
 def rows(name: str, measured: dict[str, Any], steps: int) -> list[dict[str, Any]]:
-    """Return one row a package; the floor attacks nobody, so it has no verdicts."""
-    least, reference = measured["floor"][0], measured["loop"][1]
+    """Return one row per package; the floor has no verdicts."""
+    floor_seconds, reference = measured["floor"][0], measured["loop"][1]
     return [
         {
-            "network": name, "package": package, "version": version_of(package), "images": len(robust), "steps": steps,
-            "cpu_seconds": f"{seconds:.3f}", "ratio_to_floor": f"{seconds / least:.3f}",
+            "network": name,
+            "package": package,
+            "version": version_of(package),
+            "images": len(robust),
+            "steps": steps,
+            "cpu_seconds": f"{seconds:.3f}",
+            "ratio_to_floor": f"{seconds / floor_seconds:.3f}",
             "robust": "" if package == "floor" else int(robust.sum()),
             "differs_from_reference": "" if package == "floor" else int((robust != reference).sum()),
         }
         for package, (seconds, robust) in measured.items()
-    ]  # fmt: skip
+    ]
 
 
 def version_of(package: str) -> str:
-    """Return the version of what was timed; the audit runs from the working tree and may not be installed."""
+    """Return the version of a package; rvaudit runs from the working tree and may not be installed."""
     try:
         return version(PACKAGES[package][1])
     except ImportError:
@@ -204,7 +222,7 @@ def version_of(package: str) -> str:
 
 
 def third_party_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of what every script on third-party networks is told."""
+    """Return a parser with the arguments of every script on third-party networks."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="parquet file of CIFAR-10 test images")
     parser.add_argument("--checkpoints", type=Path, required=True, help="folder of the third-party checkpoints")
@@ -213,10 +231,10 @@ def third_party_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def options() -> argparse.Namespace:
-    """Return the command line's options."""
+    """Return the command line arguments."""
     parser = third_party_parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--images", type=int, default=1000, help="images per network, those it gets wrong included")
+    parser.add_argument("--images", type=int, default=1000, help="images per network, including misclassified ones")
     parser.add_argument("--eps", type=float, default=2.0, help="grey levels of 255")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=250)
@@ -224,20 +242,20 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Append the rows of every network, as they come."""
-    chosen = options()
+    """Append the rows of every network as they are measured."""
+    args = options()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    data = load_images(f"parquet:{chosen.data}", ImageRequest(count=chosen.images))
-    new = not chosen.out.exists()
-    with chosen.out.open("a", newline="") as file:
+    data = load_images(f"parquet:{args.data}", ImageRequest(count=args.images))
+    new = not args.out.exists()
+    with args.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             table.writeheader()
-        for name in chosen.networks:
-            ref = f"file:{chosen.checkpoints}/{NETWORKS[name].format(nets=NETS)}&num_classes=10"
+        for name in args.networks:
+            ref = f"file:{args.checkpoints}/{NETWORKS[name].format(nets=NETS)}&num_classes=10"
             network = load_model(ref, SourceSettings(trust_code=True, offline=True)).network
-            table.writerows(rows(name, measure(network, data.images, data.labels, chosen), chosen.steps))
+            table.writerows(rows(name, measure(network, data.images, data.labels, args), args.steps))
             file.flush()
 
 

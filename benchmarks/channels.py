@@ -1,4 +1,4 @@
-"""Ten channels between vectors whose mutual information is known exactly, to compare estimators on."""
+"""Ten channels between vectors with exactly known mutual information, for comparing estimators."""
 
 from collections.abc import Callable
 from math import e, exp, lgamma, log, pi, sqrt
@@ -12,20 +12,20 @@ Pairs = tuple[Tensor, Tensor]
 
 
 def gaussian(count: int, generator: torch.Generator, dimension: int, nats: float) -> Pairs:
-    """Return x ~ N(0, I) and z = x + noise, `nats` apart."""
+    """Return x ~ N(0, I) and z = x + Gaussian noise with I(x; z) = `nats`."""
     x = torch.randn(count, dimension, generator=generator)
     noise = torch.randn(count, dimension, generator=generator)
     return x, x + noise / sqrt(exp(2 * nats / dimension) - 1)
 
 
 def half_cube(count: int, generator: torch.Generator) -> Pairs:
-    """Return a two-dimensional Gaussian pair of 1 nat, both sides bent by the invertible v -> v |v|^(1/2)."""
+    """Return a two-dimensional Gaussian pair of 1 nat, both sides transformed by the invertible v -> v |v|^(1/2)."""
     x, z = gaussian(count, generator, 2, 1.0)
     return x * x.abs().sqrt(), z * z.abs().sqrt()
 
 
 def spiral(count: int, generator: torch.Generator) -> Pairs:
-    """Return a two-dimensional Gaussian pair of 1 nat, x turned by an angle that grows with its length: invertible."""
+    """Return a two-dimensional Gaussian pair of 1 nat, x rotated by an angle equal to its norm (invertible)."""
     x, z = gaussian(count, generator, 2, 1.0)
     angle = x.norm(dim=1)
     turned = torch.stack(
@@ -35,14 +35,14 @@ def spiral(count: int, generator: torch.Generator) -> Pairs:
 
 
 def swiss_roll(count: int, generator: torch.Generator) -> Pairs:
-    """Return a one-dimensional Gaussian pair of 1 nat, x made uniform and rolled up in the plane: injective."""
+    """Return a one-dimensional Gaussian pair of 1 nat, x mapped injectively to a planar spiral."""
     x, z = gaussian(count, generator, 1, 1.0)
     turn = 1.5 * pi * (1 + 2 * torch.special.ndtr(x))
     return torch.cat([turn * turn.cos(), turn * turn.sin()], 1) / 21, z
 
 
 def student(count: int, generator: torch.Generator, degrees: int) -> Pairs:
-    """Return a 2 + 2-dimensional Gaussian pair of half a nat, all divided by one chi variable: heavy tails."""
+    """Return a 2 + 2-dimensional Gaussian pair of 0.5 nats divided by a common chi variable (heavy tails)."""
     x, z = gaussian(count, generator, 2, 0.5)
     squares = torch.randn(count, degrees, generator=generator).square().sum(1, keepdim=True)
     scale = (degrees / squares).sqrt()
@@ -50,7 +50,7 @@ def student(count: int, generator: torch.Generator, degrees: int) -> Pairs:
 
 
 def student_nats(degrees: int) -> float:
-    """Return the pair's MI: the Gaussian one, and what the shared scale tells.
+    """Return the MI of the Student pair: the Gaussian MI plus the contribution of the shared scale.
 
     Source: Arellano-Valle, Contreras-Reyes & Genton 2013, for dimensions 2 and 2.
     """
@@ -71,7 +71,7 @@ def uniform(count: int, generator: torch.Generator) -> Pairs:
 
 
 def labels(count: int, generator: torch.Generator) -> Pairs:
-    """Return one of four labels (one-hot) and a point near the label's corner of a square."""
+    """Return one of four labels (one-hot) and a point near the corner of a square that belongs to it."""
     drawn = torch.randint(0, 2, (count, 2), generator=generator)
     corner = drawn * 2.0 - 1
     return torch.eye(4)[2 * drawn[:, 0] + drawn[:, 1]], corner + 0.5 * torch.randn(count, 2, generator=generator)
@@ -100,11 +100,11 @@ CHANNELS: dict[str, tuple[float, Sampler]] = {
     "uniform-noise": (log(2) + 0.25, uniform),
     "label-mixture": (2 * two_points_nats(), labels),
 }
-"""Truth in nats, and how pairs (N, D), (N, E) are drawn."""
+"""Exact MI in nats and the sampler of pairs (N, D), (N, E), by name."""
 
 
 def draw(name: str, count: int, seed: int) -> tuple[float, Tensor, Tensor]:
-    """Return a channel's truth and samples (N, D), (N, E)."""
+    """Return the exact MI of a channel in nats and samples (N, D), (N, E)."""
     truth, sampler = CHANNELS[name]
     x, z = sampler(count, keyed_generator(seed, list(CHANNELS).index(name)))
     return truth, x, z

@@ -1,21 +1,21 @@
-"""A worst-case epoch beside the passes and critic steps it is made of: what does the search itself cost?
+"""Measure the overhead of a worst-case search relative to its passes and critic steps.
 
 Run from the repository root (see benchmarks/README.md):
     OMP_NUM_THREADS=1 python benchmarks/epoch.py --data cifar10-test.parquet --checkpoints checkpoints --out epoch.csv
 
-Three parts of the two searches, on logits: a collapse step and a round of `audit.information.critic_descent` (one moved pass an
-image, then the critic's steps on the features met), and a step of mean shift as `audit.information.sandwich` takes it. All images
-are moved once in each. Ours and the floor take turns in one process on one thread, so that a busy machine slows both
-alike: batch by batch within one search, between any two gradients. Rows that the file has are not measured again.
-Seconds are CPU time, medians over the turns, the
-first of which is a warm-up; `ratio` is the median of the turns' ratios.
+Three parts of the two searches on logits are timed: a collapse step and a round of
+`audit.information.critic_descent` (one pass per image, then critic steps on the features found), and a mean-shift
+step of `audit.information.sandwich`. Each moves all images once. Ours and the floor alternate in one process on one
+thread, so that load on the machine affects both equally: batch by batch within one search, between any two
+gradients. Existing rows are not measured again. Seconds are CPU time, medians over the repetitions, the first of
+which is a warm-up; `ratio` is the median of the ratios.
 
-The floor, for batches of the same sizes: `torch.autograd.grad(network(x).sum(), x)` of the network as it was loaded
-(`pass_seconds`), and in `critic_seconds` for a round the bound's gradient to images and features, forward and backward
-through the critic alone, and as many bare critic steps (forward, backward, optimiser); for mean shift one call of
-`mean_shift` on the features, which has two tables of distances. A collapse step needs nothing but passes. Not in the
-floor: the projected step, the random batches, keeping the common answer, the softmax of the answers, and every check
-that a value is finite.
+The floor, for batches of the same sizes: `torch.autograd.grad(network(x).sum(), x)` of the network as loaded
+(`pass_seconds`). `critic_seconds` are, for a round, the gradient of the bound to images and features through the
+critic, and the same number of critic steps (forward, backward, optimiser); for mean shift, one call of `mean_shift`
+on the features, with two tables of distances. A collapse step consists of passes only. Not in the floor: the
+projected step, drawing of random batches, updates of the common output, the softmax of the outputs, and checks for
+finite values.
 """
 
 import argparse
@@ -36,26 +36,42 @@ from torch import nn
 
 from audit.adversary.threat import Linf
 from audit.information.bounds import BOUNDS
-from audit.information.critic_descent import Adversary, WorstCaseSearch, estimate_vulnerability
-from audit.information.critic_training import CriticTraining, Splits, critic_optimiser, encode, split_images
+from audit.information.critic_descent import Adversary, estimate_vulnerability
+from audit.information.critic_training import critic_optimiser
 from audit.information.critics import build_critic
-from audit.information.estimator import Known
-from audit.information.feature_merging import Moved, Mover
+from audit.information.encoding import Splits, encode, split_images
+from audit.information.estimator import Origin, WarmStart
+from audit.information.feature_merging import Candidate, FeatureDescent
 from audit.information.gaussian_mixture import mean_shift
 from audit.information.sandwich import Sandwich
+from audit.information.settings import CriticTraining, WorstCaseSearch
 from audit.random_keys import keyed_generator
 from audit.representation.layers import Representation
 from audit.types import Encoded, Encoder, Features, Images
-from model_zoo.images.load import ImageRequest, load_images
+from model_zoo.images.datasets import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 
-IN_A_ROW = 2  # steps of mean shift, which begin with a copy of the images
-FIELDS = ("network", "part", "images", "batch", "passes", "critic_steps", "turns", "cpu_seconds", "pass_seconds",
-          "critic_seconds", "ratio", "machine", "torch", "date")  # fmt: skip
+STEPS_PER_CALL = 2  # consecutive mean-shift steps per call, which starts with a copy of the images
+FIELDS = (
+    "network",
+    "part",
+    "images",
+    "batch",
+    "passes",
+    "critic_steps",
+    "turns",
+    "cpu_seconds",
+    "pass_seconds",
+    "critic_seconds",
+    "ratio",
+    "machine",
+    "torch",
+    "date",
+)
 
 
-class Turn(NamedTuple):
-    """CPU seconds of ours, and of the floor's two parts."""
+class Timing(NamedTuple):
+    """CPU seconds of the search, and of both parts of the floor."""
 
     ours: float
     passes: float
@@ -63,7 +79,7 @@ class Turn(NamedTuple):
 
 
 class Floor:
-    """The bare passes and critic steps; the critic is one that nobody else trains."""
+    """The passes and critic steps alone, with a separate critic."""
 
     def __init__(self, network: nn.Module, images: Images, features: Features, batch: int) -> None:
         self.network, self.images, self.features, self.batch = network, images, features, batch
@@ -73,18 +89,18 @@ class Floor:
         self.optimiser = critic_optimiser(self.critic, training)
 
     def passes(self, size: int) -> None:
-        """Take the bare passes of one batch."""
+        """Run the passes of one batch."""
         leaf = self.images[:size].clone().requires_grad_()
         torch.autograd.grad(self.network(leaf).sum(), leaf)
 
-    def looks(self, size: int) -> None:
-        """Take the bound's gradient to images and features of one batch, through the critic alone."""
+    def critic_gradients(self, size: int) -> None:
+        """Compute the gradient of the bound to images and features of one batch, through the critic alone."""
         self.critic.eval()
         leaves = self.images[:size].clone().requires_grad_(), self.features[:size].clone().requires_grad_()
         torch.autograd.grad(self.bound(self.critic(*leaves)), leaves)
 
     def steps(self, count: int) -> None:
-        """Take so many critic steps."""
+        """Run `count` critic steps."""
         self.critic.train()
         for _ in range(count):
             value = self.bound(self.critic(self.images[: self.batch], self.features[: self.batch]))
@@ -93,20 +109,20 @@ class Floor:
             self.optimiser.step()
 
 
-class Clocked:
-    """An encoder that stops the clock at every gradient it is asked for, and takes the floor's turn there.
+class TimedEncoder:
+    """An encoder that pauses the clock at every call with gradients and runs the floor finished.
 
-    A lap is from one such call to the next, so it holds all that is done with the answer.
+    A lap is the time between two such calls, so it includes all use of the output.
     """
 
     def __init__(self, encoder: Encoder, floor: Floor, sizes: Splits, critic_steps: int) -> None:
         self.encoder, self.floor, self.sizes, self.critic_steps = encoder, floor, sizes, critic_steps
-        self.laps: list[tuple[int, Turn]] = []
+        self.laps: list[tuple[int, Timing]] = []
         self.started = 0.0
         self.open: tuple[int, float, float] | None = None
 
     def __call__(self, images: Images) -> Encoded:
-        """Return what the encoder says."""
+        """Return the output of the encoder."""
         if images.requires_grad:
             self._lap(len(images))
         return self.encoder(images)
@@ -115,53 +131,53 @@ class Clocked:
         now = time.process_time()
         if self.open is not None:
             done, bare, critic = self.open
-            self.laps.append((done, Turn(now - self.started, bare, critic)))
+            self.laps.append((done, Timing(now - self.started, bare, critic)))
         bare = seconds(lambda: self.floor.passes(size))
         steps = self.critic_steps if size == self.sizes[0] else 0
-        critic = seconds(lambda: self.floor.looks(size)) + seconds(lambda: self.floor.steps(steps))
+        critic = seconds(lambda: self.floor.critic_gradients(size)) + seconds(lambda: self.floor.steps(steps))
         self.open = size, bare, critic
         self.started = time.process_time()
 
-    def turns(self, first: int, count: int) -> list[Turn]:
-        """Return sums over one batch of each size: the laps of each from the `first` on, `count` of them."""
+    def turns(self, first: int, count: int) -> list[Timing]:
+        """Return `count` sums of laps over one batch of each size, starting with lap `first`."""
         by_size = [[turn for size, turn in self.laps if size == wanted][first : first + count] for wanted in self.sizes]
-        return [Turn(*map(sum, zip(*batches, strict=True))) for batches in zip(*by_size, strict=True)]
+        return [Timing(*map(sum, zip(*batches, strict=True))) for batches in zip(*by_size, strict=True)]
 
 
-def worst_case_search(network: nn.Module, images: Images, chosen: argparse.Namespace) -> dict[str, list[Turn]]:
-    """Return the turns of collapse steps and of rounds, all from one search; the ends of both are left out."""
+def worst_case_search(network: nn.Module, images: Images, args: argparse.Namespace) -> dict[str, list[Timing]]:
+    """Return timings of collapse steps and rounds of one search, without the first and last of each."""
     training, parts = CriticTraining(steps=1), split_images(images, 0)
-    search = WorstCaseSearch(collapse_steps=chosen.turns + 2, rounds=chosen.turns + 2)
+    search = WorstCaseSearch(collapse_steps=args.turns + 2, rounds=args.turns + 2)
     encoder = Representation(network, "logits").encode
     features = encode(encoder, images, training.batch_size).features
     floor = Floor(network, images, features, min(training.batch_size, len(parts.train)))
-    clocked = Clocked(encoder, floor, Splits(*map(len, parts)), search.critic_steps)
-    known = Known(served="merged into 0")  # any answer will do, and no trial of several comes first
-    estimate_vulnerability(clocked, parts, training, Adversary(Linf(chosen.eps / 255), search), 0, known)
-    collapse = clocked.turns(1, chosen.turns)
-    rounds = clocked.turns(search.collapse_steps + 1, chosen.turns)
+    timed = TimedEncoder(encoder, floor, Splits(*map(len, parts)), search.critic_steps)
+    warm_start = WarmStart(origin=Origin("merged into", 0))  # an arbitrary target, which skips the trial of several
+    estimate_vulnerability(timed, parts, training, Adversary(Linf(args.eps / 255), search), 0, warm_start)
+    collapse = timed.turns(1, args.turns)
+    rounds = timed.turns(search.collapse_steps + 1, args.turns)
     return {"collapse-step": [turn._replace(critic=0.0) for turn in collapse], "search-round": rounds}
 
 
-def mean_shift_steps(network: nn.Module, images: Images, chosen: argparse.Namespace) -> dict[str, list[Turn]]:
-    """Return the turns of single steps of mean shift from the clean images."""
+def mean_shift_steps(network: nn.Module, images: Images, args: argparse.Namespace) -> dict[str, list[Timing]]:
+    """Return timings of single mean-shift steps from the clean images."""
     settings, draws, encoder = Sandwich(), keyed_generator(0), Representation(network, "logits").encode
     features = encode(encoder, images, settings.batch_size).features
     scaled = (features - features.mean(0)) / settings.scale(features)
-    mover = Mover(encoder, images, Linf(chosen.eps / 255), settings.relative_step, settings.batch_size)
+    descent = FeatureDescent(encoder, images, Linf(args.eps / 255), settings.relative_step, settings.batch_size)
     floor, sizes = Floor(network, images, features, settings.batch_size), _sizes(len(images), settings.batch_size)
-    deviation, start = settings.scale(features), Moved(images, features)
+    deviation, start = settings.scale(features), Candidate(images, features)
 
-    def pull(found: Features) -> Features:
+    def feature_gradient(found: Features) -> Features:
         return mean_shift((found - found.mean(0)) / deviation, draws, 1)
 
     turns = [
-        Turn(
-            seconds(lambda: mover.along(pull, start, IN_A_ROW)) / IN_A_ROW,
+        Timing(
+            seconds(lambda: descent.run(feature_gradient, start, STEPS_PER_CALL)) / STEPS_PER_CALL,
             seconds(lambda: [floor.passes(size) for size in sizes]),
             seconds(lambda: mean_shift(scaled, draws, 1)),
         )
-        for _ in range(chosen.turns + 1)
+        for _ in range(args.turns + 1)
     ]
     return {"mean-shift-step": turns[1:]}
 
@@ -171,7 +187,7 @@ def _sizes(count: int, batch: int) -> list[int]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the CPU time that something takes."""
+    """Return the CPU time of a call."""
     started = time.process_time()
     work()
     return time.process_time() - started
@@ -180,31 +196,39 @@ def seconds(work: Callable[[], object]) -> float:
 MEASURES = {"search-round": worst_case_search, "mean-shift-step": mean_shift_steps}
 
 
-def row(name: str, part: str, turns: list[Turn], images: int) -> dict[str, Any]:
-    """Return one part's medians."""
+def row(name: str, part: str, turns: list[Timing], images: int) -> dict[str, Any]:
+    """Return the row of one part: medians over the repetitions."""
     ratio = median(turn.ours / (turn.passes + turn.critic) for turn in turns)
     sys.stderr.write(f"{name} {part}: {ratio:.3f}\n")
     medians = [f"{median(each):.4f}" for each in zip(*turns, strict=True)]
     return {
-        "network": name, "part": part, "images": images, "batch": CriticTraining.batch_size, "passes": images,
-        "critic_steps": WorstCaseSearch.critic_steps if part == "search-round" else 0, "turns": len(turns),
-        **dict(zip(FIELDS[7:10], medians, strict=True)), "ratio": f"{ratio:.3f}", "machine": platform.machine(),
-        "torch": torch.__version__, "date": f"{datetime.now(UTC):%Y-%m-%d}",
-    }  # fmt: skip
+        "network": name,
+        "part": part,
+        "images": images,
+        "batch": CriticTraining.batch_size,
+        "passes": images,
+        "critic_steps": WorstCaseSearch.critic_steps if part == "search-round" else 0,
+        "turns": len(turns),
+        **dict(zip(FIELDS[7:10], medians, strict=True)),
+        "ratio": f"{ratio:.3f}",
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+    }
 
 
 def options() -> argparse.Namespace:
-    """Return the command line's options."""
+    """Return the command line arguments."""
     parser = third_party_parser(__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--images", type=int, default=512, help="so many that each part is one batch")
+    parser.add_argument("--images", type=int, default=512, help="number of images, such that each part is one batch")
     parser.add_argument("--eps", type=float, default=1.0, help="grey levels of 255")
     parser.add_argument("--turns", type=int, default=7)
     return parser.parse_args()
 
 
 def known(path: Path) -> set[tuple[str, str]]:
-    """Return which rows a file already has."""
+    """Return the keys of the rows in a file."""
     if not path.exists():
         return set()
     with path.open(newline="") as file:
@@ -212,21 +236,21 @@ def known(path: Path) -> set[tuple[str, str]]:
 
 
 def main() -> None:
-    """Append the rows that are not there yet, as they come."""
-    chosen = options()
+    """Append the missing rows as they are measured."""
+    args = options()
     torch.set_num_threads(1)
-    data = load_images(f"parquet:{chosen.data}", ImageRequest(count=chosen.images))
-    new, there = not chosen.out.exists(), known(chosen.out)
-    with chosen.out.open("a", newline="") as file:
+    data = load_images(f"parquet:{args.data}", ImageRequest(count=args.images))
+    new, finished = not args.out.exists(), known(args.out)
+    with args.out.open("a", newline="") as file:
         table = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             table.writeheader()
-        for name, (part, measure) in product(chosen.networks, MEASURES.items()):
-            if (name, part) in there:
+        for name, (part, measure) in product(args.networks, MEASURES.items()):
+            if (name, part) in finished:
                 continue
-            ref = f"file:{chosen.checkpoints}/{NETWORKS[name].format(nets=NETS)}&num_classes=10"
+            ref = f"file:{args.checkpoints}/{NETWORKS[name].format(nets=NETS)}&num_classes=10"
             network = load_model(ref, SourceSettings(trust_code=True, offline=True)).network
-            turns = measure(network, data.images, chosen)
+            turns = measure(network, data.images, args)
             table.writerows(row(name, part, each, len(data.images)) for part, each in turns.items())
             file.flush()
 

@@ -1,14 +1,14 @@
-"""A step of learning in the worst case beside the passes it is made of: what does the trainer itself cost?
+"""Measure the overhead of a worst-case training step relative to its passes.
 
 Run from the repository root:
     python benchmarks/learning.py --out learning.csv
 
-Step after step of `train_representation` on one batch, and between any two of them the floor, in the same process on
-one thread, so that a busy machine slows both alike. Seconds are CPU time of the process. The floor is what no such
-step can do without: as many passes of the bare encoder and critic to the images as the search has steps, and one
-forward and backward pass of both to the weights with the optimiser's step. `in_passes` is the step in units of one
-bare forward and backward pass of the encoder alone; the authors' code takes 27 of those for ResNet-20 with their
-critic of width 2048 (there the encoder does not learn). Weights and images are random: nothing here depends on them.
+Steps of `train_representation` on one batch alternate with the floor, in one process on one thread, so that load on
+the machine affects both equally. Seconds are CPU time of the process. The floor is the minimal cost of a step: one
+pass of encoder and critic to the images per search step, and one forward and backward pass of both to the weights
+with the optimiser step. `in_passes` is the step in units of one forward and backward pass of the encoder; the
+authors' code takes 27 for ResNet-20 with a critic of width 2048 (without training the encoder). Weights and images
+are random, because the cost does not depend on them.
 """
 
 import argparse
@@ -29,18 +29,30 @@ from audit.adversary.pgd import PGD
 from audit.adversary.threat import Linf
 from audit.random_keys import keyed_generator
 from audit.representation.layers import Representation
-from audit.training.mutual_information import MITraining, learning_mode, train_representation
-from audit.training.objectives import Scorer, ScorerShape
+from audit.training.mutual_information import MITraining, set_training_mode, train_representation
+from audit.training.objectives import ObjectiveSettings, VariationalObjective
 from audit.types import Images
-from model_zoo.architectures.encoders import PaperEncoder
+from model_zoo.architectures.paper_encoder import PaperEncoder
 
 NETS = Path(__file__).resolve().parents[1] / "tests" / "third_party_nets.py"
-FIELDS = ("encoder", "critic", "width", "image_branch", "batch", "search_steps", "steps_timed", "step_seconds",
-          "floor_seconds", "ratio", "pass_seconds", "in_passes")  # fmt: skip
+FIELDS = (
+    "encoder",
+    "critic",
+    "width",
+    "image_branch",
+    "batch",
+    "search_steps",
+    "steps_timed",
+    "step_seconds",
+    "floor_seconds",
+    "ratio",
+    "pass_seconds",
+    "in_passes",
+)
 
 
 class Case(NamedTuple):
-    """An encoder by name, and the critic and search it learns with."""
+    """An encoder by name, the width of its critic, and the treatment of the image branch."""
 
     encoder: str
     width: int
@@ -51,11 +63,11 @@ CASES = {
     "small": (Case("paper-w16", 64, "detached"), Case("paper-w16", 64, "cached")),
     "paper": (Case("paper-w64", 2048, "detached"),),
     "resnet20": (Case("resnet20", 2048, "detached"), Case("resnet20", 2048, "cached")),
-}  # fmt: skip
+}
 
 
 def resnet20() -> nn.Module:
-    """Return the 64 features of an untrained CIFAR ResNet-20."""
+    """Return an untrained CIFAR ResNet-20 that outputs its 64 features."""
     spec = importlib.util.spec_from_file_location("third_party_nets", NETS)
     assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
@@ -71,89 +83,102 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Floor:
-    """The bare passes of one step, on copies of encoder and critic that nothing else moves."""
+    """The passes of one step alone, on separate copies of encoder and critic."""
 
     def __init__(self, encoder: nn.Module, images: Images, case: Case) -> None:
         self.encoder, self.images, self.cached = copy.deepcopy(encoder), images, case.image_branch == "cached"
         with torch.no_grad():
             features = self.encoder.eval()(images)
-        self.scorer = Scorer(images, features, ScorerShape(width=case.width), keyed_generator(0))
-        self.learners = [*self.encoder.parameters(), *self.scorer.parameters()]
+        self.critic = VariationalObjective(images, features, ObjectiveSettings(width=case.width), keyed_generator(0))
+        self.learners = [*self.encoder.parameters(), *self.critic.parameters()]
         self.optimiser = torch.optim.Adam(self.learners, 1e-6)
 
     def search(self, steps: int) -> None:
-        """Take so many gradients of the critic's value at the images; the image branch is looked at, not followed."""
+        """Compute `steps` gradients of the critic value at the images, with a detached image branch."""
         self.encoder.eval()
-        self.scorer.eval()
+        self.critic.eval()
         with torch.no_grad():
-            view = self.scorer.view(self.images)
+            embedded = self.critic.embed_images(self.images)
         for number in range(steps):
             if number and not self.cached:
                 with torch.no_grad():
-                    view = self.scorer.view(self.images)
+                    embedded = self.critic.embed_images(self.images)
             leaf = self.images.detach().requires_grad_()
-            torch.autograd.grad(self.scorer.value(view, self.encoder(leaf)), leaf)
+            torch.autograd.grad(self.critic.value(embedded, self.encoder(leaf)), leaf)
 
-    def learn(self) -> None:
-        """Take one step of encoder and critic."""
-        learning_mode(self.encoder)
-        self.scorer.train()
+    def optimiser_step(self) -> None:
+        """Run one optimiser step of encoder and critic."""
+        set_training_mode(self.encoder)
+        self.critic.train()
         self.optimiser.zero_grad()
-        (-self.scorer(self.images, self.encoder(self.images))).backward()
+        (-self.critic(self.images, self.encoder(self.images))).backward()
         self.optimiser.step()
 
-    def bare(self) -> None:
-        """Take one forward and backward pass of the encoder alone, to images and weights."""
+    def encoder_pass(self) -> None:
+        """Run one forward and backward pass of the encoder alone, to images and weights."""
         self.encoder.eval()
         leaf = self.images.detach().requires_grad_()
-        torch.autograd.grad(self.encoder(leaf).sum(), [leaf, *_reached(self.encoder)], allow_unused=True)
+        torch.autograd.grad(self.encoder(leaf).sum(), [leaf, *_trainable(self.encoder)], allow_unused=True)
 
 
-def _reached(encoder: nn.Module) -> list[nn.Parameter]:
+def _trainable(encoder: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in encoder.parameters() if parameter.requires_grad]
 
 
 def seconds(work: Callable[[], None]) -> float:
-    """Return the CPU time that something takes."""
+    """Return the CPU time of a call."""
     started = time.process_time()
     work()
     return time.process_time() - started
 
 
-def measure(case: Case, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Return the row of one case: steps and floors taken by turns, the median of each; the first round is a warm-up."""
+def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the row of one case: medians of alternating steps and floors; the first repetition is a warm-up."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = ENCODERS[case.encoder]()
-    images = torch.rand(chosen.batch, 3, 32, 32, generator=keyed_generator(1))
+    images = torch.rand(args.batch, 3, 32, 32, generator=keyed_generator(1))
     floor, steps, floors, passes = Floor(encoder, images, case), list[float](), list[float](), list[float]()
     started = 0.0
 
     def between(_epoch: int, _nats: float) -> None:
         nonlocal started
         steps.append(time.process_time() - started)
-        floors.append(seconds(lambda: floor.search(chosen.search_steps)) + seconds(floor.learn))
-        passes.append(seconds(floor.bare))
-        sys.stderr.write(f"{case}: step {len(steps)} of {chosen.rounds + 1}\n")
+        floors.append(seconds(lambda: floor.search(args.search_steps)) + seconds(floor.optimiser_step))
+        passes.append(seconds(floor.encoder_pass))
+        sys.stderr.write(f"{case}: step {len(steps)} of {args.rounds + 1}\n")
         started = time.process_time()
 
     training = MITraining(
-        threat=Linf(8 / 255), pgd=PGD(chosen.search_steps, 0.32, random_start=False), epochs=chosen.rounds + 1,
-        critic=ScorerShape(width=case.width), batch_size=chosen.batch,
+        threat=Linf(8 / 255),
+        pgd=PGD(args.search_steps, 0.32, random_start=False),
+        epochs=args.rounds + 1,
+        critic=ObjectiveSettings(width=case.width),
+        batch_size=args.batch,
         image_branch=case.image_branch,  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
     started = time.process_time()
     train_representation(encoder, images, training, between)
-    step, least, once = (statistics.median(each[1:]) for each in (steps, floors, passes))
+    step, floor_time, pass_time = (statistics.median(each[1:]) for each in (steps, floors, passes))
     values = (
-        case.encoder, "ref-local", case.width, case.image_branch, chosen.batch, chosen.search_steps, chosen.rounds,
-        f"{step:.3f}", f"{least:.3f}", f"{step / least:.3f}", f"{once:.4f}", f"{step / once:.1f}",
-    )  # fmt: skip
+        case.encoder,
+        "ref-local",
+        case.width,
+        case.image_branch,
+        args.batch,
+        args.search_steps,
+        args.rounds,
+        f"{step:.3f}",
+        f"{floor_time:.3f}",
+        f"{step / floor_time:.3f}",
+        f"{pass_time:.4f}",
+        f"{step / pass_time:.1f}",
+    )
     return dict(zip(FIELDS, values, strict=True))
 
 
 def options() -> argparse.Namespace:
-    """Return the command line's options."""
+    """Return the command line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
@@ -164,15 +189,15 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Write the rows of every case, as they come."""
-    chosen = options()
+    """Write the rows of every case as they are measured."""
+    args = options()
     torch.set_num_threads(1)
-    with chosen.out.open("w", newline="") as file:
+    with args.out.open("w", newline="") as file:
         table = csv.DictWriter(file, FIELDS, lineterminator="\n")
         table.writeheader()
-        for name in chosen.cases:
+        for name in args.cases:
             for case in CASES[name]:
-                table.writerow(measure(case, chosen))
+                table.writerow(measure(case, args))
                 file.flush()
 
 

@@ -3,9 +3,9 @@
 #
 #     sbatch --array 0-7 docs/slurm.sh benchmark.yaml runs/benchmark
 #
-# Written from the manuals of Slurm and Ray; not tried on a Slurm machine. The run folder, data and weights must lie
-# under the same paths on all nodes. Where nodes reach no network, fetch first with `rvaudit validate benchmark.yaml`.
-# A run that was cut off by the time limit is resumed by the same sbatch command.
+# It follows the manuals of Slurm and Ray and is untested on Slurm. The run folder, data and weights must have the same
+# paths on all nodes. If nodes have no network, download first with `rvaudit validate benchmark.yaml`. The same sbatch
+# command resumes a run that the time limit ended.
 #SBATCH --job-name=rvaudit
 #SBATCH --cpus-per-task=8
 #SBATCH --gpus-per-task=1

@@ -1,4 +1,4 @@
-"""What can be loaded: the tables behind `rvaudit models`. Bundled and RobustBench models are listed without torch."""
+"""List the available models, for `rvaudit models`; bundled and RobustBench models are listed without torch."""
 
 import csv
 import json
@@ -26,12 +26,12 @@ _CARD_KEYS: tuple[str, ...] = (
 )
 _CARD_KEYS += ("trained_norm", "trained_eps", "sha256", "licence", "reference", "recipe", "published")
 _SIDES = {"cifar10": 32, "cifar100": 32, "imagenet": 224}
-_OTHER_SIDES = {"Wong2020Fast": 288}  # evaluated on images of this side by RobustBench
+_IMAGENET_SIDES = {"Wong2020Fast": 288}  # image sides of RobustBench's evaluation other than 224
 
 
 @dataclass(frozen=True, kw_only=True)
 class RobustBenchRow:
-    """One line of robustbench.csv; `parts` is the number of weights files (an ensemble has several)."""
+    """One row of robustbench.csv; `parts` is the number of weights files, above 1 for an ensemble."""
 
     dataset: str
     threat: str
@@ -46,16 +46,16 @@ class RobustBenchRow:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of the images it is evaluated on."""
-        other = _OTHER_SIDES.get(self.id) if self.dataset == "imagenet" else None
-        side = other or _SIDES[self.dataset]
+        """The image shape (C, H, W) of its evaluation."""
+        special = _IMAGENET_SIDES.get(self.id) if self.dataset == "imagenet" else None
+        side = special or _SIDES[self.dataset]
         return (3, side, side)
 
 
 def list_models(source: str | None = None) -> list[ModelEntry]:
-    """Return an entry, without hash, for every model of a source, or of all sources that can be listed.
+    """Return an entry without hash for every model of a source, or of all sources that can be listed.
 
-    Raises UnknownNameError for a source that has no list.
+    Raises UnknownNameError for a source without a list.
     """
     if source is not None and source not in LISTERS:
         raise UnknownNameError("source with a list of models", source, LISTERS)
@@ -64,7 +64,7 @@ def list_models(source: str | None = None) -> list[ModelEntry]:
 
 
 def robustbench_row(dataset: str, threat: str, name: str) -> RobustBenchRow:
-    """Return the row of a RobustBench model; raises UnknownNameError for its data set, threat model or id."""
+    """Return the row of a RobustBench model; raises UnknownNameError for an unknown data set, threat model or id."""
     rows = robustbench_rows()
     datasets = {row.dataset for row in rows}
     if dataset not in datasets:
@@ -80,17 +80,17 @@ def robustbench_row(dataset: str, threat: str, name: str) -> RobustBenchRow:
 
 @cache
 def robustbench_rows() -> tuple[RobustBenchRow, ...]:
-    """Return all RobustBench models in the order of robustbench's own tables."""
+    """Return all RobustBench models, in the order of the tables of robustbench."""
     with _ROBUSTBENCH_TABLE.open(encoding="utf-8", newline="") as file:
-        return tuple(_row(values) for values in csv.DictReader(file))
+        return tuple(_parse_row(values) for values in csv.DictReader(file))
 
 
-def _row(values: Mapping[str, str]) -> RobustBenchRow:
+def _parse_row(values: Mapping[str, str]) -> RobustBenchRow:
     dataset, threat, name = values["dataset"], values["threat"], values["id"]
-    normed = threat in ("Linf", "L2")
+    norm_bounded = threat in ("Linf", "L2")
     standard = name.startswith("Standard") or name == "AlexNet"
-    # Models against corruptions were trained in many ways, most of them without an adversary.
-    training = "standard" if standard else "robust" if normed else "unknown"
+    # Models against corruptions were trained by various methods, mostly without adversarial examples.
+    training = "standard" if standard else "robust" if norm_bounded else "unknown"
     robust = training == "robust"
     entry = ModelEntry(
         ref=f"robustbench:{dataset}/{threat}/{name}",
@@ -103,23 +103,23 @@ def _row(values: Mapping[str, str]) -> RobustBenchRow:
         trained_norm=threat.lower() if robust else "",
         trained_eps=parse_fraction(values["eps"], "eps") if robust else 0.0,
         reference=values["paper"],
-        published=_robustbench_numbers(values, normed),
+        published=_published_by_robustbench(values, norm_bounded),
     )
     return RobustBenchRow(dataset=dataset, threat=threat, id=name, parts=int(values["parts"]), entry=entry)
 
 
-def _robustbench_numbers(values: Mapping[str, str], normed: bool) -> tuple[PublishedNumber, ...]:
+def _published_by_robustbench(values: Mapping[str, str], norm_bounded: bool) -> tuple[PublishedNumber, ...]:
     where = "RobustBench model zoo tables (robustbench 1.1.1)"
-    attack = f"{where}, AutoAttack {values['threat']} {values['eps']}" if normed else where
+    attack = f"{where}, AutoAttack {values['threat']} {values['eps']}" if norm_bounded else where
     pairs = (
         ("natural_accuracy", values["natural_accuracy"], where),
-        ("adversarial_accuracy" if normed else "corruption_accuracy", values["robust_accuracy"], attack),
+        ("adversarial_accuracy" if norm_bounded else "corruption_accuracy", values["robust_accuracy"], attack),
     )
     return tuple(PublishedNumber(metric=m, value=float(v), source=s) for m, v, s in pairs if v)
 
 
 def architecture_family(architecture: str) -> str:
-    """Return the family in an architecture's name: what stands before its sizes, in lower case.
+    """Return the family of an architecture: its name in lower case, up to the first size.
 
     >>> architecture_family("WideResNet-28-10"), architecture_family("resnet2b"), architecture_family("cnn_a")
     ('wideresnet', 'resnet', 'cnn_a')
@@ -130,44 +130,44 @@ def architecture_family(architecture: str) -> str:
 
 
 def read_card(name: str) -> dict[str, Any]:
-    """Return the card of a bundled model; raises UnknownNameError, or IntegrityError where keys are missing."""
+    """Return the card of a bundled model; raises UnknownNameError, or the errors of `read_card_file`."""
     names = bundled_names()
     if name not in names:
         raise UnknownNameError("bundled model", name, names)
     return read_card_file(BUNDLED / f"{name}.json", f"bundled model {name!r}")
 
 
-def read_card_file(path: Path, whose: str) -> dict[str, Any]:
-    """Return the card in a file; raises IntegrityError where it is none or lacks keys."""
+def read_card_file(path: Path, owner: str) -> dict[str, Any]:
+    """Return the card in a JSON file of `owner`; raises IntegrityError for other contents or missing keys."""
     try:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in _CARD_KEYS if key not in card]
     except (OSError, ValueError, TypeError) as error:
-        raise IntegrityError(f"the card {path} of {whose} is not a JSON object: {error}") from error
+        raise IntegrityError(f"the card {path} of {owner} is not a JSON object: {error}") from error
     if missing or card["training"] not in TRAININGS:
         fault = f"lacks {', '.join(missing)}" if missing else f"has training {card['training']!r}"
-        raise IntegrityError(f"the card {path} of {whose} {fault}; train it again with its recipe")
+        raise IntegrityError(f"the card {path} of {owner} {fault}; train the model again with its recipe")
     return card
 
 
 def card_beside(weights: Path) -> Path | None:
-    """Return the card of a weights file, of the same name but for the ending, or None where there is none."""
+    """Return the path of the card beside a weights file (`<stem>.json`), None where there is none."""
     card = weights.with_suffix(".json")
     return card if weights.is_file() and card != weights and card.is_file() else None
 
 
 def bundled_names() -> list[str]:
-    """Return the ids of the models that come with the package."""
+    """Return the ids of the bundled models."""
     return sorted(path.stem for path in BUNDLED.glob("*.json"))
 
 
 def bundled_entry(name: str) -> ModelEntry:
-    """Return the entry of a bundled model as its card tells it; errors as in `read_card`."""
+    """Return the entry of a bundled model from its card; raises the errors of `read_card`."""
     return card_entry(read_card(name), f"bundled:{name}", "bundled")
 
 
 def card_entry(card: Mapping[str, Any], ref: str, source: str) -> ModelEntry:
-    """Return the entry of a model as its card tells it."""
+    """Return the entry of a model from its card."""
     published = tuple(
         PublishedNumber(metric=item["metric"], value=float(item["value"]), source=item["source"])
         for item in card["published"]
@@ -197,7 +197,7 @@ def _list_robustbench() -> list[ModelEntry]:
 
 
 def _list_timm() -> list[ModelEntry]:
-    # Imported here because the libraries need torch, and the lists above must not.
+    # Imported here because the libraries import torch.
     from model_zoo import libraries
 
     return [
@@ -219,9 +219,9 @@ def _list_torchvision() -> list[ModelEntry]:
 
 
 def pretrained_entry(ref: str, facts: PretrainedFacts) -> ModelEntry:
-    """Return the entry, without hash, of weights that timm or torchvision describe."""
+    """Return the entry, without hash, of timm or torchvision weights from their metadata."""
     source, _, name = ref.partition(":")
-    # "adv" and "ap" in a tag are adversarial trainings whose radius nobody states.
+    # Tags "adv" and "ap" mark adversarial training with an unpublished radius.
     adversarial = re.search(r"(^|_)(adv|ap)(_|$)", facts.tag) is not None
     published: tuple[PublishedNumber, ...] = ()
     if facts.accuracy is not None:

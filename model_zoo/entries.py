@@ -1,4 +1,4 @@
-"""What is known about a model before any weight is read, and how users name one. Imports no torch."""
+"""Model references and the metadata of a model that is available before its weights are read. Imports no torch."""
 
 import math
 from collections.abc import Mapping
@@ -32,12 +32,12 @@ GRAMMAR = {
     "bundled": "bundled:<id>",
     "file": "file:<path>?arch=<model ref or path.py:factory>&num_classes=10&mean=..&std=..",
 }
-_PARTS = {"timm": (1, 1), "torchvision": (1, 2), "robustbench": (3, 3), "hf-hub": (2, 2), "bundled": (1, 1)}
+_TARGET_COMPONENTS = {"timm": (1, 1), "torchvision": (1, 2), "robustbench": (3, 3), "hf-hub": (2, 2), "bundled": (1, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedNumber:
-    """A number somebody else reported: metric name, value as a fraction in [0, 1], where it stands."""
+    """A published number: metric name, value as a fraction in [0, 1], and its source."""
 
     metric: str
     value: float
@@ -46,11 +46,11 @@ class PublishedNumber:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
-    """Where a model comes from and what it was made for.
+    """Origin, training and provenance of a model.
 
-    `trained_eps` is in pixel units of images in [0, 1] (0.0 for standard or unknown training); `pinned` says
-    that the weights' hash was compared with a published one; `renames` lists every unwrapping and renaming of
-    keys, in words; `code_sha256` is the hash of the user's factory file where one ran.
+    `trained_eps` is in pixel units of images in [0, 1] (0.0 for standard or unknown training); `pinned` is whether
+    the hash of the weights was compared with a published one; `renames` lists every unwrapping and renaming of keys;
+    `code_sha256` is the hash of the user's factory file where one was run.
     """
 
     ref: str
@@ -74,7 +74,7 @@ class ModelEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedFacts:
-    """What a library says about one set of weights: where they lie, the images they take, how they were made."""
+    """Metadata of pretrained weights in a library: location, input images, training."""
 
     name: str
     family: str
@@ -94,7 +94,7 @@ class PretrainedFacts:
 
 @dataclass(frozen=True)
 class ModelRef:
-    """A parsed model reference: its source, what it names there, and its options."""
+    """A parsed model reference: source, target within the source, and options."""
 
     source: str
     target: str
@@ -104,7 +104,7 @@ class ModelRef:
 def parse_ref(ref: str) -> ModelRef:
     """Split a model reference into source, target and options.
 
-    Raises UnknownNameError for a source or an option that does not exist, UsageError for one that is malformed.
+    Raises UnknownNameError for an unknown source or option, UsageError for a malformed reference.
 
     >>> parse_ref("torchvision:resnet18/IMAGENET1K_V1").target
     'resnet18/IMAGENET1K_V1'
@@ -122,13 +122,13 @@ def parse_ref(ref: str) -> ModelRef:
 
 
 def is_model_ref(text: str) -> bool:
-    """Return whether a text starts with the name of a model source."""
+    """Return whether a string starts with the name of a model source."""
     return text.partition(":")[0] in SOURCES
 
 
 def _check_target(ref: str, source: str, target: str) -> None:
-    """Raise UsageError where the target does not have the number of parts its source asks for."""
-    low, high = _PARTS.get(source, (1, 10**6))
+    """Raise UsageError where the target does not have the number of path components of its source."""
+    low, high = _TARGET_COMPONENTS.get(source, (1, 10**6))
     parts = target.split("/")
     named = target if source == "file" else all(part not in ("", ".", "..") for part in parts)
     if not named or not low <= len(parts) <= high or "\\" in target or "\0" in target:
@@ -151,7 +151,7 @@ def _parse_options(ref: str, source: str, query: str) -> dict[str, str]:
 
 
 def parse_fraction(text: str, name: str) -> float:
-    """Return a finite number written as a decimal or a fraction; raises UsageError for anything else.
+    """Parse a finite number written as a decimal or a fraction; raises UsageError for anything else.
 
     >>> parse_fraction("8/255", "trained_eps")
     0.03137254901960784

@@ -1,6 +1,7 @@
-"""The only module that imports timm, torchvision.models and robustbench: inside functions, for importing takes seconds.
+"""Adapters of timm, torchvision.models and robustbench, imported inside functions because imports take seconds.
 
-Only architectures and published facts come from them; none of their functions that read weights is called.
+No other module imports these libraries. They provide architectures and metadata; their functions that read weights are
+never called.
 """
 
 import sys
@@ -14,34 +15,34 @@ from torch import Tensor, nn
 
 from audit.errors import AuditError, EnvironmentFault, MismatchError, UnknownNameError
 from model_zoo.entries import PretrainedFacts
-from model_zoo.weights.containers import plain
+from model_zoo.untrusted import printable
 
-# Entries whose constructor would fetch weights of its own: an equal architecture is built in its place.
+# Entries whose constructor downloads weights, and the entry of the same architecture that is built instead.
 _SAME_ARCHITECTURE = {"Standard_R50": "Salman2020Do_R50"}
-_THREAT_OF_SAME = "Linf"
+_SAME_ARCHITECTURE_THREAT = "Linf"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what third-party modules say about their own age while they are imported and built."""
+def _without_warnings() -> Iterator[None]:
+    """Silence the deprecation warnings of third-party modules while they are imported or built."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _timm() -> Any:
-    with _quiet():
+    with _without_warnings():
         return import_module("timm")
 
 
 def _torchvision_models() -> Any:
-    with _quiet():
+    with _without_warnings():
         return import_module("torchvision.models")
 
 
 def _robustbench_models() -> Any:
-    """Return robustbench's table of models; its package imports autoattack under a name nothing installs."""
-    with _quiet():
+    """Return robustbench's table of models, after aliasing the `autoattack` that it imports to pyautoattack."""
+    with _without_warnings():
         state = import_module("pyautoattack.state")
         sys.modules.setdefault("autoattack", import_module("pyautoattack"))
         sys.modules.setdefault("autoattack.state", state)
@@ -60,10 +61,10 @@ def _timm_family(timm: Any, architecture: str) -> str:
 
 
 def timm_facts(name: str) -> PretrainedFacts:
-    """Return what timm says about a pretrained name; raises UnknownNameError."""
+    """Return the metadata of a pretrained timm name; raises UnknownNameError."""
     timm = _timm()
-    with _quiet():
-        # A name such as hf-hub:org/repo would make timm fetch and unpickle, so only registered names pass.
+    with _without_warnings():
+        # timm would fetch and unpickle a name such as hf-hub:org/repo, so only registered names pass.
         config = timm.models.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
     if config is None:
         raise UnknownNameError("timm model", name, [*timm.list_pretrained(), *timm.list_models()])
@@ -76,7 +77,7 @@ def timm_facts(name: str) -> PretrainedFacts:
         std=tuple(config.std),
         url=config.url or "",
         hub_repo=config.hf_hub_id or "",
-        hub_file=_safe_name(config.hf_hub_filename or ""),
+        hub_file=_safetensors_name(config.hf_hub_filename or ""),
         tag=config.tag or "",
         licence=config.license or "",
         reference=config.paper_ids or config.origin_url or "",
@@ -84,8 +85,8 @@ def timm_facts(name: str) -> PretrainedFacts:
     )
 
 
-def _safe_name(filename: str) -> str:
-    """Return the name under which the hub keeps the safetensors twin of a pickled file."""
+def _safetensors_name(filename: str) -> str:
+    """Return the name of the safetensors counterpart of a pickled file on the hub."""
     if filename in ("", "pytorch_model.bin"):
         return "model.safetensors"
     return filename.replace("open_clip_pytorch_model", "open_clip_model").removesuffix(".bin") + ".safetensors"
@@ -97,41 +98,41 @@ def timm_build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     if not timm.is_model(name.partition(".")[0]):
         raise UnknownNameError("timm model", name, timm.list_models())
     try:
-        with _quiet():
+        with _without_warnings():
             network: nn.Module = timm.create_model(name, pretrained=False, **arguments)
     except AuditError:
         raise
-    except Exception as error:  # a stranger's options can fail in any line of a constructor
-        options = plain(dict(arguments), 300)
-        raise MismatchError(f"timm cannot build {name!r} with {options}: {plain(error, 300)}") from error
+    except Exception as error:  # untrusted options can fail in any line of a constructor
+        options = printable(dict(arguments), 300)
+        raise MismatchError(f"timm cannot build {name!r} with {options}: {printable(error, 300)}") from error
     return network
 
 
-def timm_filtered(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return tensors renamed by the filter timm keeps beside an architecture, None where it has none."""
+def apply_timm_filter(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return tensors renamed by the checkpoint filter of a timm architecture, None where it has none."""
     module = sys.modules.get(type(network).__module__)
     rename: Callable[..., dict[str, Tensor]] | None = getattr(module, "checkpoint_filter_fn", None)
     if rename is None or not type(network).__module__.startswith("timm."):
         return None
     try:
-        with _quiet():
+        with _without_warnings():
             return dict(rename(dict(tensors), network))
     except (KeyError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError):
-        return None  # made for other layouts of this architecture; the mismatch itself is what to report
+        return None  # the filter is for other layouts; the caller reports the mismatch
 
 
 def torchvision_names() -> list[tuple[str, PretrainedFacts]]:
-    """Return every torchvision model with weights, as `<arch>/<weights>` and what is known about them."""
+    """Return every torchvision model with weights, as `<arch>/<weights>` and its metadata."""
     models = _torchvision_models()
     found = []
     for name in models.list_models(module=models):
-        for weights in _classifiers(models, name):
-            found.append((f"{name}/{weights.name}", _torchvision_weights_facts(models, name, weights)))
+        for weights in _classifier_weights(models, name):
+            found.append((f"{name}/{weights.name}", _torchvision_metadata(models, name, weights)))
     return found
 
 
 def torchvision_facts(name: str, weights_name: str = "") -> tuple[str, PretrainedFacts]:
-    """Return the name and facts of a torchvision model's weights (the default ones when not named).
+    """Return the name and metadata of weights of a torchvision model; the default weights where none are named.
 
     Raises UnknownNameError for an architecture or weights that do not exist.
     """
@@ -139,19 +140,19 @@ def torchvision_facts(name: str, weights_name: str = "") -> tuple[str, Pretraine
     names = models.list_models(module=models)
     if name not in names:
         raise UnknownNameError("torchvision model", name, names)
-    legal = {weights.name: weights for weights in _classifiers(models, name)}
+    legal = {weights.name: weights for weights in _classifier_weights(models, name)}
     if weights_name and weights_name not in legal:
         raise UnknownNameError(f"weights of torchvision's {name}", weights_name, legal)
     weights = legal[weights_name] if weights_name else models.get_model_weights(name).DEFAULT
-    return weights.name, _torchvision_weights_facts(models, name, weights)
+    return weights.name, _torchvision_metadata(models, name, weights)
 
 
-def _classifiers(models: Any, name: str) -> list[Any]:
-    """Return the weights of a torchvision model that end in a classifier (one of VGG's does not)."""
+def _classifier_weights(models: Any, name: str) -> list[Any]:
+    """Return the weights of a torchvision model that include a classifier (one VGG entry has none)."""
     return [weights for weights in models.get_model_weights(name) if weights.meta["categories"]]
 
 
-def _torchvision_weights_facts(models: Any, name: str, weights: Any) -> PretrainedFacts:
+def _torchvision_metadata(models: Any, name: str, weights: Any) -> PretrainedFacts:
     preset = weights.transforms()
     size = int(preset.crop_size[0])
     metrics = weights.meta.get("_metrics", {}).get("ImageNet-1K", {})
@@ -169,10 +170,10 @@ def _torchvision_weights_facts(models: Any, name: str, weights: Any) -> Pretrain
     )
 
 
-def torchvision_build(name: str, num_classes: int, size: int | None, pretrained: bool = False) -> nn.Module:
-    """Return a torchvision architecture with random weights; `size` is the image's side, for those that fix it.
+def torchvision_build(name: str, num_classes: int, size: int | None, *, pretrained: bool = False) -> nn.Module:
+    """Return a torchvision architecture with random weights; `size` is the image side where the architecture fixes it.
 
-    `pretrained` asks for the variant that torchvision's own weights fit. Raises UnknownNameError, MismatchError.
+    `pretrained` selects the variant of torchvision's own weights. Raises UnknownNameError, MismatchError.
     """
     models = _torchvision_models()
     names = models.list_models(module=models)
@@ -184,27 +185,21 @@ def torchvision_build(name: str, num_classes: int, size: int | None, pretrained:
     if name in ("inception_v3", "googlenet"):
         arguments |= {"init_weights": False} | ({"transform_input": True, "aux_logits": True} if pretrained else {})
     try:
-        with _quiet():
+        with _without_warnings():
             network: nn.Module = models.get_model(name, weights=None, **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise MismatchError(f"torchvision cannot build {name!r} with {arguments}: {error}") from error
     return network
 
 
-def robustbench_ids() -> list[tuple[str, str, str]]:
-    """Return robustbench's own list of (dataset, threat, id)."""
-    table = _robustbench_models()
-    return [(d.value, t.value, name) for d, threats in table.items() for t, ms in threats.items() for name in ms]
-
-
 def robustbench_drive_ids(dataset: str, threat: str, name: str) -> list[str]:
-    """Return the Google Drive ids of an entry's files; empty where robustbench names none."""
+    """Return the Google Drive ids of an entry's files, [] where robustbench lists none."""
     found = _robustbench_entry(dataset, threat, name).get("gdrive_id") or []
     return list(found) if isinstance(found, list) else [found]
 
 
 def robustbench_timm_name(dataset: str, threat: str, name: str) -> str:
-    """Return the timm name robustbench registered for an entry, '' for the entries that have none."""
+    """Return the timm name that robustbench registered for an entry, '' where it has none."""
     _robustbench_models()
     registered = f"{name.lower().replace('-', '_')}_{dataset.lower()}_{threat.lower()}"
     return registered if _timm().is_model(registered) else ""
@@ -213,19 +208,19 @@ def robustbench_timm_name(dataset: str, threat: str, name: str) -> str:
 def robustbench_build(dataset: str, threat: str, name: str) -> nn.Module:
     """Return the architecture of a RobustBench entry with random weights.
 
-    Raises EnvironmentFault where its constructor asks for a GPU that this machine lacks.
+    Raises EnvironmentFault where its constructor needs a GPU and this machine has none.
     """
     if registered := robustbench_timm_name(dataset, threat, name):
         return timm_build(registered, {})
     if name in _SAME_ARCHITECTURE and dataset == "imagenet":
-        threat, name = _THREAT_OF_SAME, _SAME_ARCHITECTURE[name]
+        threat, name = _SAME_ARCHITECTURE_THREAT, _SAME_ARCHITECTURE[name]
     try:
-        with _quiet():
+        with _without_warnings():
             network: nn.Module = _robustbench_entry(dataset, threat, name)["model"]()
     except (RuntimeError, AssertionError) as error:
         if "CUDA" not in str(error) and "NVIDIA" not in str(error):
             raise
-        message = f"robustbench's {name} moves itself to a GPU while it is built, and this machine has none"
+        message = f"robustbench's {name} moves to a GPU in its constructor, and this machine has none"
         raise EnvironmentFault(f"{message}; audit it on a machine with CUDA") from error
     return network
 

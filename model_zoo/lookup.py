@@ -1,6 +1,6 @@
-"""What can be told about a reference without torch: is it spelled rightly, is what it names there, is its hash right.
+"""Check model and data set references without torch: spelling, existence of files, and hashes.
 
-Names of timm and torchvision need those libraries, so they are told when the model is loaded.
+Names of timm and torchvision models need those libraries, so they are checked when the model is loaded.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,17 @@ from pathlib import Path
 from audit.errors import EnvironmentFault, UnknownNameError, UsageError
 from model_zoo.catalogue import BUNDLED, bundled_names, card_beside, read_card, read_card_file, robustbench_row
 from model_zoo.entries import ModelRef, is_model_ref, parse_ref
-from model_zoo.sources.downloads import verify
+from model_zoo.untrusted import verify_sha256
 
-NAMED_SETS = ("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "svhn")
-_KINDS: dict[str, Callable[[Path], bool]] = {"folder": Path.is_dir, "npz": Path.is_file, "parquet": Path.exists}
+NAMED_DATASETS = ("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "svhn")
+_PATH_EXISTS: dict[str, Callable[[Path], bool]] = {"folder": Path.is_dir, "npz": Path.is_file, "parquet": Path.exists}
+DATASET_FORMS = (*NAMED_DATASETS, *(f"{prefix}:<path>" for prefix in _PATH_EXISTS))
 
 
 def expand_ref(ref: str) -> list[str]:
-    """Return the references that a pattern such as `bundled:digits-*` stands for; any other reference as it is.
+    """Expand a pattern such as `bundled:digits-*` to references; return any other reference unchanged.
 
-    Raises UnknownNameError for a pattern that no bundled model matches.
+    Raises UnknownNameError for a pattern that matches no bundled model.
     """
     source, _, pattern = ref.partition(":")
     if source != "bundled" or not set("*?[") & set(pattern):
@@ -31,32 +32,32 @@ def expand_ref(ref: str) -> list[str]:
 
 
 def check_model(ref: str) -> None:
-    """Raise what loading the model would raise, as far as that can be told from names, files and hashes alone.
+    """Check a model reference by its names, files and hashes, without loading the model.
 
-    Raises UsageError and its kinds for a reference that is wrong, EnvironmentFault for a missing file,
-    IntegrityError for another hash than promised.
+    Raises UsageError and its subclasses for an invalid reference, EnvironmentFault for a missing file, IntegrityError
+    for a hash mismatch.
     """
     for each in expand_ref(ref):
         parsed = parse_ref(each)
-        if parsed.source in _CHECKS:
-            _CHECKS[parsed.source](parsed)
+        if parsed.source in _MODEL_CHECKS:
+            _MODEL_CHECKS[parsed.source](parsed)
 
 
 def check_dataset(ref: str) -> None:
-    """Raise UnknownNameError for a data set nobody knows, EnvironmentFault for a file or folder that is not there."""
+    """Check a data set reference; raises UnknownNameError, UsageError, or EnvironmentFault for a missing path."""
     prefix, colon, path = ref.partition(":")
-    if not colon or prefix not in _KINDS:
-        if ref not in NAMED_SETS:
-            raise UnknownNameError("data set", ref, (*NAMED_SETS, *(f"{kind}:<path>" for kind in _KINDS)))
+    if not colon or prefix not in _PATH_EXISTS:
+        if ref not in NAMED_DATASETS:
+            raise UnknownNameError("data set", ref, DATASET_FORMS)
         return
     if not path:
         raise UsageError(f"data set {ref!r} names no path; write {prefix}:<path>")
-    if not _KINDS[prefix](Path(path)):
-        raise EnvironmentFault(f"data set {ref!r}: {path} does not exist{_beside(Path(path))}")
+    if not _PATH_EXISTS[prefix](Path(path)):
+        raise EnvironmentFault(f"data set {ref!r}: {path} does not exist{_suggestion(Path(path))}")
 
 
 def _check_bundled(ref: ModelRef) -> None:
-    verify(BUNDLED / f"{ref.target}.safetensors", read_card(ref.target)["sha256"])
+    verify_sha256(BUNDLED / f"{ref.target}.safetensors", read_card(ref.target)["sha256"])
 
 
 def _check_robustbench(ref: ModelRef) -> None:
@@ -67,7 +68,7 @@ def _check_robustbench(ref: ModelRef) -> None:
 def _check_file(ref: ModelRef) -> None:
     path, arch = Path(ref.target), ref.options.get("arch", "")
     if not ref.options and (card := card_beside(path)):
-        verify(path, read_card_file(card, f"the weights {path.name}")["sha256"])
+        verify_sha256(path, read_card_file(card, f"the weights {path.name}")["sha256"])
         return
     if not arch or "num_classes" not in ref.options:
         missing = "arch=" if not arch else "num_classes="
@@ -81,21 +82,21 @@ def _check_file(ref: ModelRef) -> None:
         elif inner.source == "robustbench":
             _check_robustbench(inner)
     elif (code := Path(arch.rpartition(":")[0])).suffix == ".py" and not code.is_file():
-        raise EnvironmentFault(f"the factory file {code} does not exist{_beside(code)}")
+        raise EnvironmentFault(f"the factory file {code} does not exist{_suggestion(code)}")
     if not path.is_file():
-        raise EnvironmentFault(f"weights file {path} does not exist{_beside(path)}")
-    verify(path, ref.options.get("sha256", ""))
+        raise EnvironmentFault(f"weights file {path} does not exist{_suggestion(path)}")
+    verify_sha256(path, ref.options.get("sha256", ""))
 
 
-_CHECKS: dict[str, Callable[[ModelRef], None]] = {
+_MODEL_CHECKS: dict[str, Callable[[ModelRef], None]] = {
     "bundled": _check_bundled,
     "robustbench": _check_robustbench,
     "file": _check_file,
 }
 
 
-def _beside(path: Path) -> str:
-    """Return the tail of a sentence: the nearest names beside a path that is not there."""
+def _suggestion(path: Path) -> str:
+    """Return "; did you mean ...?" with the nearest file names beside a missing path, '' where there are none."""
     from difflib import get_close_matches
 
     try:

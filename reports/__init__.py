@@ -1,27 +1,30 @@
-"""What people look at: tables, statistics, figures and the HTML report, all derived from records.
+"""Reports: tables, statistics, figures and the HTML page, all derived from records.
 
-Imports no torch, and nothing heavy until a name is used: `rvaudit --help` comes through here.
+Imports no torch, and nothing heavy until a name is used: `rvaudit --help` imports this package. May import: the leaves
+of `audit`.
 """
 
-from importlib import import_module
 from typing import Any
 
-_HOMES = {
-    "to_frame": "reports.tables.table",
+from audit import exported
+
+_EXPORTS = {
+    "figure1": "reports.figures.gap_figure",
+    "figure2": "reports.figures.information_figure",
     "leaderboard": "reports.tables.ranking",
+    "report": "reports.page.html:render_report",
+    "to_frame": "reports.tables.table",
     "write_reports": "reports.publish",
 }
 
-__all__ = ["leaderboard", "to_frame", "write_reports"]
+__all__ = sorted(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
-    """Import one of the public names on first use (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    """Import a public name on first use (PEP 562)."""
+    return exported(__name__, _EXPORTS, name)
 
 
 def __dir__() -> list[str]:
     """List the public names without importing them."""
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_EXPORTS})

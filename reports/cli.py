@@ -1,6 +1,6 @@
-"""The command `rvaudit`: what people look at, and the measuring commands of `audit.commands.verbs`, mounted lazily.
+"""The command `rvaudit`: the commands that read runs, and those of `audit.commands.table`, mounted lazily.
 
-Nothing heavy is imported before a command runs: `rvaudit --help` loads neither torch nor pandas.
+A command is imported when it is used: `rvaudit --help` loads neither torch nor pandas.
 """
 
 import importlib
@@ -21,39 +21,48 @@ from reports.text import plain_text
 
 _INTERRUPTED, _TERMINATED = 130, 143
 _PIPE_WIDTH = 160
+_HELP_WIDTH = 60
 _RUN = click.Path(path_type=Path)
 
 
 class LazyGroup(click.Group):
-    """The commands defined here and those that `audit.commands.verbs` lists; the latter are imported when asked for."""
+    """The commands defined here and those of `audit.commands.table`, each imported when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all commands."""
-        return sorted({*super().list_commands(ctx), *_measuring_commands()})
+        return sorted({*super().list_commands(ctx), *_mounted_commands()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command by its name, or None where there is none."""
+        """Return a command by its name, or None."""
         own = super().get_command(ctx, cmd_name)
-        if own is not None or cmd_name not in _measuring_commands():
+        mounted = _mounted_commands()
+        if own is not None or cmd_name not in mounted:
             return own
-        module = importlib.import_module("audit.commands.verbs")
+        module = importlib.import_module(mounted[cmd_name][0])
         found: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return found
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing the mounted ones."""
+        lines = {name: line for name, (_, line) in _mounted_commands().items()}
+        lines |= {name: command.get_short_help_str(_HELP_WIDTH) for name, command in self.commands.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, lines[name]) for name in self.list_commands(ctx)])
+
 
 class Terminated(BaseException):
-    """Another process asked this one to end: nothing that catches errors may catch it."""
+    """SIGTERM was received; not an Exception, so that no handler of errors catches it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: what a command returns, or that of the error."""
-    with _ending_when_asked():
+    """Run the command line and return its exit code: that of the command or of its error."""
+    with _terminable():
         return _exit_code(arguments)
 
 
 @contextmanager
-def _ending_when_asked() -> Iterator[None]:
-    """Unwind on SIGTERM, as on Ctrl-C, so that nothing is left half-written; only the main thread hears signals."""
+def _terminable() -> Iterator[None]:
+    """Unwind on SIGTERM as on Ctrl-C, so that no file is left half-written; only the main thread receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -74,16 +83,16 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         result = cli.main(args=words, prog_name="rvaudit", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except AuditError as error:
-        _complain(str(error))
+        _print_error(str(error))
         return error.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        _complain("interrupted; the same command resumes")
+        _print_error("interrupted; the same command resumes")
         return _INTERRUPTED
     except Terminated:
-        _complain("ended by SIGTERM; the same command resumes")
+        _print_error("ended by SIGTERM; the same command resumes")
         return _TERMINATED
 
 
@@ -96,10 +105,10 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
 )
 @click.version_option(version("rvaudit"), prog_name="rvaudit")
 def cli() -> None:
-    """Audit how robust a pretrained model's representation is, and read the results.
+    """Audit the robustness of a pretrained model's representation, and report on the results.
 
-    Exit codes: 0 all well, 1 some model failed, 2 usage, 3 environment, 4 refused for safety, 5 integrity,
-    130 interrupted, 143 ended by SIGTERM.
+    Exit codes: 0 success, 1 some model failed, 2 usage, 3 environment, 4 refused for safety, 5 integrity,
+    130 interrupted, 143 terminated.
     """
 
 
@@ -131,7 +140,7 @@ def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None)
 
 @cli.command("figures")
 @click.argument("path", type=_RUN)
-@click.option("--only", default=None, help="Of a folder of studies: one study, such as figure3 or theorem-3.2.")
+@click.option("--only", default=None, help="One study of a folder of studies, such as figure3 or theorem-3.2.")
 def figures_command(path: Path, only: str | None) -> None:
     """Redraw the figures of a folder.
 
@@ -146,17 +155,18 @@ def figures_command(path: Path, only: str | None) -> None:
 @cli.command("report")
 @click.argument("run", type=_RUN)
 def report_command(run: Path) -> None:
-    """Rebuild everything derived from records.
+    """Rebuild the reports of a run.
 
-    Writes the leaderboard, the figures and the HTML report of a run folder.
+    Writes leaderboard, figures and HTML report of a run folder from its records.
     """
     from reports.publish import write_reports
 
     _list_paths(write_reports(run))
 
 
-def _measuring_commands() -> dict[str, str]:
-    commands: dict[str, str] = importlib.import_module("audit.commands.verbs").COMMANDS
+def _mounted_commands() -> dict[str, tuple[str, str]]:
+    """Return module and help line of every command of `audit.commands`."""
+    commands: dict[str, tuple[str, str]] = importlib.import_module("audit.commands.table").COMMANDS
     return commands
 
 
@@ -167,7 +177,7 @@ def _rebuild_leaderboards(runs: Sequence[Path]) -> None:
         try:
             write_leaderboard(run)
         except EnvironmentFault as error:
-            # an archive may be read-only; the table can still be shown
+            # an archive may be read-only; the table can still be printed
             click.echo(f"Note: {plain_text(str(error))}", err=True)
 
 
@@ -189,7 +199,7 @@ def _list_paths(paths: Sequence[Path]) -> None:
         click.echo(plain_text(str(path)))
 
 
-def _complain(message: str) -> None:
+def _print_error(message: str) -> None:
     lines = [plain_text(line) for line in message.splitlines()] or [""]
     click.echo("Error: " + "\n".join(lines), err=True)
 

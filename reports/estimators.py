@@ -1,4 +1,4 @@
-"""What the reports know of estimators beside their records: the order they stand in, and what Figure 2 may show."""
+"""Presentation of estimators: their order in reports, and the bound that Figure 2 draws for each."""
 
 # the default for ranking first, replication last; a name stands with the family before its first dash
 _ORDER = ("sandwich", "label-information", "label-level", "mine", "", "ref")
@@ -7,7 +7,7 @@ _NO_LIMIT = ("sandwich", "label-level")
 
 
 def place(estimator: str) -> tuple[int, str]:
-    """Return what estimators sort by: the default for ranking first, replications last.
+    """Return the sort key of an estimator: the default for ranking first, replications last.
 
     >>> sorted(["ref-local", "mine-infonce", "other", "sandwich", "label-level"], key=place)
     ['sandwich', 'label-level', 'mine-infonce', 'other', 'ref-local']
@@ -17,7 +17,7 @@ def place(estimator: str) -> tuple[int, str]:
 
 
 def curve_of(estimator: str, quantity: str) -> str:
-    """Return the curve that limits heads in Figure 2: "fano" for label information, "theorem" for I(X; g(X)), or "".
+    """Return the bound on heads that Figure 2 draws: "fano" for label information, "theorem" for I(X; g(X)), or "".
 
     >>> curve_of("label-information", "I(Y; g(X))"), curve_of("mine-infonce", "I(X; g(X))")
     ('fano', 'theorem')

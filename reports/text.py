@@ -1,4 +1,4 @@
-"""Text from outside made safe to show: names come from checkpoints and configuration files. Stdlib only."""
+"""Sanitise text from checkpoints and configuration files for display. Stdlib only."""
 
 import re
 import unicodedata
@@ -37,7 +37,7 @@ def spreadsheet_text(text: str) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Return text of at most `width` characters, the middle left out: both ends of a reference tell.
+    """Return text of at most `width` characters, the middle left out: both ends of a reference are informative.
 
     >>> shorten("torchvision:resnet18/IMAGENET1K_V1", 15)
     'torchvisi…1K_V1'
@@ -49,7 +49,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def short_name(reference: str) -> str:
-    """Return what a reader calls a model or data set: no scheme, no folders of a file, no options.
+    """Return the short name of a model or data set: no scheme, folders or options.
 
     >>> short_name("file:../nets/resnet2b.pth?arch=nets.py:resnet2b"), short_name("bundled:vgg-robust")
     ('resnet2b.pth', 'vgg-robust')

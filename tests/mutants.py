@@ -1,6 +1,6 @@
-"""Ten networks that only seem robust: honest ones with a defect that misleads attacks, and the checks that catch it.
+"""Ten networks with masked gradients: correct networks with one defect each, and the checks that detect it.
 
-Loaded from its file, as `tests/audit/test_checks.py` does: test folders are no packages.
+Loaded from its file, as in `tests/audit/adversary/test_attack_checks.py`: test folders are no packages.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 EPS = 0.2
-"""The l-inf radius that a mutant defends at, unless told otherwise: that of the bundled robust networks."""
+"""Default l-inf radius of the mutants: that of the bundled robust networks."""
 
 
 class _Mutant(nn.Module):
-    """An honest network with a defect: in `before` what enters it, in `after` what leaves it."""
+    """A network with a defect: `before` changes its inputs, `after` its outputs."""
 
     def __init__(self, network: nn.Module, eps: float = EPS) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class InputRounding(_Mutant):
 
 
 class ZeroGradient(_Mutant):
-    """The honest logits with a gradient of exactly zero."""
+    """Unchanged logits with a gradient of exactly zero."""
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images).detach() + 0 * images.flatten(1).sum(1, keepdim=True)
@@ -60,7 +60,7 @@ class _NoiseBackwards(torch.autograd.Function):
 
 
 class RandomGradient(_Mutant):
-    """The honest logits with noise for a gradient."""
+    """Unchanged logits with a random gradient."""
 
     def before(self, images: Tensor) -> Tensor:
         noisy: Tensor = _NoiseBackwards.apply(images)
@@ -68,45 +68,45 @@ class RandomGradient(_Mutant):
 
 
 class LogitsTimes1000(_Mutant):
-    """Logits so large that the cross-entropy is exactly zero, and its gradient too."""
+    """Logits so large that the cross-entropy and its gradient are exactly zero."""
 
     def after(self, logits: Tensor) -> Tensor:
         return 1000 * logits
 
 
 class SoftmaxOutput(_Mutant):
-    """Probabilities where logits are expected: a softmax is taken twice."""
+    """Probabilities instead of logits, so that softmax is applied twice."""
 
     def after(self, logits: Tensor) -> Tensor:
         return logits.softmax(1)
 
 
 class SharpSoftmax(_Mutant):
-    """Probabilities at a temperature so low that they are zero and one exactly."""
+    """Probabilities at a temperature so low that they are exactly zero and one."""
 
     def after(self, logits: Tensor) -> Tensor:
         return (1000 * logits).softmax(1)
 
 
 class NoisyLogits(_Mutant):
-    """Fresh noise on the logits of every forward pass, half as large as their spread."""
+    """Random noise on the logits in every forward pass, of half their standard deviation."""
 
     def after(self, logits: Tensor) -> Tensor:
         return logits + 0.5 * logits.detach().std(1, keepdim=True) * torch.randn_like(logits)
 
 
 class NoisyInput(_Mutant):
-    """Fresh noise on the pixels of every forward pass, of standard deviation eps / 2."""
+    """Random noise on the pixels in every forward pass, of standard deviation eps / 2."""
 
     def before(self, images: Tensor) -> Tensor:
         return images + self.eps / 2 * torch.randn_like(images)
 
 
 class Sine(_Mutant):
-    """A fast sine on the pixels: the gradient is right, and tells nothing a small step away.
+    """A sine of high frequency on the pixels: the gradient is exact, but does not predict the loss a small step away.
 
-    The wave is eps / 3.2 long (1/16 at eps 0.2) and eps / 4 high: its slope is 5 where the image's own is 1. Pixels
-    at multiples of 1/16 do not move by it at eps 0.2.
+    The sine has wavelength eps / 3.2 (1/16 at eps 0.2) and amplitude eps / 4, so that its slope is 5 times that of the
+    image. At eps 0.2, it is zero at pixels that are multiples of 1/16.
     """
 
     def before(self, images: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Sine(_Mutant):
 
 
 class NoGrad(_Mutant):
-    """The honest logits, cut off from autograd."""
+    """Unchanged logits without a graph."""
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -133,18 +133,26 @@ MUTANTS: dict[str, Callable[..., nn.Module]] = {
     "sine": Sine,
     "no_grad": NoGrad,
 }
-"""From a mutant's name to what makes one of an honest network, and of an eps."""
+"""Constructors by name, of a network and optionally an eps."""
 
-CAUGHT_BY: dict[str, set[int]] = {
-    "input rounding": {2, 3, 4, 5},
-    "zero gradient": {2, 3, 4, 5},
-    "random gradient": {3, 4, 5},
-    "logits x 1000": {2},
-    "softmax output": {7},
-    "sharp softmax": {2, 3, 4, 5},
-    "noisy logits": {3, 8},
-    "noisy input": {3, 8},
-    "sine": {4, 5},
-    "no_grad": {1},
+_MASKED = {
+    "zero_margin_gradient",
+    "zero_cross_entropy_gradient",
+    "gradient_slope",
+    "local_linearity",
+    "unbounded_attack",
 }
-"""The checks that must catch each mutant; others may too."""
+
+CAUGHT_BY: dict[str, set[str]] = {
+    "input rounding": _MASKED,
+    "zero gradient": _MASKED,
+    "random gradient": {"gradient_slope", "local_linearity", "unbounded_attack"},
+    "logits x 1000": {"zero_cross_entropy_gradient"},
+    "softmax output": {"logit_outputs"},
+    "sharp softmax": _MASKED,
+    "noisy logits": {"gradient_slope", "determinism"},
+    "noisy input": {"gradient_slope", "determinism"},
+    "sine": {"local_linearity", "unbounded_attack"},
+    "no_grad": {"gradient"},
+}
+"""Identifiers of the checks that must fail for each mutant; others may fail, too."""

@@ -15,32 +15,39 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from audit.adversary.accuracy import measure_accuracy
-from audit.adversary.fused import faster
+from audit.adversary.fused import fused_copy
 from audit.adversary.gradient_checks import quick_checks
-from audit.adversary.label_attack import TIERS, LabelAttack, Stage, margin_objective, search
+from audit.adversary.label_attack import TIERS, LabelAttack, Stage, margin_objective, shrinking_ball_search
 from audit.adversary.minimum_norm import DDN, CarliniWagner, carlini_wagner, ddn
 from audit.adversary.pgd import PGD, minimise
 from audit.adversary.threat import L1, L2, Linf
 from audit.attribution.saliency import SaliencySettings, layer_saliency
-from audit.certificate.certificate import CertificateSettings, certify
-from audit.certificate.collision_search import Layer, SearchEffort
+from audit.certificate.certificate import certify
+from audit.certificate.collision_search import SearchEffort
+from audit.certificate.dual_precision import DualPrecisionLayer
+from audit.certificate.settings import CertificateSettings
 from audit.config.settings import AuditSettings
-from audit.information.critic_descent import WorstCaseSearch
-from audit.information.critic_training import CriticTraining
-from audit.information.critics import CriticShape
-from audit.information.estimator import Subject
-from audit.information.labels import LabelInformation, LabelLevel
+from audit.information.estimator import EstimatorInputs
+from audit.information.label_entropy import LabelEntropy
+from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
-from audit.information.probes import ProbeTraining
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
+from audit.information.settings import CriticShape, CriticTraining, ProbeTraining, WorstCaseSearch
 from audit.random_keys import keyed_generator
 from audit.representation.layers import Representation
-from audit.run.layer_audit import audit_model
+from audit.run.network_audit import audit_model
 from audit.training.classifiers import ClassifierTraining, train_classifier
-from audit.training.heads import HeadFit, HeadTraining, Watched, fit_head, train_adversarial, train_standard
+from audit.training.heads import (
+    HeadFitSettings,
+    HeadTraining,
+    ValidationSet,
+    fit_head,
+    train_adversarial_head,
+    train_standard_heads,
+)
 from audit.training.mutual_information import MITraining, train_representation
-from audit.training.objectives import ScorerShape
+from audit.training.objectives import ObjectiveSettings
 
 _SPEC = spec_from_file_location("foreign_device", Path(__file__).with_name("foreign_device.py"))
 foreign = module_from_spec(_SPEC)
@@ -156,7 +163,8 @@ def test_copies_in_double_precision_hold_their_own_values():
 def test_a_search(threat):
     def work(place):
         objective = margin_objective(network(place), LABELS.to(place))
-        return search(objective, IMAGES.to(place), threat, PGD(10, 0.25, restarts=2, batch_size=40), keyed_generator(3))
+        pgd = PGD(10, 0.25, restarts=2, batch_size=40)
+        return shrinking_ball_search(objective, IMAGES.to(place), threat, pgd, keyed_generator(3))
 
     found = on_both(work)
     assert 0 < found[2].sum() < len(IMAGES)
@@ -178,7 +186,7 @@ def test_the_label_attack(threat):
 def test_the_fast_copy_is_made_on_the_device_too():
     def work(place):
         original = network(place)
-        made = faster(original, IMAGES.to(place))
+        made = fused_copy(original, IMAGES.to(place))
         assert made is not original
         return made(IMAGES.to(place))
 
@@ -192,7 +200,7 @@ def test_the_checks_of_an_attack():
 TRAINING = CriticTraining(steps=4, every=2, batch_size=30)
 ESTIMATORS = {
     "sandwich": Sandwich(steps=4, start_steps=3, quantisers=(2,)),
-    "label-level": LabelLevel(steps=4),
+    "label-level": LabelEntropy(steps=4),
     "label-information": LabelInformation(ProbeTraining(folds=2, steps=5), steps=3),
     "mine": Mine(TRAINING, WorstCaseSearch(collapse_steps=2, rounds=2, critic_steps=1)),
     "mine, every pair": Mine(
@@ -207,7 +215,7 @@ def test_an_estimator(name):
     layer = "2" if name in ("sandwich", "label-information", "reference") else "logits"
 
     def work(place):
-        subject = Subject(Representation(network(place), layer).encode, IMAGES.to(place), LABELS.to(place))
+        subject = EstimatorInputs(Representation(network(place), layer).encode, IMAGES.to(place), LABELS.to(place))
         found = ESTIMATORS[name].vulnerability(subject, Linf(0.05), 0)
         objective = ESTIMATORS[name].objective(subject)
         index = torch.arange(len(IMAGES), device=place)
@@ -220,10 +228,10 @@ def test_heads():
     def work(place):
         layer, images, labels = nn.Sequential(*network(place)[:4]), IMAGES.to(place), LABELS.to(place)
         training = HeadTraining(ProbeTraining(steps=5), epochs=1, batch_size=30, pgd=PGD(2, 0.5))
-        heads = train_standard(layer, images, labels, 4, training)
-        heads["alf"] = train_adversarial(heads["slf"], images, labels, Linf(0.05), training)
-        fit = HeadFit(4, "mlp", Linf(0.05), PGD(2, 0.5), epochs=2, batch_size=30, hidden=8)
-        fitted = fit_head(layer, images, labels, fit, {"these": Watched(images, labels, Linf(0.05))})
+        heads = train_standard_heads(layer, images, labels, 4, training)
+        heads["alf"] = train_adversarial_head(heads["slf"], images, labels, Linf(0.05), training)
+        fit = HeadFitSettings(4, "mlp", Linf(0.05), PGD(2, 0.5), epochs=2, batch_size=30, hidden=8)
+        fitted = fit_head(layer, images, labels, fit, {"these": ValidationSet(images, labels, Linf(0.05))})
         return [head(images) for head in (*heads.values(), fitted.last, fitted.best["these"].network)]
 
     on_both(work)
@@ -233,7 +241,7 @@ def test_heads():
 @pytest.mark.parametrize("branch", ["detached", "cached"])
 def test_training_a_representation(critic, branch):
     training = MITraining(
-        0.5, Linf(0.05), PGD(2, 0.5), ScorerShape(critic, width=8), branch, remembered=True,
+        0.5, Linf(0.05), PGD(2, 0.5), ObjectiveSettings(critic, width=8), branch, remembered=True,
         epochs=1, batch_size=30, shift=1, flip=True,
     )  # fmt: skip
 
@@ -260,7 +268,7 @@ def test_a_certificate():
     effort = SearchEffort(sign_steps=2, pair_steps=2, newton_steps=2, hubs=1, neighbours=2)
 
     def work(place):
-        layer = Layer.of(Representation(network(place), "logits"))
+        layer = DualPrecisionLayer.of(Representation(network(place), "logits"))
         return certify(layer, IMAGES[:8].to(place), LABELS[:8].to(place), Linf(0.2), CertificateSettings(effort=effort))
 
     on_both(work)

@@ -1,4 +1,4 @@
-"""Natural and adversarial accuracy of a classifier, measured, with intervals."""
+"""Clean and adversarial accuracy of a classifier, measured by a label attack, with confidence intervals."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -6,31 +6,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.adversary.batching import Batches
-from audit.adversary.fused import faster
+from audit.adversary.fused import fused_copy
 from audit.adversary.label_attack import (
     LOSSES,
     LabelAttack,
     Stage,
     margin,
-    never_done,
-    search,
+    shrinking_ball_search,
     targeted_margin_objective,
+    without_early_stopping,
 )
-from audit.adversary.pgd import NEVER, Found
-from audit.adversary.stochastic import DRAWS, Majority, MeanOfDraws, own_randomness
+from audit.adversary.passes import DRAWS, Batches, MajorityVote, MeanOfDraws, seeded_noise
+from audit.adversary.pgd import CLEAN_STEP, SearchResult
 from audit.adversary.threat import ThreatModel
 from audit.errors import InvalidModelError
 from audit.proportion import Proportion, wilson
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Images, Labels
 
-_ROUNDING = 1e-6  # by how much a broken image may leave its ball
+_TOLERANCE = 1e-6  # by how much rounding may take an adversarial image out of its ball
 
 
-class Siege(NamedTuple):
-    """What became of each image (N,): right at all, still right, by which stage (-1: none) and at which step it was
-    lost, the smallest margin that the network itself confirmed, and the images (N, C, H, W) that have it."""
+class AttackOutcome(NamedTuple):
+    """Outcome of an attack for each image.
+
+    `correct` and `robust` (N,) mark images classified correctly without and under the attack. `stage` and `step` (N,)
+    say where an image was broken, -1 and -1 if it was not. `margin` (N,) is the smallest margin met, evaluated on the
+    network itself, and `images` (N, C, H, W) are the images with that margin.
+    """
 
     correct: Tensor
     robust: Tensor
@@ -41,11 +44,11 @@ class Siege(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """What the label attack measured: natural, adversarial, which images stayed right (N,), the passes spent,
-    and of what the images are: how many classes, and the share of the largest.
+    """Clean (`natural`) and adversarial accuracy, with the outcome for each image and the cost of the attack.
 
-    `passes` counts forward+backward passes of single images, `forwards` those without a backward one. `names` are
-    the stages that `siege` counts by.
+    `robust` (N,) marks images still classified correctly. `passes` counts forward+backward passes of single images,
+    `forwards` the forward passes without a backward pass. `largest_share` is the share of the most frequent class, and
+    `names` are the stages that `outcome.stage` is an index of.
     """
 
     natural: Proportion
@@ -55,15 +58,16 @@ class Accuracy(NamedTuple):
     num_classes: int
     largest_share: float
     forwards: int
-    siege: Siege
+    outcome: AttackOutcome
     names: tuple[str, ...]
 
 
 @torch.no_grad()
 def logits_of(network: nn.Module, images: Images, batch_size: int) -> Tensor:
-    """Return the network's outputs for all images, (N, K); raises InvalidModelError where one is not finite.
+    """Return the network's outputs (N, K) on images (N, C, H, W).
 
-    The argmax of a row with a NaN is a class, so such a network would seem to score.
+    Raises InvalidModelError if an output is not finite: the argmax of a row with a NaN is a class, so that such a
+    network would seem to score.
     """
     logits = Batches(batch_size).run(network, images)
     bad = int((~logits.isfinite()).flatten(1).any(1).sum())
@@ -80,12 +84,13 @@ def measure_accuracy(
     attack: LabelAttack,
     seed: int,
 ) -> Accuracy:
-    """Return natural and adversarial accuracy on the given images.
+    """Measure clean and adversarial accuracy on images (N, C, H, W) with labels (N,).
 
-    An image counts as robust when the network names its class on the clean image and on every image that a stage
-    ended with; a "broken" verdict is given by a plain forward pass of the network itself on a legal image.
+    An image is robust if the network classifies it correctly, and every legal image that the attack returns for it. A
+    returned image is evaluated by a plain forward pass of the network itself. Raises InvalidModelError if an output
+    or a gradient is not finite.
     """
-    return _measured(_Assault(network, images, labels, threat, attack, seed))
+    return _run(_StagedAttack(network, images, labels, threat, attack, seed))
 
 
 def measure_randomised(
@@ -96,35 +101,45 @@ def measure_randomised(
     attack: LabelAttack,
     seed: int,
 ) -> Accuracy:
-    """Return what `measure_accuracy` does, of a network that draws at random, by the majority of 20 draws an image.
+    """Measure the accuracies of a randomised network, by the majority vote of 20 draws an image.
 
-    Searches follow the gradient of the mean over as many, and go on where they seem to have won. No point estimate: a
-    verdict is drawn again for every image tried. The noise is keyed by the seed.
+    Searches follow the gradient of the mean over 20 draws and do not stop early. The result is no point estimate: the
+    vote is drawn again for every image tried. Random numbers of the network are keyed by the seed.
+
+    Source: Athalye et al. 2018, "Synthesizing Robust Adversarial Examples" (expectation over transformation).
     """
-    with own_randomness(images.device, seed):
-        # rounding is no matter beside the draws, and a folded copy would draw by itself
-        assault = _Assault(Majority(network), images, labels, threat, replace(attack, fast=False), seed)
-        assault.searched, assault.randomised = MeanOfDraws(network), True
-        found = _measured(assault)
+    with seeded_noise(images.device, seed):
+        # no fused copy: it would draw numbers of its own to be verified
+        attack = replace(attack, fast=False)
+        staged = _StagedAttack(MajorityVote(network), images, labels, threat, attack, seed)
+        staged.searched, staged.randomised = MeanOfDraws(network), True
+        found = _run(staged)
     return found._replace(passes=DRAWS * found.passes, forwards=DRAWS * found.forwards)
 
 
-def _measured(assault: "_Assault") -> Accuracy:
-    attack, labels = assault.attack, assault.labels
-    if assault.threat.eps > 0:
+def _run(staged: "_StagedAttack") -> Accuracy:
+    attack, labels = staged.attack, staged.labels
+    if staged.threat.eps > 0:
         for number, stage in enumerate(attack.stages):
-            assault.search(number, stage)
-        assault.noise()
-        assault.borrowed()
-    siege, count = assault.siege, len(labels)
-    natural, adversarial = (wilson(int(right.sum()), count) for right in (siege.correct, siege.robust))
-    share = float(labels.bincount().max()) / count
-    return Accuracy(natural, adversarial, siege.robust, assault.passes, assault.num_classes, share, assault.forwards,
-                    siege, assault.names)  # fmt: skip
+            staged.search(number, stage)
+        staged.add_noise()
+        staged.run_external()
+    outcome, count = staged.outcome, len(labels)
+    return Accuracy(
+        natural=wilson(int(outcome.correct.sum()), count),
+        adversarial=wilson(int(outcome.robust.sum()), count),
+        robust=outcome.robust,
+        passes=staged.passes,
+        num_classes=staged.num_classes,
+        largest_share=float(labels.bincount().max()) / count,
+        forwards=staged.forwards,
+        outcome=outcome,
+        names=staged.names,
+    )
 
 
-class _Assault:
-    """The stages of one attack on one set of images, and what is still standing."""
+class _StagedAttack:
+    """The stages of an attack on one set of images, each on the survivors of the ones before."""
 
     def __init__(
         self, network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, attack: LabelAttack, seed: int
@@ -133,86 +148,91 @@ class _Assault:
         self.threat, self.attack, self.seed = threat, attack, seed
         logits = logits_of(network, images, attack.batch_size)
         margins, self.num_classes = margin(logits, labels), logits.shape[1]
-        nobody = torch.full_like(labels, NEVER)
-        right = margins > 0
-        self.siege = Siege(right, right.clone(), nobody, nobody.clone(), margins.clone(), images.clone())
-        # the likeliest other classes first; a network of two classes has one
-        self.others = logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
+        unbroken = torch.full_like(labels, CLEAN_STEP)
+        correct = margins > 0
+        self.outcome = AttackOutcome(
+            correct, correct.clone(), unbroken, unbroken.clone(), margins.clone(), images.clone()
+        )
+        # other classes in order of their logits, (N, K - 1)
+        self.other_classes = logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
         self.names = attack.names_in(threat.norm)
-        self.searched = faster(network, images) if attack.fast else network
+        self.searched = fused_copy(network, images) if attack.fast else network
         self.randomised = False
         self.passes, self.forwards = 0, len(images)
 
     @property
-    def standing(self) -> Tensor:
-        """The indices (A,) of the images that are still right."""
-        return self.siege.robust.nonzero().flatten()
+    def survivors(self) -> Tensor:
+        """The indices (A,) of the images that are still classified correctly."""
+        return self.outcome.robust.nonzero().flatten()
 
     def search(self, number: int, stage: Stage) -> None:
-        """Run one stage on what is standing."""
+        """Run one gradient-based stage on the survivors."""
         for rank in range(min(max(stage.targets, 1), self.num_classes - 1)):
-            self._searched(number, stage, rank, self.standing, self.searched)
-            # where the copy was mistaken about a broken image, the network itself is searched
+            unconfirmed = self._search(number, stage, rank, self.survivors, self.searched)
+            # search the network itself for images that only the fused copy misclassifies
             if self.searched is not self.network and not self.randomised:
-                self._searched(number, stage, rank, self._mistaken, self.network)
+                self._search(number, stage, rank, unconfirmed, self.network)
 
-    def _searched(self, number: int, stage: Stage, rank: int, index: Tensor, network: nn.Module) -> None:
-        self._mistaken = index[:0]
+    def _search(self, number: int, stage: Stage, rank: int, index: Tensor, network: nn.Module) -> Tensor:
+        """Search for images of indices (A,), and return the indices of those broken on the searched network alone."""
         if len(index) == 0:
-            return
+            return index
         labels = self.labels[index]
         if stage.loss == "targeted":
-            objective = targeted_margin_objective(network, labels, self.others[index, rank])
+            objective = targeted_margin_objective(network, labels, self.other_classes[index, rank])
         else:
             objective = LOSSES[stage.loss](network, labels)
-        objective = never_done(objective) if self.randomised else objective
+        objective = without_early_stopping(objective) if self.randomised else objective
         generator = keyed_generator(self.seed, Purpose.LABEL_ATTACK, number, rank)
-        found = search(objective, self.images[index], self.threat, stage.pgd, generator)
+        found = shrinking_ball_search(objective, self.images[index], self.threat, stage.pgd, generator)
         self.passes, self.forwards = self.passes + found.passes, self.forwards + found.forwards
-        lost = self._confirm(index, found.images, number, found)
-        self._mistaken = index[found.done & ~lost]
+        broken = self._evaluate(index, found.images, number, found)
+        return index[found.done & ~broken]
 
-    def noise(self) -> None:
-        """Try random corners of the ball."""
+    def add_noise(self) -> None:
+        """Evaluate random vertices of the ball around the survivors."""
         generator = keyed_generator(self.seed, Purpose.CANDIDATE_NOISE)
         for _ in range(self.attack.noise):
-            # drawn for all images, so that the draws do not depend on who is standing
+            # drawn for all images, so that the draws do not depend on the survivors
             directions = torch.randn(self.images.shape, generator=generator).to(self.images)
-            index = self.standing
+            index = self.survivors
             if len(index) == 0:
                 return
             clean = self.images[index]
-            corners = self.threat.step(clean, directions[index], clean, self.threat.eps)
-            self._confirm(index, corners, len(self.attack.stages))
+            vertices = self.threat.step(clean, directions[index], clean, self.threat.eps)
+            self._evaluate(index, vertices, len(self.attack.stages))
 
-    def borrowed(self) -> None:
-        """Let the attack of outputs only try its luck, then those of other packages."""
-        asking = self.attack.asking_in(self.threat.norm)
+    def run_external(self) -> None:
+        """Run the gradient-free attack, then those of other packages, on the survivors."""
+        gradient_free = self.attack.gradient_free_name(self.threat.norm)
         for number, name in enumerate(self.names):
-            known = name == asking or name in self.attack.borrowed
-            index = self.standing
-            if not known or len(index) == 0:
+            index = self.survivors
+            if name not in (gradient_free, *self.attack.borrowed) or len(index) == 0:
                 continue
-            from audit.adversary.external import blind_attack, borrowed_attack
+            from audit.adversary.external import external_attack, gradient_free_attack
 
-            attack = blind_attack(self.threat, self.attack.queries) if name == asking else borrowed_attack(name)
-            # a randomised network is asked for the mean of its draws: votes jump
+            attack = (
+                gradient_free_attack(self.threat, self.attack.queries)
+                if name == gradient_free
+                else external_attack(name)
+            )
+            # the mean over draws for randomised networks: votes are piecewise constant
             network = self.searched if self.randomised else self.network
             found = attack(network, self.images[index], self.labels[index], self.threat, self.seed)
             self.passes, self.forwards = self.passes + found.backwards, self.forwards + found.forwards - found.backwards
-            self._confirm(index, found.images, number)
+            self._evaluate(index, found.images, number)
 
-    def _confirm(self, index: Tensor, candidates: Images, number: int, found: Found | None = None) -> Tensor:
-        """Note which of the images (A,) their candidates lose, by the network itself, and return it (A,)."""
-        legal = self.threat.distance(candidates, self.images[index]) <= self.threat.eps + _ROUNDING
+    def _evaluate(self, index: Tensor, candidates: Images, number: int, found: SearchResult | None = None) -> Tensor:
+        """Update the outcome from candidates (A, C, H, W) of stage `number`, and return which are adversarial, (A,)."""
+        legal = self.threat.distance(candidates, self.images[index]) <= self.threat.eps + _TOLERANCE
         low, high = self.threat.pixel_range
         legal &= ((candidates >= low) & (candidates <= high)).flatten(1).all(1)
         margins = margin(logits_of(self.network, candidates, self.attack.batch_size), self.labels[index])
         self.forwards += len(index)
         margins = torch.where(legal, margins, torch.inf)
-        smaller, lost, siege = margins < self.siege.margin[index], ~(margins > 0), self.siege
-        siege.margin[index[smaller]], siege.images[index[smaller]] = margins[smaller], candidates[smaller]
-        siege.robust[index[lost]] = False
-        siege.stage[index[lost]] = number
-        siege.step[index[lost]] = found.step[lost] if found else 0
-        return lost
+        smaller, broken, outcome = margins < self.outcome.margin[index], ~(margins > 0), self.outcome
+        outcome.margin[index[smaller]], outcome.images[index[smaller]] = margins[smaller], candidates[smaller]
+        outcome.robust[index[broken]] = False
+        outcome.stage[index[broken]] = number
+        outcome.step[index[broken]] = found.step[broken] if found else 0
+        return broken

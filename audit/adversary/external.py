@@ -1,98 +1,36 @@
-"""Attacks of other packages, as one table of callables: candidates in, legal images and their cost out.
+"""Attacks of other packages by name, and our gradient-free search under the same contract.
 
-One of our own stands among them, the search by differences: it too sees no more than the network's outputs.
-
-Every adapter leaves the process as it found it: no gradient on a parameter, no draw from a global generator, no
-tracer removed, nothing printed. Verdicts are not theirs to give: the caller judges the images by a plain forward pass.
-
-What depends on the batch, as far as the packages go: pyautoattack draws its random starts for 250 images at once and
-gives all of them the same squares, so an image's result depends on its neighbours and their order (equal images in
-equal order and an equal seed give equal results). HopSkipJump runs image by image and does not.
+Results of pyautoattack depend on the batch: it draws random starts for 250 images at once and proposes the same
+squares for all of them, so that equal results need equal images in equal order and an equal seed. HopSkipJump runs
+image by image and does not.
 """
 
 import logging
-import random
-import sys
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from audit.adversary.finite_differences import Differences
+from audit.adversary.external_adapter import ExternalAttack, PassCounter, required_package
+from audit.adversary.finite_differences import FiniteDifferences
 from audit.adversary.label_attack import margin
 from audit.adversary.threat import THREATS, ThreatModel
-from audit.errors import EnvironmentFault, InvalidModelError, UnknownNameError, UsageError
+from audit.errors import InvalidModelError, UnknownNameError, UsageError
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Images, Labels
 
-_STARTS = 64  # noise images among which HopSkipJump looks for a start
-_FAULTS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
-
-
-class Borrowed(NamedTuple):
-    """Legal candidates (N, C, H, W), the clean image where none was found, and the passes of single images spent.
-
-    A package's own checks of the network count as forward passes too.
-    """
-
-    images: Images
-    forwards: int
-    backwards: int
-
-
-class BorrowedAttack(ABC):
-    """An attack from elsewhere: call it with a network, the images still to break, labels, threat and seed."""
-
-    library: ClassVar[str]
-    norms: ClassVar[dict[str, str]]
-
-    def __call__(self, network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, seed: int) -> Borrowed:
-        """Return candidates (N, C, H, W) inside the ball and the pixel range; the same seed gives the same ones.
-
-        Raises UsageError for a norm or pixel range that the package does not know, EnvironmentFault where it is not
-        installed, InvalidModelError where it fails on this network or these images.
-        """
-        self._check(threat)
-        if len(images) == 0 or threat.eps == 0:
-            return Borrowed(images.clone(), 0, 0)
-        with _as_it_was(network):
-            counted = Counted(network)
-            try:
-                found = self._search(counted, images.detach(), labels, threat, _library_seed(seed))
-            except torch.OutOfMemoryError:
-                raise
-            except _FAULTS as fault:
-                shape = tuple(images.shape[1:])
-                raise InvalidModelError(
-                    f"{self.library} fails on this network and images of shape {shape}: {type(fault).__name__} {fault}"
-                ) from fault
-        return Borrowed(_legal(found.detach(), images, threat), counted.forwards, counted.backwards)
-
-    def _check(self, threat: ThreatModel) -> None:
-        if threat.norm not in self.norms:
-            raise UsageError(
-                f"{self.library} does not attack in {threat.norm!r}; legal: {', '.join(sorted(self.norms))}"
-            )
-        if threat.pixel_range != (0.0, 1.0):
-            raise UsageError(f"{self.library} moves pixels within (0.0, 1.0), not within {threat.pixel_range}")
-
-    @abstractmethod
-    def _search(self, network: "Counted", images: Images, labels: Labels, threat: ThreatModel, seed: int) -> Images: ...
+_NOISE_STARTS = 64  # noise images among which HopSkipJump looks for a start
 
 
 @dataclass(frozen=True)
-class AutoAttack(BorrowedAttack):
-    """Stages of AutoAttack, each on what the ones before it left: 100 iterations of APGD, 100 of FAB, then Square.
+class AutoAttack(ExternalAttack):
+    """Stages of AutoAttack, each on the survivors: 100 iterations of APGD, 100 of FAB, then Square with `queries`.
 
-    The DLR loss divides by the third logit, its targeted form by the fourth. With three classes the untargeted form
-    takes the targeted one's place, with two only the cross-entropy is left; at most nine classes are targeted.
+    The DLR loss divides by the third logit, its targeted form by the fourth. So with three classes the untargeted form
+    replaces the targeted one, and with two only the cross-entropy is left; at most nine classes are targeted. Raises
+    UnknownNameError for an unknown stage, UsageError for no stage or no queries.
 
     Source: Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
     Parameter-free Attacks"; Square: Andriushchenko et al. 2020; FAB: Croce & Hein 2020.
@@ -114,24 +52,24 @@ class AutoAttack(BorrowedAttack):
         if self.queries < 1:
             raise UsageError(f"queries {self.queries!r} of Square must be at least 1")
 
-    def _check(self, threat: ThreatModel) -> None:
+    def _check_threat(self, threat: ThreatModel) -> None:
         if self.stages == ("square",) and threat.norm != "linf":
             raise UsageError(
-                f"Square alone attacks in 'linf', not in {threat.norm!r}: there its squares reach a boundary only at "
-                "two to three times its distance; use `differences`"
+                f"Square alone attacks in 'linf', not in {threat.norm!r}, where it needs two to three times the "
+                "radius; use `differences`"
             )
-        super()._check(threat)
+        super()._check_threat(threat)
 
     def stages_for(self, num_classes: int) -> list[str]:
-        """Return the stages that a number of classes allows; raises InvalidModelError for fewer than two classes."""
+        """Return the stages for a number of classes; raises InvalidModelError for fewer than two classes."""
         if num_classes < 2:
             raise InvalidModelError(f"the network has {num_classes} output: an attack on the label needs 2 or more")
         allowed = [stage if stage != "apgd-t" or num_classes > 3 else "apgd-dlr" for stage in self.stages]
         allowed = [stage if stage != "apgd-dlr" or num_classes > 2 else "apgd-ce" for stage in allowed]
         return list(dict.fromkeys(allowed))
 
-    def _search(self, network: "Counted", images: Images, labels: Labels, threat: ThreatModel, seed: int) -> Images:
-        with _needed("pyautoattack"):
+    def _search(self, network: PassCounter, images: Images, labels: Labels, threat: ThreatModel, seed: int) -> Images:
+        with required_package("pyautoattack"):
             library = import_module("pyautoattack")
         classes = network.num_classes(images)
         attack = library.AutoAttack(
@@ -141,7 +79,7 @@ class AutoAttack(BorrowedAttack):
         attack.square.n_queries = self.queries
         attack.fab.n_target_classes = min(attack.fab.n_target_classes, classes - 1)
         attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, classes - 1)
-        # what it warns of (zero gradients, a random network, probabilities for logits) is for the audit's own checks
+        # silence its warnings of zero gradients, randomised networks and probabilities: our own checks cover them
         silent = logging.Logger("silent", logging.CRITICAL + 1)
         attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = silent
         found: Images = attack.run_standard_evaluation(images, labels)[0]
@@ -149,13 +87,13 @@ class AutoAttack(BorrowedAttack):
 
 
 @dataclass(frozen=True)
-class HopSkipJump(BorrowedAttack):
-    """HopSkipJump, which sees only the class named: for networks whose gradients and scores cannot be trusted.
+class HopSkipJump(ExternalAttack):
+    """HopSkipJump, a decision-based attack, for networks with masked gradients and scores.
 
-    `steps` of the walk along the boundary: 50 cost about 25,000 forward passes an image. Images run one by one,
+    `steps` of the walk along the boundary: 50 take about 25,000 forward passes an image. Images run one by one,
     because Foolbox scales the gradient estimate by the norm over the whole batch. A walk starts at the nearest of 64
-    noise images that the network does not give the label, else at the nearest given image that it does not; an
-    image without a start stays clean.
+    noise images that the network puts in another class, else at the nearest such image of the given ones; an image
+    without a start stays clean. Raises UsageError for fewer than one step.
 
     Source: Chen, Jordan & Wainwright 2020, "HopSkipJumpAttack: A Query-Efficient Decision-Based Attack".
     """
@@ -169,148 +107,79 @@ class HopSkipJump(BorrowedAttack):
         if self.steps < 1:
             raise UsageError(f"steps {self.steps!r} of HopSkipJump must be at least 1")
 
-    def _search(self, network: "Counted", images: Images, labels: Labels, threat: ThreatModel, seed: int) -> Images:
-        with _needed("foolbox"):
+    def _search(self, network: PassCounter, images: Images, labels: Labels, threat: ThreatModel, seed: int) -> Images:
+        with required_package("foolbox"):
             foolbox, attacks = import_module("foolbox"), import_module("foolbox.attacks")
         model = foolbox.PyTorchModel(network, bounds=(0, 1), device=images.device)
         attack = attacks.HopSkipJumpAttack(steps=self.steps, constraint=self.norms[threat.norm])
         network.num_classes(images)
-        starts = _starts(network, images, labels, seed)
+        starts = _starting_points(network, images, labels, seed)
         found = images.clone()
         for i in (~starts.isnan().flatten(1).any(1)).nonzero().flatten().tolist():
             torch.manual_seed(seed)  # inside fork_rng: every image has the same draws, whatever its place
             criterion = foolbox.criteria.Misclassification(labels[i : i + 1])
             found[i] = attack.run(model, images[i : i + 1], criterion, starting_points=starts[i : i + 1])[0]
-        # its images lie on the boundary up to rounding: a thousandth further out the verdict does not hang on it
+        # results lie on the boundary up to rounding: move them outwards by a thousandth for a clear verdict
         return images + 1.001 * (found - images)
 
 
 @dataclass(frozen=True)
-class ByDifferences(BorrowedAttack):
-    """Our own search by differences of the margin, `audit.adversary.finite_differences`, with so many queries an image."""
+class FiniteDifferenceAttack(ExternalAttack):
+    """The gradient-free search of `audit.adversary.finite_differences`, with `queries` forward passes an image."""
 
     queries: int = 300
 
     library: ClassVar[str] = "the search by differences"
     norms: ClassVar[dict[str, str]] = {norm: norm for norm in THREATS}
 
-    def _check(self, threat: ThreatModel) -> None:
-        """Every threat model is fit, whatever its pixel range."""
+    def _check_threat(self, threat: ThreatModel) -> None:
+        """Accept every norm and pixel range."""
 
     def _search(
         self,
-        network: "Counted",
+        network: PassCounter,
         images: Images,
         labels: Labels,
         threat: ThreatModel,
         seed: int,  # noqa: ARG002
     ) -> Images:
         network.num_classes(images)
-        return Differences(self.queries).search(network, images, labels, threat).images
+        return FiniteDifferences(self.queries).search(network, images, labels, threat).images
 
 
-BORROWED: dict[str, BorrowedAttack] = {
+EXTERNAL_ATTACKS: dict[str, ExternalAttack] = {
     "autoattack-standard": AutoAttack(),
     "apgd": AutoAttack(("apgd-ce", "apgd-t")),
     "fab": AutoAttack(("fab-t",)),
     "square": AutoAttack(("square",), queries=300),
-    "differences": ByDifferences(),
+    "differences": FiniteDifferenceAttack(),
     "hopskipjump": HopSkipJump(),
 }
 
 
-def blind_attack(threat: ThreatModel, queries: int) -> BorrowedAttack:
-    """Return the attack of outputs only with so many queries an image: Square in l-inf, differences in other norms."""
-    return AutoAttack(("square",), queries) if threat.norm == "linf" else ByDifferences(queries)
+def gradient_free_attack(threat: ThreatModel, queries: int) -> ExternalAttack:
+    """Return the gradient-free attack with `queries` queries an image: Square in l-inf, differences in other norms."""
+    return AutoAttack(("square",), queries) if threat.norm == "linf" else FiniteDifferenceAttack(queries)
 
 
-def borrowed_attack(name: str) -> BorrowedAttack:
-    """Return a borrowed attack by its name; raises UnknownNameError with the nearest legal names."""
-    if name not in BORROWED:
-        raise UnknownNameError("borrowed attack", name, BORROWED)
-    return BORROWED[name]
-
-
-class Counted(nn.Module):
-    """A network that counts the forward and backward passes of single images that others run through it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self._held = (network,)  # in a tuple it is no submodule: nobody's .eval() or .to() reaches it
-        self.forwards = self.backwards = 0
-        self.eval()
-
-    def forward(self, images: Images) -> Tensor:
-        """Return the network's logits (N, K), as a copy: Square writes into them, and they may be a view."""
-        logits: Tensor = self._held[0](images).clone()
-        self.forwards += len(images)
-        if logits.requires_grad:
-            logits.register_hook(self._backward)
-        return logits
-
-    def num_classes(self, images: Images) -> int:
-        """Return how many classes the network names; raises InvalidModelError where its output is not (N, K)."""
-        with torch.no_grad():
-            shape = self(images[:1]).shape
-        if len(shape) != 2:
-            raise InvalidModelError(
-                f"the network's output for one image has shape {tuple(shape)}: legal is (1, classes)"
-            )
-        return shape[1]
-
-    def _backward(self, gradient: Tensor) -> None:
-        self.backwards += len(gradient)
-
-
-def _library_seed(seed: int) -> int:
-    """Return a seed for global generators, where the seed itself would repeat draws of whoever used it plainly."""
-    return keyed_generator(seed, Purpose.EXTERNAL_ATTACK).initial_seed()
-
-
-def _legal(found: Images, clean: Images, threat: ThreatModel) -> Images:
-    finite = found.isfinite().flatten(1).all(1).view(-1, *[1] * (clean.dim() - 1))
-    return threat.project(torch.where(finite, found, clean), clean)
+def external_attack(name: str) -> ExternalAttack:
+    """Return an external attack by its name; raises UnknownNameError with the nearest legal names."""
+    if name not in EXTERNAL_ATTACKS:
+        raise UnknownNameError("external attack", name, EXTERNAL_ATTACKS)
+    return EXTERNAL_ATTACKS[name]
 
 
 @torch.no_grad()
-def _starts(network: nn.Module, images: Images, labels: Labels, seed: int) -> Images:
-    """Return for every image the nearest one that does not have its label, NaN where there is none."""
-    noise = torch.rand(_STARTS, *images.shape[1:], generator=keyed_generator(seed, _STARTS)).to(images)
+def _starting_points(network: nn.Module, images: Images, labels: Labels, seed: int) -> Images:
+    """Return for each image the nearest image of another predicted class, NaN if there is none."""
+    generator = keyed_generator(seed, Purpose.EXTERNAL_STARTS)
+    noise = torch.rand(_NOISE_STARTS, *images.shape[1:], generator=generator).to(images)
     starts = torch.full_like(images, torch.nan)
-    for pool in (images, noise):  # the last word is the noise's: it does not depend on what else is attacked
-        logits = torch.cat([network(part) for part in pool.split(_STARTS)])
+    for pool in (images, noise):  # noise last, and preferred: it does not depend on the other images
+        logits = torch.cat([network(part) for part in pool.split(_NOISE_STARTS)])
         for i, image in enumerate(images):
             other = ~(margin(logits, labels[i].expand(len(pool))) > 0)
             if other.any():
                 distance = (pool - image).flatten(1).norm(dim=1).masked_fill(~other, torch.inf)
                 starts[i] = pool[distance.argmin()]
     return starts
-
-
-@contextmanager
-def _needed(package: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"{package} cannot be imported ({error}): this attack needs `pip install 'rvaudit[attacks]'`"
-        ) from error
-
-
-@contextmanager
-def _as_it_was(network: nn.Module) -> Iterator[None]:
-    """Freeze the parameters, and put back afterwards what the packages seed, draw from or switch off."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    states: tuple[Any, Any, Any] = random.getstate(), np.random.get_state(), sys.gettrace()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        with torch.random.fork_rng(list(range(torch.cuda.device_count()))), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        sys.settrace(states[2])

@@ -1,7 +1,6 @@
-"""An attack that asks for the network's outputs only: differences of the margin along directions, one query each.
+"""A gradient-free attack: descent along finite differences of the margin, one query for each direction.
 
-For networks whose gradients cannot be trusted, in any norm. Nothing is drawn at random, and no image's search depends
-on another's.
+For networks with masked gradients, in any norm. The search is deterministic and independent of other images.
 
 Source: Guo et al. 2019, "Simple Black-box Adversarial Attacks" (orthonormal directions, of pixels or low frequencies);
 Ilyas et al. 2018, "Black-box Adversarial Attacks with Limited Queries and Information" (gradients from differences).
@@ -15,21 +14,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.adversary.batching import Batches
 from audit.adversary.label_attack import margin
+from audit.adversary.passes import Batches
 from audit.adversary.threat import ThreatModel
 from audit.errors import UsageError
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Images, Labels
 
-_REACH = 0.4  # how far a query looks, in radii of the ball: rounding, noise and flat steps hide shorter differences
-_FARTHEST = 0.5  # and no pixel by more than this
-_ROUND = 30  # directions between two moves, where there are not queries enough for all of them
-_WALK, _STRIDE = 20, 0.25  # projected steps to where a linear margin is least, in radii
+_STEP = 0.4  # of a difference, in radii: rounding, noise and piecewise constant layers hide shorter ones
+_LARGEST_CHANGE = 0.5  # of a pixel
+_ROUND = 30  # directions between two moves, where queries do not suffice for all directions
+_PROJECTED_STEPS, _STEP_LENGTH = 20, 0.25  # to the minimum of a linear margin; the length in radii
 
 
-class Asked(NamedTuple):
-    """The images (N, C, H, W) of the smallest margins met, those margins (N,), and the forward passes spent."""
+class QueryResult(NamedTuple):
+    """The images (N, C, H, W) of smallest margin met, these margins (N,), and the number of forward passes."""
 
     images: Images
     margins: Tensor
@@ -37,13 +36,13 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Differences:
-    """How many `queries` an image may cost; `batch_size` bounds memory and decides nothing else.
+class FiniteDifferences:
+    """Gradient-free search with at most `queries` forward passes an image.
 
-    Where all pixels can be asked about at least once, they are, and again after every move: what is linear is left
-    at once. Larger images are asked along as many directions as there are queries for, those of the lowest
-    frequencies first; in the l1 ball, where few pixels move, along single pixels, those near the centre likelier.
-    All channels move together first, then apart.
+    If the queries suffice for one difference in every pixel, the gradient is estimated in full and again after every
+    move. Larger images are queried along as many orthonormal directions as there are queries: cosines of the lowest
+    frequencies, or in the l1 norm single pixels, preferably near the centre; first grey directions, then colours.
+    `batch_size` limits memory and does not affect the result. Raises UsageError for a count below 1.
     """
 
     queries: int = 300
@@ -55,76 +54,81 @@ class Differences:
                 raise UsageError(f"{name} {getattr(self, name)!r} of a search by differences must be at least 1")
 
     @torch.no_grad()
-    def search(self, network: nn.Module, images: Images, labels: Labels, threat: ThreatModel) -> Asked:
-        """Return, per image (N, C, H, W), the legal one with the smallest margin met; lost images are left alone."""
-        asking = _Asking(network, images, labels, threat, self.batch_size)
+    def search(self, network: nn.Module, images: Images, labels: Labels, threat: ThreatModel) -> QueryResult:
+        """Return the legal images of smallest margin met for images (N, C, H, W) with labels (N,).
+
+        Images that are misclassified are not searched further.
+
+        Source: Guo et al. 2019 (directions); Ilyas et al. 2018 (gradient estimate).
+        """
+        descent = _QueryDescent(network, images, labels, threat, self.batch_size)
         size = images[0].numel() if len(images) else 0
-        everything = size + 2 <= self.queries
-        left = self.queries - 1  # the clean image was the first
-        while left > 1 and asking.standing.any():
+        all_pixels = size + 2 <= self.queries
+        left = self.queries - 1  # the clean image took the first
+        while left > 1 and descent.correct.any():
             for directions in _directions(tuple(images.shape[1:]), threat, self.queries):
-                asked = directions[: left - 1]
-                asking.look(asked.to(images))
-                asking.move()
-                left -= len(asked) + 1
-                if left < 2 or not asking.standing.any():
+                queried = directions[: left - 1]
+                descent.query(queried.to(images))
+                descent.move()
+                left -= len(queried) + 1
+                if left < 2 or not descent.correct.any():
                     break
-            if not everything:
+            if not all_pixels:
                 break
-            asking.forget()
-        return Asked(asking.images, asking.margins, asking.forwards)
+            descent.reset_gradient()
+        return QueryResult(descent.images, descent.margins, descent.forwards)
 
 
-class _Asking:
-    """Where each image has got to, and what is known of the margin's gradient."""
+class _QueryDescent:
+    """State of the search: the current images, their margins, and the estimated gradients of the margin."""
 
     def __init__(self, network: nn.Module, clean: Images, labels: Labels, threat: ThreatModel, batch_size: int) -> None:
         self.network, self.clean, self.labels, self.threat = network, clean, labels, threat
         self.batches, self.forwards = Batches(batch_size), 0
         self.images, self.gradient = clean.clone(), torch.zeros_like(clean)
-        self.share = clean.new_ones(len(clean))
-        everyone = torch.arange(len(clean), device=clean.device)
-        self.margins = self._margins(clean, everyone) if len(clean) else clean.new_zeros(0)
+        self.step_share = clean.new_ones(len(clean))
+        index = torch.arange(len(clean), device=clean.device)
+        self.margins = self._margins(clean, index) if len(clean) else clean.new_zeros(0)
 
     @property
-    def standing(self) -> Tensor:
-        """Which images (N,) are still right."""
+    def correct(self) -> Tensor:
+        """Which images (N,) are still classified correctly."""
         return self.margins > 0
 
-    def look(self, directions: Tensor) -> None:
-        """Add what one query along each direction (B, C, H, W) tells to the gradients."""
-        index = self.standing.nonzero().flatten()
+    def query(self, directions: Tensor) -> None:
+        """Query along each direction (B, C, H, W), and add the differences to the gradient estimates."""
+        index = self.correct.nonzero().flatten()
         images, margins = self.images[index], self.margins[index]
         for direction in directions:
-            moved = self._probe(images, direction)
+            moved = self._shifted(images, direction)
             change = self._margins(moved, index) - margins
             move = moved - images
             slope = change / move.flatten(1).square().sum(1).clamp_min(1e-30)
-            # where the network gives no number there, that direction tells nothing
+            # ignore directions with a non-finite output
             self.gradient[index] += _per_image(slope.nan_to_num(0.0, 0.0, 0.0), move) * move
 
     def move(self) -> None:
-        """Go to where the margin would be least if it were linear, or part of the way where that led up."""
-        index = self.standing.nonzero().flatten()
+        """Step to the minimum of the linearised margin, or a part of the way after a step that increased the margin."""
+        index = self.correct.nonzero().flatten()
         clean, images = self.clean[index], self.images[index]
-        goal = clean
-        for _ in range(_WALK):
-            goal = self.threat.step(goal, self.gradient[index], clean, _STRIDE * self.threat.eps)
-        moved = self.threat.project(images + _per_image(self.share[index], images) * (goal - images), clean)
+        target = clean
+        for _ in range(_PROJECTED_STEPS):
+            target = self.threat.step(target, self.gradient[index], clean, _STEP_LENGTH * self.threat.eps)
+        moved = self.threat.project(images + _per_image(self.step_share[index], images) * (target - images), clean)
         margins = self._margins(moved, index)
         better = ~(margins >= self.margins[index])
-        self.share[index] *= torch.where(better, 2.0, 0.5)
-        self.share.clamp_(max=1.0)
+        self.step_share[index] *= torch.where(better, 2.0, 0.5)
+        self.step_share.clamp_(max=1.0)
         self.images[index[better]], self.margins[index[better]] = moved[better], margins[better]
 
-    def forget(self) -> None:
-        """Start the gradients anew: those known are of where the images were."""
+    def reset_gradient(self) -> None:
+        """Reset the gradient estimates, which are of the images before the last move."""
         self.gradient.zero_()
 
-    def _probe(self, images: Images, direction: Tensor) -> Images:
-        """Return the images moved along a direction, to the side where the pixel range leaves more room."""
+    def _shifted(self, images: Images, direction: Tensor) -> Images:
+        """Return the images shifted along a direction, with the sign that the pixel range clamps less."""
         length = float(self.threat.distance(direction[None], torch.zeros_like(direction)[None]))
-        scale = min(_REACH * self.threat.eps / length, _FARTHEST / float(direction.abs().max()))
+        scale = min(_STEP * self.threat.eps / length, _LARGEST_CHANGE / float(direction.abs().max()))
         up, down = ((images + sign * scale * direction).clamp(*self.threat.pixel_range) for sign in (1, -1))
         room = [(side - images).flatten(1).norm(dim=1) for side in (up, down)]
         return torch.where(_per_image(room[0] >= room[1], images), up, down)
@@ -135,7 +139,7 @@ class _Asking:
 
 
 def _directions(shape: tuple[int, ...], threat: ThreatModel, queries: int) -> Iterator[Tensor]:
-    """Yield directions (B, C, H, W) of length one, round by round: all pixels at once, or as many as are asked for."""
+    """Yield orthonormal directions (B, C, H, W) in rounds: all pixels in one, or at most `queries` for each colour."""
     channels, height, width = shape
     size = channels * height * width
     if size + 2 <= queries:
@@ -149,13 +153,13 @@ def _directions(shape: tuple[int, ...], threat: ThreatModel, queries: int) -> It
 
 
 def _frequency_order(height: int, width: int) -> Tensor:
-    """Return the places of an (H, W) table of frequencies, the lowest first."""
+    """Return the indices of an (H, W) table of frequencies in ascending order."""
     down, across = torch.arange(height)[:, None] / height, torch.arange(width) / width
     return (down.square() + across.square()).flatten().argsort(stable=True)
 
 
 def _pixel_order(height: int, width: int) -> Tensor:
-    """Return the places of an (H, W) image, at random, those near the centre likelier to come first."""
+    """Return the indices of an (H, W) image in random order, preferably from the centre outwards."""
     down, across = torch.arange(height)[:, None] - (height - 1) / 2, torch.arange(width) - (width - 1) / 2
     distance = (down.square() + across.square()).flatten()
     chance = torch.rand(height * width, generator=keyed_generator(Purpose.PIXEL_ORDER))
@@ -163,13 +167,13 @@ def _pixel_order(height: int, width: int) -> Tensor:
 
 
 def _waves(places: Tensor, height: int, width: int) -> Tensor:
-    """Return orthonormal products of cosines (B, H, W)."""
+    """Return the two-dimensional cosines (B, H, W) of some indices (B,), orthonormal."""
     down, across = _cosines(height)[places // width], _cosines(width)[places % width]
     return down[:, :, None] * across[:, None, :]
 
 
 def _cosines(length: int) -> Tensor:
-    """Return the orthonormal cosine transform (length, length), a frequency a row."""
+    """Return the orthonormal discrete cosine transform (length, length), one frequency in each row."""
     frequency, place = torch.arange(length)[:, None], torch.arange(length) + 0.5
     table = (pi * frequency * place / length).cos() * sqrt(2 / length)
     table[0] /= sqrt(2)

@@ -1,8 +1,12 @@
-"""A copy of a network that computes the same outputs faster: what a search may use, and no verdict.
+"""Fused copies of networks, which compute the same outputs in less time; used in searches, not for verdicts.
 
-Source: batch norm in eval mode is affine, so it folds into the convolution before it (Jacob et al. 2018, section 3.2).
-So does dividing pixels by a constant into the convolution after it; subtracting one does not, for padding is zero.
-A strided convolution is one of stride 1 on blocks of pixels (the "space to depth" of Shi et al. 2016, reversed).
+Batch norm in eval mode is affine and is folded into the convolution before it. Division of pixels by a constant is
+folded into the convolution after it; a subtraction cannot be, because padding is zero. A strided convolution becomes
+one of stride 1 on blocks of pixels.
+
+Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", section 3.2 (batch norm); Shi et al. 2016, "Real-Time Single Image and Video Super-Resolution Using an
+Efficient Sub-Pixel Convolutional Neural Network" (space to depth is the inverse of their layer).
 """
 
 import copy
@@ -15,20 +19,20 @@ from torch.fx import GraphModule, Node
 
 from audit.types import Images
 
-_AGREEMENT = 1e-4  # of how far outputs lie apart
-_FEW = 4  # channels: kernels for fewer than a vector register holds are slow
+_TOLERANCE = 1e-4  # of the spread of the outputs
+_FEW_CHANNELS = 4  # convolutions of at most as many input channels do not fill a vector register
 
 
-def faster(network: nn.Module, images: Images) -> nn.Module:
-    """Return a copy with batch norms and pixel scales folded and strides on pixels undone, or the network itself.
+def fused_copy(network: nn.Module, images: Images) -> nn.Module:
+    """Return a fused copy of a network in eval mode, with frozen parameters, or the network itself.
 
-    The copy's parameters are frozen. Its outputs on a few of the images (N, C, H, W) must agree with the network's
-    within 1e-4 of how far these lie from one another. Networks that cannot be traced are returned as they are.
+    The network itself is returned if it cannot be traced, if there is nothing to fold, or if outputs on 16 of the
+    images (N, C, H, W) differ by more than 1e-4 of their spread.
     """
     if network.training:
         return network
     folded = _folded(network, images)
-    return folded if folded is not None and agree(network, folded, images) else network
+    return folded if folded is not None and outputs_agree(network, folded, images) else network
 
 
 def _folded(network: nn.Module, images: Images) -> nn.Module | None:
@@ -37,17 +41,17 @@ def _folded(network: nn.Module, images: Images) -> nn.Module | None:
     try:
         folded = fuse(copy.deepcopy(network))
         changed = _fold_scales(folded) + _undo_strides(folded, images)
-    except Exception:  # tracing runs foreign code, which may raise anything; the network itself is still there
+    except Exception:  # tracing runs the model's own code, which may raise anything
         return None
-    return folded.requires_grad_(False) if changed or _norms(folded) < _norms(network) else None
+    return folded.requires_grad_(False) if changed or _batch_norms(folded) < _batch_norms(network) else None
 
 
-def _norms(network: nn.Module) -> int:
+def _batch_norms(network: nn.Module) -> int:
     return sum(isinstance(part, nn.BatchNorm2d) for part in network.modules())
 
 
 def _fold_scales(traced: nn.Module) -> int:
-    """Fold divisions by one constant a channel into the convolutions that alone read the result; return how many."""
+    """Fold divisions by one constant a channel into the convolutions that read the result; return how many."""
     assert isinstance(traced, GraphModule)
     scales = [node for node in traced.graph.nodes if node.target is operator.truediv]
     folded = [node for node in scales if _fold_scale(traced, node)]
@@ -57,7 +61,7 @@ def _fold_scales(traced: nn.Module) -> int:
 
 
 def _fold_scale(traced: GraphModule, division: Node) -> bool:
-    """Fold one division, and return whether it could be done."""
+    """Fold one division if only convolutions read its result, and return whether it was folded."""
     values, scale = division.args
     calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
     readers = list(division.users)
@@ -65,8 +69,8 @@ def _fold_scale(traced: GraphModule, division: Node) -> bool:
     constant = getattr(traced, str(scale.target), None) if isinstance(scale, Node) and scale.op == "get_attr" else None
     if not isinstance(values, Node) or not isinstance(constant, Tensor) or len(layers) < len(readers):
         return False
-    if not all(_takes(layer, constant) and calls.count(node.target) == 1
-               for layer, node in zip(layers, readers, strict=True)):  # fmt: skip
+    once = all(calls.count(node.target) == 1 for node in readers)
+    if not once or not all(_can_absorb(layer, constant) for layer in layers):
         return False
     for layer in layers:
         weight = layer.get_parameter("weight")  # (out, in, height, width)
@@ -76,22 +80,22 @@ def _fold_scale(traced: GraphModule, division: Node) -> bool:
     return True
 
 
-def _takes(layer: nn.Module, constant: Tensor) -> bool:
+def _can_absorb(layer: nn.Module, constant: Tensor) -> bool:
     """Return whether a layer's weights (out, in, height, width) can be divided by a constant (1, in, 1, 1)."""
     shape = getattr(layer, "weight", constant).shape
     return type(layer) is nn.Conv2d and layer.groups == 1 and constant.shape == (1, shape[1], 1, 1)
 
 
 def _undo_strides(traced: nn.Module, images: Images) -> int:
-    """Replace the strided convolutions that read few channels, as the first one does; return how many."""
-    found = [(name, layer) for name, layer in traced.named_modules() if _reads_blocks(layer, images)]
+    """Replace strided convolutions with few input channels, such as the first one; return how many."""
+    found = [(name, layer) for name, layer in traced.named_modules() if _is_replaceable(layer, images)]
     for name, layer in found:
-        traced.set_submodule(name, _OnBlocks(layer))
+        traced.set_submodule(name, _BlockConvolution(layer))
     return len(found)
 
 
-def _reads_blocks(layer: nn.Module, images: Images) -> bool:
-    if type(layer) is not nn.Conv2d or layer.in_channels > _FEW or isinstance(layer.padding, str):
+def _is_replaceable(layer: nn.Module, images: Images) -> bool:
+    if type(layer) is not nn.Conv2d or layer.in_channels > _FEW_CHANNELS or isinstance(layer.padding, str):
         return False
     stride = layer.stride[0]
     plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
@@ -99,10 +103,10 @@ def _reads_blocks(layer: nn.Module, images: Images) -> bool:
     return plain and even and stride > 1 and layer.stride[1] == stride
 
 
-class _OnBlocks(nn.Module):
-    """A convolution of stride s as one of stride 1 on blocks of s x s pixels: the same products, in other places.
+class _BlockConvolution(nn.Module):
+    """A convolution of stride s, computed as one of stride 1 on blocks of s x s pixels.
 
-    Pixel s i + k - p of the strided one is phase f of block i + b, where k - p = s b + f.
+    Pixel s i + k - p, for output i, kernel entry k and padding p, is phase f of block i + b, where k - p = s b + f.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -112,29 +116,29 @@ class _OnBlocks(nn.Module):
         self.kernel, self.padding = conv.kernel_size, (conv.padding[0], conv.padding[1])
         self.first = [-(pad // self.side) - (pad % self.side > 0) for pad in self.padding]
         self.last = [(size - 1 - pad) // self.side for size, pad in zip(self.kernel, self.padding, strict=True)]
-        self.weight = nn.Parameter(self._placed(conv.weight.detach()))
+        self.weight = nn.Parameter(self._block_weights(conv.weight.detach()))
         self.bias = conv.bias
 
-    def _placed(self, weight: Tensor) -> Tensor:
-        """Return the weights (out, in, h, w) where the blocks have them: (out, in s s, blocks, blocks)."""
-        room = [-pad - self.side * first for pad, first in zip(self.padding, self.first, strict=True)]
-        whole = [self.side * (last - first + 1) for first, last in zip(self.first, self.last, strict=True)]
-        placed = weight.new_zeros(*weight.shape[:2], *whole)
-        (top, left), (height, width) = room, self.kernel
+    def _block_weights(self, weight: Tensor) -> Tensor:
+        """Return the weights (out, in, h, w) rearranged for blocks, (out, in s s, blocks, blocks)."""
+        offset = [-pad - self.side * first for pad, first in zip(self.padding, self.first, strict=True)]
+        sides = [self.side * (last - first + 1) for first, last in zip(self.first, self.last, strict=True)]
+        placed = weight.new_zeros(*weight.shape[:2], *sides)
+        (top, left), (height, width) = offset, self.kernel
         placed[..., top : top + height, left : left + width] = weight
         return _blocks(placed, self.side)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return what the strided convolution returns."""
+        """Return the outputs of the strided convolution."""
         blocks = _blocks(images, self.side)
         before = [-first for first in self.first]
-        after = [self._after(images.shape[2 + axis], axis) for axis in (0, 1)]
+        after = [self._padding_after(images.shape[2 + axis], axis) for axis in (0, 1)]
         if before == after:
             return F.conv2d(blocks, self.weight, self.bias, padding=(before[0], before[1]))
         return F.conv2d(F.pad(blocks, (before[1], after[1], before[0], after[0])), self.weight, self.bias)
 
-    def _after(self, pixels: int, axis: int) -> int:
-        """Return how many blocks the last outputs need beyond the image; negative where the stride leaves some out."""
+    def _padding_after(self, pixels: int, axis: int) -> int:
+        """Return how many blocks of padding the last outputs read; negative if the stride leaves blocks unread."""
         outputs = (pixels + 2 * self.padding[axis] - self.kernel[axis]) // self.side + 1
         return outputs - 1 + self.last[axis] - (pixels // self.side - 1)
 
@@ -142,18 +146,18 @@ class _OnBlocks(nn.Module):
 def _blocks(images: Tensor, side: int) -> Tensor:
     """Return images (N, C, H, W) as blocks of pixels (N, C s s, H / s, W / s)."""
     count, channels, height, width = images.shape
-    apart = images.reshape(count, channels, height // side, side, width // side, side).permute(0, 1, 3, 5, 2, 4)
-    return apart.reshape(count, -1, height // side, width // side)  # a third of the time of torch's pixel_unshuffle
+    split = images.reshape(count, channels, height // side, side, width // side, side).permute(0, 1, 3, 5, 2, 4)
+    return split.reshape(count, -1, height // side, width // side)  # three times as fast as pixel_unshuffle
 
 
 @torch.no_grad()
-def agree(network: nn.Module, folded: nn.Module, images: Images) -> bool:
-    """Return whether two maps of a few of the images (N, C, H, W) to vectors differ by 1e-4 of their spread at most."""
+def outputs_agree(network: nn.Module, folded: nn.Module, images: Images) -> bool:
+    """Return whether two networks agree on the first 16 images (N, C, H, W) within 1e-4 of the outputs' spread."""
     images = images[:16]
     try:
         ours, theirs = folded(images), network(images)
-    except Exception:  # what was traced may fit one kind of input only
+    except Exception:  # a traced graph may be specific to one input shape
         return False
     if not isinstance(ours, Tensor) or ours.shape != theirs.shape:
         return False
-    return bool((ours - theirs).abs().max() <= _AGREEMENT * (theirs - theirs.mean(0)).abs().max())
+    return bool((ours - theirs).abs().max() <= _TOLERANCE * (theirs - theirs.mean(0)).abs().max())

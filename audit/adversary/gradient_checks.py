@@ -1,10 +1,11 @@
-"""Does the gradient lead an attack anywhere? Checks of a network, or of any objective, before a number is believed.
+"""Checks for gradient masking: does the gradient of a network, or of any objective, lead an attack to lower values?
 
-They take at most 52 forward+backward passes an image and about ten forward ones, on at most 100 images that the
-network gets right. Check 3 looks 1 % of the Euclidean length of a full step ahead: eps sqrt(D) / 100 in l-inf for
-images of D values, eps / 100 in l2, eps / sqrt(pixels moved) / 100 in l1. Check 4 takes one step of eps / 4, as the
-norm steps. Check 5 searches the l-inf ball of half the pixel range whatever the norm: it holds a grey image,
-and lies in the l2 ball of sqrt(D) / 2 and the l1 ball of D / 2, whose own steps are coarser.
+At most 52 forward+backward passes and about ten forward passes an image are spent, on at most 100 images that the
+network classifies correctly. The slope is measured over 1 % of the Euclidean length of a full step: eps sqrt(D) / 100
+in l-inf for images of D values, eps / 100 in l2, eps / sqrt(pixels moved) / 100 in l1. Local linearity is measured
+over one step of eps / 4 in the threat model's own norm. The unbounded attack searches the l-inf ball of half the pixel
+range whatever the norm: it holds a grey image, and lies in the l2 ball of sqrt(D) / 2 and the l1 ball of D / 2, where
+steps are coarser.
 """
 
 from dataclasses import replace
@@ -15,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from audit.adversary.attack_checks import Check, Rule, randomised
-from audit.adversary.batching import Batches
-from audit.adversary.gradients import input_gradient
+from audit.adversary.check_rules import RULES
 from audit.adversary.label_attack import cross_entropy_objective, margin, margin_objective
+from audit.adversary.passes import Batches, input_gradient, seeded_noise
 from audit.adversary.pgd import PGD, minimise
-from audit.adversary.stochastic import own_randomness
 from audit.adversary.threat import Linf, ThreatModel
 from audit.errors import InvalidModelError
 from audit.random_keys import Purpose, keyed_generator
@@ -27,115 +27,116 @@ from audit.types import Images, Labels, Objective
 
 _IMAGES = 100
 _BATCH = 50
-_SHARE_OF_STEP = 0.01  # how far the central difference looks, in full steps of the attack
+_SHARE_OF_STEP = 0.01  # length of the central difference, in full steps of the attack
 _SLOPES = (0.5, 2.0)
 _GAINS = (0.3, 2.0)
-_FAR = PGD(steps=50, relative_step=0.04, random_start=False, batch_size=_BATCH)  # steps of 0.02 at a radius of 0.5
-_BATCHES = (50, 25, 17, 13, 10)  # a network that looks at the whole batch answers differently, too
-_POWERS = {"linf": 0.0, "l2": 0.5, "l1": 1.0}  # of D: how the length of one change in every pixel grows
+_UNBOUNDED = PGD(steps=50, relative_step=0.04, random_start=False, batch_size=_BATCH)  # steps of 0.02 at radius 0.5
+_BATCH_SIZES = (50, 25, 17, 13, 10)  # outputs that depend on the batch differ between these, too
+_DIMENSION_POWERS = {"linf": 0.0, "l2": 0.5, "l1": 1.0}  # the norm of (1, ..., 1) is D to this power
 
-GRADIENT = Rule(1, "gradient", "the gradient to the pixels exists and is finite")
-ZERO_VALUE = Rule(2, "zero gradient", "at a random start the gradient is zero for no image")
-ZERO_MARGIN = ZERO_VALUE._replace(name="zero gradient of the margin")
-ZERO_LOSS = Rule(
-    2,
-    "zero gradient of the cross-entropy",
-    "at a random start the gradient is zero for at most {limit:.0%} of the images",
-    0.01,
+_GRADIENT_RULES = tuple(
+    RULES[rule]
+    for rule in (
+        "zero_margin_gradient",
+        "zero_cross_entropy_gradient",
+        "gradient_slope",
+        "local_linearity",
+        "unbounded_attack",
+    )
 )
-SLOPE = Rule(3, "slope", "a small move changes 1/2 to 2 of what the gradient says, for {limit:.0%} of the images", 0.9)
-LINEARITY = Rule(4, "linearity", "a step of eps / 4 gains 0.3 to 2 of what the gradient says, in the median image")
-UNBOUNDED = Rule(5, "unbounded attack", "50 steps break every image at l-inf 1/2, where it can be made grey")
-LOGITS = Rule(7, "logits", "the outputs are not probabilities")
-DETERMINISM = Rule(8, "determinism", "five forward passes differ by less than {limit:g} of the logits' length", 1e-4)
-
-# searches of other lengths and radii end elsewhere: as far is three quarters as far
-FALLS_WITH_STEPS = Rule(
-    11, "more steps", "the mean falls at least {limit:g} times as far in eight steps as in two", 0.75
-)
-FALLS_WITH_EPS = Rule(
-    18, "wider ball", "the mean falls at least {limit:g} times as far within eps as within eps / 2", 0.75
-)
-
-_OF_GRADIENT = (ZERO_MARGIN, ZERO_LOSS, SLOPE, LINEARITY, UNBOUNDED)
-_OF_OUTPUTS = (LOGITS, DETERMINISM)
+_OUTPUT_RULES = (RULES["logit_outputs"], RULES["determinism"])
+_OBJECTIVE_RULES = (RULES["worst_case_zero_gradient"], RULES["worst_case_slope"])
+_SEARCH_RULES = (RULES["worst_case_more_steps"], RULES["worst_case_wider_ball"])
 
 
 def quick_checks(
     network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, seed: int
 ) -> tuple[Check, ...]:
-    """Return checks 1 to 5, 7 and 8 on the first 100 images that the network gets right.
+    """Return the checks of gradients and outputs on the first 100 images that the network classifies correctly.
 
-    Where there is no gradient, what needs one does not apply; nothing applies where no image is right. Noise that
-    the network draws is keyed by the seed too, and the global generators are left as they were.
+    `images` are (N, C, H, W) and `labels` (N,). Checks that need a gradient do not apply without one, and none applies
+    if no image is classified correctly. Random numbers drawn by the network are keyed by the seed, and the global
+    generators are restored.
+
+    Source: Carlini et al. 2019, "On Evaluating Adversarial Robustness".
     """
-    with own_randomness(images.device, seed):
+    with seeded_noise(images.device, seed):
         try:
-            right = first_right(network, images, labels)
-        except InvalidModelError as fault:
-            return (_no_gradient(fault), *_skipped((*_OF_GRADIENT, *_OF_OUTPUTS), str(fault)))
-        if len(right) == 0:
-            return _skipped((GRADIENT, *_OF_GRADIENT, *_OF_OUTPUTS), "the network gets no image right")
-        clean, wanted = images[right], labels[right]
-        return (*_gradient_checks(network, clean, wanted, threat, seed), *_output_checks(network, clean))
+            correct = first_correct(network, images, labels)
+        except InvalidModelError as error:
+            return (
+                _failed_gradient(RULES["gradient"], error),
+                *_skipped((*_GRADIENT_RULES, *_OUTPUT_RULES), str(error)),
+            )
+        if len(correct) == 0:
+            rules = (RULES["gradient"], *_GRADIENT_RULES, *_OUTPUT_RULES)
+            return _skipped(rules, "the network classifies no image correctly")
+        clean, clean_labels = images[correct], labels[correct]
+        return (
+            *_gradient_checks(network, clean, clean_labels, threat, seed),
+            *_output_checks(network, clean),
+        )
 
 
-def draws(network: nn.Module, images: Images, seed: int) -> bool:
-    """Return whether check 8 fails on the first 100 images: the network draws at random, or looks at whole batches."""
+def is_randomised(network: nn.Module, images: Images, seed: int) -> bool:
+    """Return whether the determinism check fails on the first 100 images: random outputs, or dependent on the batch."""
     if len(images) == 0:
         return False
-    with own_randomness(images.device, seed):
+    with seeded_noise(images.device, seed):
         return randomised(_output_checks(network, images[:_IMAGES]))
 
 
 def objective_checks(objective: Objective, images: Images, threat: ThreatModel, seed: int) -> tuple[Check, ...]:
-    """Return checks 1 to 3 of any objective, such as a critic's, on the first 100 images."""
+    """Return the gradient checks of any objective, such as a critic's, on the first 100 images (N, C, H, W)."""
+    gradient_rule, (zero_rule, slope_rule) = RULES["worst_case_gradient"], _OBJECTIVE_RULES
     clean = images[:_IMAGES]
     if len(clean) == 0:
-        return _skipped((GRADIENT, ZERO_VALUE, SLOPE), "there is no image")
-    with own_randomness(images.device, seed):
+        return _skipped((gradient_rule, zero_rule, slope_rule), "there is no image")
+    with seeded_noise(images.device, seed):
         start = threat.random_start(clean, keyed_generator(seed, Purpose.CHECK_START))
         try:
             gradient = _gradient(objective, start)
-        except InvalidModelError as fault:
-            return (_no_gradient(fault), *_skipped((ZERO_VALUE, SLOPE), "there is no gradient"))
-        found = GRADIENT.judged(passed=True, passes=len(clean))
-        return found, ZERO_VALUE.at_most(_share_zero(gradient)), _slope(objective, start, gradient, threat)
+        except InvalidModelError as error:
+            return (_failed_gradient(gradient_rule, error), *_skipped(_OBJECTIVE_RULES, "there is no gradient"))
+        found = gradient_rule.result(passed=True, passes=len(clean))
+        return (
+            found,
+            zero_rule.at_most(_zero_share(gradient)),
+            _slope_check(slope_rule, objective, start, gradient, threat),
+        )
 
 
 @torch.no_grad()
-def first_right(network: nn.Module, images: Images, labels: Labels) -> Tensor:
-    """Return the indices of the first 100 images that the network gets right, asking for no more than it takes.
+def first_correct(network: nn.Module, images: Images, labels: Labels) -> Tensor:
+    """Return the indices of the first 100 images that the network classifies correctly, without a pass over the rest.
 
-    Raises InvalidModelError where an output is not finite.
+    Raises InvalidModelError if an output is not finite.
     """
-    right = torch.zeros(0, dtype=torch.long, device=images.device)
+    correct = torch.zeros(0, dtype=torch.long, device=images.device)
     for first in range(0, len(images), _IMAGES):
         index = torch.arange(len(images), device=images.device)[first : first + _IMAGES]
         logits = Batches(_BATCH).run(network, images[index])
-        _must_be_finite(logits.flatten(1), "network's output")
-        right = torch.cat([right, index[margin(logits, labels[index]) > 0]])
-        if len(right) >= _IMAGES:
+        _require_finite(logits.flatten(1), "network's output")
+        correct = torch.cat([correct, index[margin(logits, labels[index]) > 0]])
+        if len(correct) >= _IMAGES:
             break
-    return right[:_IMAGES]
+    return correct[:_IMAGES]
 
 
 def worst_case_checks(objective: Objective, images: Images, threat: ThreatModel, seed: int) -> tuple[Check, ...]:
-    """Return checks 1 to 3 of what a worst-case search makes small, and whether it falls with steps and with eps."""
+    """Return the checks of a worst-case search: of its objective's gradient, and of its fall with steps and eps."""
     found = objective_checks(objective, images, threat, seed)
-    if all(check.passed is not None for check in found):
-        with own_randomness(images.device, seed):
-            found += _falling(objective, images[:_IMAGES], threat, seed)
-    else:
-        found += _skipped((FALLS_WITH_STEPS, FALLS_WITH_EPS), "there is no gradient")
-    return tuple(check._replace(name=f"worst case: {check.name}") for check in found)
+    if any(check.passed is None for check in found):
+        return (*found, *_skipped(_SEARCH_RULES, "there is no gradient"))
+    with seeded_noise(images.device, seed):
+        return found + _search_checks(objective, images[:_IMAGES], threat, seed)
 
 
-def reaching_eps(threat: ThreatModel, images: Images) -> float:
-    """Return the radius at which the ball around every image holds a grey one: half the pixel range in each pixel."""
+def grey_covering_eps(threat: ThreatModel, images: Images) -> float:
+    """Return the radius at which the ball around any image holds a grey one: half the pixel range in every pixel."""
     low, high = threat.pixel_range
     size: int = images[0].numel()
-    return 0.5 * (high - low) * float(size ** _POWERS[threat.norm])
+    return 0.5 * (high - low) * float(size ** _DIMENSION_POWERS[threat.norm])
 
 
 def _gradient_checks(
@@ -144,49 +145,52 @@ def _gradient_checks(
     objective = margin_objective(network, labels)
     start = threat.random_start(clean, keyed_generator(seed, Purpose.CHECK_START))
     try:
-        gradient = _gradient(objective, start)
-        of_loss = _gradient(cross_entropy_objective(network, labels), start)
-    except InvalidModelError as fault:
-        return (_no_gradient(fault), *_skipped(_OF_GRADIENT, "there is no gradient"))
+        margin_gradient = _gradient(objective, start)
+        loss_gradient = _gradient(cross_entropy_objective(network, labels), start)
+    except InvalidModelError as error:
+        return (_failed_gradient(RULES["gradient"], error), *_skipped(_GRADIENT_RULES, "there is no gradient"))
     return (
-        GRADIENT.judged(passed=True, passes=2 * len(clean)),
-        ZERO_MARGIN.at_most(_share_zero(gradient)),
-        ZERO_LOSS.at_most(_share_zero(of_loss)),
-        _slope(objective, start, gradient, threat),
-        _linearity(objective, clean, start, gradient, threat),
-        _unbounded(objective, clean, threat, seed),
+        RULES["gradient"].result(passed=True, passes=2 * len(clean)),
+        RULES["zero_margin_gradient"].at_most(_zero_share(margin_gradient)),
+        RULES["zero_cross_entropy_gradient"].at_most(_zero_share(loss_gradient)),
+        _slope_check(RULES["gradient_slope"], objective, start, margin_gradient, threat),
+        _linearity_check(objective, clean, start, margin_gradient, threat),
+        _unbounded_check(objective, clean, threat, seed),
     )
 
 
-def _slope(objective: Objective, start: Images, gradient: Tensor, threat: ThreatModel) -> Check:
-    """Check 3: the central difference of the values along the gradient, over what the gradient says of it."""
+def _slope_check(rule: Rule, objective: Objective, start: Images, gradient: Tensor, threat: ThreatModel) -> Check:
+    """Check the ratio of the central difference along the gradient to the gradient's prediction."""
     if threat.eps == 0:
-        return SLOPE.skipped("eps is 0")
+        return rule.skipped("eps is 0")
     # in double: squares of saturated gradients underflow
     length = gradient.flatten(1).double().norm(dim=1)
     ahead = _SHARE_OF_STEP * threat.eps * threat.steepest(gradient, start).flatten(1).double().norm(dim=1)
     move = (gradient.double() * (ahead / length).view(-1, 1, 1, 1)).to(start)
     change = _values(objective, start + move) - _values(objective, start - move)
-    # where the gradient is zero the ratio is NaN, which lies in no interval
+    # a zero gradient gives NaN, which lies in no interval
     share = _share_within(change.double() / (2 * ahead * length), _SLOPES)
-    return SLOPE.judged(passed=share >= SLOPE.limit, figure=share)
+    return rule.result(passed=share >= rule.limit, figure=share)
 
 
-def _linearity(objective: Objective, clean: Images, start: Images, gradient: Tensor, threat: ThreatModel) -> Check:
-    """Check 4: what a step of the attack gains, over what the gradient says of that very step."""
+def _linearity_check(
+    objective: Objective, clean: Images, start: Images, gradient: Tensor, threat: ThreatModel
+) -> Check:
+    """Check the ratio of the gain of one step of the attack to the gradient's prediction for that step."""
+    rule = RULES["local_linearity"]
     if threat.eps == 0:
-        return LINEARITY.skipped("eps is 0")
+        return rule.skipped("eps is 0")
     stepped = threat.step(start, gradient, clean, threat.eps / 4)
-    said = ((stepped - start).double() * gradient).flatten(1).sum(1)
+    predicted = ((stepped - start).double() * gradient).flatten(1).sum(1)
     gained = (_values(objective, stepped) - _values(objective, start)).double()
-    # a zero gradient promises nothing: no gain
-    median = float((gained / said).nan_to_num(0.0).quantile(0.5))
-    return LINEARITY.judged(passed=_GAINS[0] <= median <= _GAINS[1], figure=median)
+    # a zero gradient predicts no gain: count 0 / 0 as no gain
+    median = float((gained / predicted).nan_to_num(0.0).quantile(0.5))
+    return rule.result(passed=_GAINS[0] <= median <= _GAINS[1], figure=median)
 
 
 @torch.enable_grad()
-def _falling(objective: Objective, clean: Images, threat: ThreatModel, seed: int) -> tuple[Check, Check]:
-    """Checks 11 and 18 of an objective: does it fall as far with more steps, and in a wider ball, as with less?"""
+def _search_checks(objective: Objective, clean: Images, threat: ThreatModel, seed: int) -> tuple[Check, Check]:
+    """Check that an objective falls as far with more steps, and in a wider ball, as with fewer and in a smaller one."""
     start, few = _values(objective, clean), PGD(2, 0.5, random_start=False, batch_size=_BATCH)
     many, near = replace(few, steps=8, relative_step=0.25), replace(threat, eps=threat.eps / 2)
     runs = [
@@ -195,56 +199,58 @@ def _falling(objective: Objective, clean: Images, threat: ThreatModel, seed: int
     ]
     most, *less = (start - run.value for run in runs)
     passes = [runs[0].passes + runs[1].passes, runs[2].passes]
-    # where nothing falls the ratio is NaN, which passes nothing
+    # without any fall the ratio is NaN, which fails
     ratios = [float(most.mean() / fall.mean()) for fall in less]
-    rules = (FALLS_WITH_STEPS, FALLS_WITH_EPS)
     steps, eps = (
-        rule.judged(passed=ratio >= rule.limit, figure=ratio if isfinite(ratio) else None, passes=cost)
-        for rule, ratio, cost in zip(rules, ratios, passes, strict=True)
+        rule.result(passed=ratio >= rule.limit, figure=ratio if isfinite(ratio) else None, passes=cost)
+        for rule, ratio, cost in zip(_SEARCH_RULES, ratios, passes, strict=True)
     )
     return steps, eps
 
 
 @torch.enable_grad()
-def _unbounded(objective: Objective, clean: Images, threat: ThreatModel, seed: int) -> Check:
-    """Check 5: the share of images that survive where every image can be made grey."""
-    low, high = threat.pixel_range
-    far = Linf(0.5 * (high - low), threat.pixel_range)
+def _unbounded_check(objective: Objective, clean: Images, threat: ThreatModel, seed: int) -> Check:
+    """Check the share of images that survive a search in a ball that holds a grey image."""
+    rule, (low, high) = RULES["unbounded_attack"], threat.pixel_range
+    ball = Linf(0.5 * (high - low), threat.pixel_range)
     try:
-        found = minimise(objective, clean, far, _FAR, keyed_generator(seed, Purpose.UNBOUNDED_ATTACK))
-    except InvalidModelError as fault:
-        return UNBOUNDED.judged(passed=False, reason=str(fault))
-    return UNBOUNDED.at_most(int((~found.done).sum()) / len(clean), passes=found.passes)
+        found = minimise(objective, clean, ball, _UNBOUNDED, keyed_generator(seed, Purpose.UNBOUNDED_ATTACK))
+    except InvalidModelError as error:
+        return rule.result(passed=False, reason=str(error))
+    return rule.at_most(int((~found.done).sum()) / len(clean), passes=found.passes)
 
 
 @torch.no_grad()
 def _output_checks(network: nn.Module, clean: Images) -> tuple[Check, Check]:
-    runs = [Batches(size).run(network, clean) for size in _BATCHES]
+    runs = [Batches(size).run(network, clean) for size in _BATCH_SIZES]
     # rows that lie in [0, 1] and sum to one are no accident
     simplex = (runs[0] >= 0).all(1) & ((runs[0].sum(1) - 1).abs() < 1e-3)
     share = int(simplex.sum()) / len(clean)
     units = [logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-30) for logits in runs]
-    # what is not finite is as far from another unit vector as can be
-    apart = float(torch.stack([unit - units[0] for unit in units]).abs().nan_to_num(2.0).max())
-    logits = LOGITS.judged(passed=share < 1, figure=share)
-    return logits, DETERMINISM.judged(passed=apart < DETERMINISM.limit, figure=apart)
+    # a non-finite difference counts as 2, the diameter of the unit ball
+    difference = float(torch.stack([unit - units[0] for unit in units]).abs().nan_to_num(2.0).max())
+    logits_rule, determinism = _OUTPUT_RULES
+    return (
+        logits_rule.result(passed=share < 1, figure=share),
+        determinism.result(passed=difference < determinism.limit, figure=difference),
+    )
 
 
 def _gradient(objective: Objective, images: Images) -> Tensor:
-    """Return the gradient (N, C, H, W); raises InvalidModelError where there is none, for whatever reason."""
+    """Return the gradient (N, C, H, W); raises InvalidModelError if it cannot be computed."""
     index = torch.arange(len(images), device=images.device)
     try:
-        return Batches(_BATCH).run(partial(_gradient_of_batch, objective), images, index)
-    except RuntimeError as fault:
-        message = str(fault).partition("\n")[0]
-        raise InvalidModelError(f"the gradient to the input cannot be computed: {message}") from fault
+        return Batches(_BATCH).run(partial(_batch_gradient, objective), images, index)
+    except RuntimeError as error:
+        message = str(error).partition("\n")[0]
+        raise InvalidModelError(f"the gradient to the input cannot be computed: {message}") from error
 
 
 @torch.enable_grad()
-def _gradient_of_batch(objective: Objective, images: Images, index: Tensor) -> Tensor:
+def _batch_gradient(objective: Objective, images: Images, index: Tensor) -> Tensor:
     leaf = images.detach().requires_grad_()
     value = objective(leaf, index).value
-    _must_be_finite(value[:, None], "objective")
+    _require_finite(value[:, None], "objective")
     return input_gradient(value.sum(), leaf)
 
 
@@ -254,13 +260,13 @@ def _values(objective: Objective, images: Images) -> Tensor:
     return Batches(_BATCH).run(lambda batch, chosen: objective(batch, chosen).value, images, index)
 
 
-def _must_be_finite(rows: Tensor, what: str) -> None:
+def _require_finite(rows: Tensor, what: str) -> None:
     bad = int((~rows.isfinite()).any(1).sum())
     if bad:
         raise InvalidModelError(f"the {what} is not finite for {bad} of {len(rows)} images")
 
 
-def _share_zero(gradient: Tensor) -> float:
+def _zero_share(gradient: Tensor) -> float:
     return int((gradient.flatten(1) == 0).all(1).sum()) / len(gradient)
 
 
@@ -268,8 +274,8 @@ def _share_within(ratios: Tensor, bounds: tuple[float, float]) -> float:
     return int(((ratios >= bounds[0]) & (ratios <= bounds[1])).sum()) / len(ratios)
 
 
-def _no_gradient(fault: InvalidModelError) -> Check:
-    return GRADIENT.judged(passed=False, reason=str(fault))
+def _failed_gradient(rule: Rule, error: InvalidModelError) -> Check:
+    return rule.result(passed=False, reason=str(error))
 
 
 def _skipped(rules: tuple[Rule, ...], reason: str) -> tuple[Check, ...]:

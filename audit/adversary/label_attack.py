@@ -1,4 +1,4 @@
-"""Attacks on a classifier's label: objectives for `pgd.minimise`, smallest where the attack wins, and their tiers."""
+"""Attacks on the label of a classifier: objectives to minimise, the l1 search, and the attack tiers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.adversary.pgd import PGD, Found, minimise
+from audit.adversary.pgd import PGD, SearchResult, minimise
 from audit.adversary.threat import L1, ThreatModel
 from audit.errors import UnknownNameError, UsageError
-from audit.types import Images, Judged, Labels, Objective
+from audit.types import Images, Labels, Objective, ObjectiveValue
 
 
 def margin(logits: Tensor, labels: Labels) -> Tensor:
-    """Return the true class's logit less the largest other one, (N,): negative exactly where the label is lost.
+    """Return the logit of the true class minus the largest other logit, (N,), from logits (N, K) and labels (N,).
 
-    A tie counts as lost: it is not a correct answer either. A NaN margin is above nothing, so lost too.
+    An image is misclassified unless its margin is positive: ties and NaN count as misclassified.
     """
     true = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
@@ -24,100 +24,105 @@ def margin(logits: Tensor, labels: Labels) -> Tensor:
 
 
 def cross_entropy_objective(network: nn.Module, labels: Labels) -> Objective:
-    """Return the objective that maximises the cross-entropy of the true label."""
+    """Return the objective that maximises the cross-entropy of the true labels (N,)."""
 
-    def objective(images: Images, index: Tensor) -> Judged:
-        logits, wanted = network(images), labels[index]
-        value = -F.cross_entropy(logits, wanted, reduction="none")
-        return Judged(value, ~(margin(logits.detach(), wanted) > 0))
+    def objective(images: Images, index: Tensor) -> ObjectiveValue:
+        logits, true = network(images), labels[index]
+        value = -F.cross_entropy(logits, true, reduction="none")
+        return ObjectiveValue(value, ~(margin(logits.detach(), true) > 0))
 
     return objective
 
 
 def margin_objective(network: nn.Module, labels: Labels) -> Objective:
-    """Return the objective that minimises the margin; it keeps a gradient where cross-entropy saturates.
+    """Return the objective that minimises the margin, whose gradient does not vanish where cross-entropy saturates.
 
     Source: Carlini & Wagner 2017, "Towards Evaluating the Robustness of Neural Networks", f6 in section 5.1.
     """
 
-    def objective(images: Images, index: Tensor) -> Judged:
+    def objective(images: Images, index: Tensor) -> ObjectiveValue:
         value = margin(network(images), labels[index])
-        return Judged(value, ~(value.detach() > 0))
+        return ObjectiveValue(value, ~(value.detach() > 0))
 
     return objective
 
 
 def targeted_margin_objective(network: nn.Module, labels: Labels, targets: Labels) -> Objective:
-    """Return the objective that minimises the true class's logit less one other's; any lost label ends it.
+    """Return the objective that minimises the logit of the true class minus that of a target class.
 
-    `labels` and `targets` are (N,). Source: Gowal et al. 2019, "An Alternative Surrogate Loss for PGD-based
+    `labels` and `targets` are (N,). An image is done once any other class wins.
+
+    Source: Gowal et al. 2019, "An Alternative Surrogate Loss for PGD-based
     Adversarial Testing", section 3.
     """
 
-    def objective(images: Images, index: Tensor) -> Judged:
+    def objective(images: Images, index: Tensor) -> ObjectiveValue:
         logits = network(images)
         true, other = (logits.gather(1, which[index][:, None]).squeeze(1) for which in (labels, targets))
-        return Judged(true - other, ~(margin(logits.detach(), labels[index]) > 0))
+        return ObjectiveValue(true - other, ~(margin(logits.detach(), labels[index]) > 0))
 
     return objective
 
 
-def never_done(objective: Objective) -> Objective:
-    """Return the objective without an end: for who wants the hardest image in the ball, not the first that is lost."""
+def without_early_stopping(objective: Objective) -> Objective:
+    """Return the objective with no image ever done: a search finds the lowest value in the ball, not a first error."""
 
-    def unending(images: Images, index: Tensor) -> Judged:
+    def unstopped(images: Images, index: Tensor) -> ObjectiveValue:
         value = objective(images, index).value
-        return Judged(value, torch.zeros(len(images), dtype=torch.bool, device=images.device))
+        return ObjectiveValue(value, torch.zeros(len(images), dtype=torch.bool, device=images.device))
 
-    return unending
-
-
-_WIDER = ((6.0, 0.3), (2.5, 0.3))  # balls to walk in from, in radii, and the share of the steps spent in each
-_WALKED = 10  # a search of fewer steps has none to spare
+    return unstopped
 
 
-def search(objective: Objective, clean: Images, threat: ThreatModel, pgd: PGD, generator: torch.Generator) -> Found:
-    """Return what `pgd.minimise` does; in the l1 ball each start is walked in from wider balls, within as many steps.
+_WIDER_BALLS = ((6.0, 0.3), (2.5, 0.3))  # radii in multiples of eps, with the share of the steps spent in each ball
+_FEWEST_STEPS = 10  # shorter searches stay in the ball itself
 
-    The best l1 changes lie in few pixels, and which ones no gradient at the clean image tells: a descent in the ball
-    itself stays with those it began with. Source: Croce & Hein 2021, "Mind the Box: l1-APGD for Sparse Adversarial
-    Attacks on Image Classifiers", section 3.4 (the radii, and the sparse starts, are ours).
+
+def shrinking_ball_search(
+    objective: Objective, clean: Images, threat: ThreatModel, pgd: PGD, generator: torch.Generator
+) -> SearchResult:
+    """Minimise an objective as `pgd.minimise` does; in l1, first in wider balls, within the same number of steps.
+
+    The best l1 perturbations change few pixels, which the gradient at the clean image does not single out: a descent
+    inside the ball keeps the pixels it starts with.
+
+    Source: Croce & Hein 2021, "Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers", section 3.4
+    (the radii, and the sparse starts, are ours).
     """
-    if not isinstance(threat, L1) or pgd.steps < _WALKED or len(clean) == 0:
+    if not isinstance(threat, L1) or pgd.steps < _FEWEST_STEPS or len(clean) == 0:
         return minimise(objective, clean, threat, pgd, generator)
-    best = _walked_in(
-        objective, clean, threat, pgd, threat.sparse_start(clean, generator) if pgd.random_start else clean
-    )
+    start = threat.sparse_start(clean, generator) if pgd.random_start else clean
+    best = _descend_through_balls(objective, clean, threat, pgd, start)
     for restart in range(1, pgd.restarts):
         start, left = threat.sparse_start(clean, generator), (~best.done).nonzero().flatten()
         if len(left) == 0:
             break
-        again = _walked_in(_of_some(objective, left), clean[left], threat, pgd, start[left])
-        best = _better(best, again, left, restart * (pgd.steps + 1))
+        again = _descend_through_balls(_restricted(objective, left), clean[left], threat, pgd, start[left])
+        best = _merge(best, again, left, restart * (pgd.steps + 1))
     return best
 
 
-def _walked_in(objective: Objective, clean: Images, threat: L1, pgd: PGD, start: Images) -> Found:
-    """Return the best image of the ball itself, after searches in wider balls."""
-    nobody, spent, passes, forwards = torch.Generator(), 0, 0, 0
-    for radii, share in _WIDER:
+def _descend_through_balls(objective: Objective, clean: Images, threat: L1, pgd: PGD, start: Images) -> SearchResult:
+    """Search in ever smaller balls, each from the end of the one before, and return the best iterates of the last."""
+    unused, spent, passes, forwards = torch.Generator(), 0, 0, 0
+    for radii, share in _WIDER_BALLS:
         wider, steps = replace(threat, eps=radii * threat.eps), int(share * pgd.steps)
         part = replace(pgd, steps=steps, random_start=False, restarts=1)
-        found = minimise(never_done(objective), clean, wider, part, nobody, wider.project(start, clean))
+        found = minimise(without_early_stopping(objective), clean, wider, part, unused, wider.project(start, clean))
         start, spent = found.images, spent + steps
         passes, forwards = passes + found.passes, forwards + found.forwards
     part = replace(pgd, steps=pgd.steps - spent, random_start=False, restarts=1)
-    found = minimise(objective, clean, threat, part, nobody, threat.project(start, clean))
+    found = minimise(objective, clean, threat, part, unused, threat.project(start, clean))
     step = torch.where(found.step < 0, found.step, found.step + spent)
     return found._replace(step=step, passes=passes + found.passes, forwards=forwards + found.forwards)
 
 
-def _of_some(objective: Objective, some: Tensor) -> Objective:
-    return lambda images, index: objective(images, some[index])
+def _restricted(objective: Objective, subset: Tensor) -> Objective:
+    return lambda images, index: objective(images, subset[index])
 
 
-def _better(best: Found, again: Found, left: Tensor, before: int) -> Found:
-    """Put what a further start found for some images, by their indices (A,), where it is better."""
+def _merge(best: SearchResult, again: SearchResult, left: Tensor, before: int) -> SearchResult:
+    """Update the best iterates with the better ones of a restart on the images of indices `left` (A,)."""
     better = again.done | (again.value < best.value[left])
     where = left[better]
     best.images[where], best.value[where], best.done[where] = (
@@ -137,7 +142,10 @@ LOSSES: dict[str, Callable[[nn.Module, Labels], Objective]] = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One search for images that are still right: a loss, how hard, and for targeted margins how many classes."""
+    """One search of an attack: loss, PGD settings, and for the targeted loss the number of target classes.
+
+    Raises UnknownNameError for an unknown loss, UsageError for a number of targets that does not fit the loss.
+    """
 
     loss: str
     pgd: PGD
@@ -147,23 +155,26 @@ class Stage:
         if self.loss not in (*LOSSES, "targeted"):
             raise UnknownNameError("loss", self.loss, (*LOSSES, "targeted"))
         if (self.loss == "targeted") != (self.targets > 0):
-            raise UsageError(f"targets {self.targets!r} must be at least 1 for the targeted loss, and 0 for others")
+            raise UsageError(
+                f"targets {self.targets!r} must be at least 1 for the targeted loss, and 0 for other losses"
+            )
 
     @property
     def name(self) -> str:
-        """Return the stage as tables show it, such as `margin-40x2` or `targeted-20x3`."""
+        """Return the stage's name in tables, such as `margin-40x2` or `targeted-20x3`."""
         times = self.targets or self.pgd.restarts
         return f"{self.loss}-{self.pgd.steps}" + (f"x{times}" if times > 1 else "")
 
 
 @dataclass(frozen=True)
 class LabelAttack:
-    """Which attack measures adversarial accuracy: stages in turn, each on the images that are still right.
+    """Settings of the attack that measures adversarial accuracy: a sequence of searches, each on the survivors.
 
-    Then `noise` random corners of the ball, and an attack with `queries` queries an image: Square in l-inf, the
-    search by differences of `audit.adversary.finite_differences` in other norms. These follow no gradient, so what they break beside the
-    others says that the gradients misled. Last the attacks of `borrowed`, by their names in `audit.adversary.external`. `fast`
-    lets searches run on a folded copy of the network; every verdict is the network's own, so it decides cost only.
+    After the gradient-based `stages` come `noise` random vertices of the ball, then a gradient-free attack with
+    `queries` queries an image: Square in l-inf, `finite_differences` in other norms. Images that only these break are
+    a sign of gradient masking. Last come the attacks `borrowed` from other packages, named as in `external`. `fast`
+    runs searches on a fused copy of the network; images are always evaluated on the network itself, so that it affects
+    cost only. Raises UsageError for negative counts, or for an attack with no search.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -178,55 +189,56 @@ class LabelAttack:
             if getattr(self, name) < 0:
                 raise UsageError(f"attack {name} {getattr(self, name)!r} must be at least 0")
         if not self.names_in("linf"):
-            raise UsageError("stages () must be at least one: an attack without a search measures nothing")
+            raise UsageError(
+                "stages () must be at least one: an attack needs a stage, noise, queries or an external attack"
+            )
 
     @property
     def name(self) -> str:
-        """Return the attack as tables of l-inf show it, such as `ce-10+margin-10+noise-100`."""
+        """Return the attack's name in the l-inf norm, such as `ce-10+margin-10+noise-100`."""
         return self.name_in("linf")
 
     def name_in(self, norm: str) -> str:
-        """Return the attack as tables show it where images are moved in a norm."""
+        """Return the attack's name in a norm."""
         return "+".join(self.names_in(norm))
 
     def names_in(self, norm: str) -> tuple[str, ...]:
-        """Return the name of each part, in the order they run in a norm."""
-        asking = self.asking_in(norm)
-        blind = [f"noise-{self.noise}"] if self.noise else []
-        return (*(stage.name for stage in self.stages), *blind, *([asking] if asking else []), *self.borrowed)
+        """Return the names of all stages in a norm, in the order in which they run."""
+        noise = [f"noise-{self.noise}"] if self.noise else []
+        gradient_free = [self.gradient_free_name(norm)] if self.queries else []
+        return (*(stage.name for stage in self.stages), *noise, *gradient_free, *self.borrowed)
 
-    def asking_in(self, norm: str) -> str:
-        """Return the name of the part that asks for outputs only, such as `square-300`; empty where there is none."""
+    def gradient_free_name(self, norm: str) -> str:
+        """Return the name of the gradient-free attack in a norm, such as `square-300`; empty if there is none."""
         return f"{'square' if norm == 'linf' else 'differences'}-{self.queries}" if self.queries else ""
 
     def version_in(self, norm: str) -> int:
-        """Return the version of what the attack does in a norm: raised where its numbers change in that norm alone."""
+        """Return the version of the attack in a norm, which increases when results in that norm change."""
         return self.version + (1 if self.queries and norm != "linf" else 0) + (1 if self.stages and norm == "l1" else 0)
 
     @property
     def batch_size(self) -> int:
-        """Return how many images go through the network at once."""
+        """Return the batch size of forward passes."""
         return self.stages[0].pgd.batch_size if self.stages else PGD.batch_size
 
 
 def two_losses(cross_entropy: PGD, margins: PGD | None = None) -> LabelAttack:
-    """Return PGD on the cross-entropy, then on the margin for survivors; by default from the clean image.
+    """Return PGD on the cross-entropy, then on the margin; by default with equal settings, from the clean image.
 
-    The second loss breaks what more steps and restarts of the first do not.
+    The margin breaks images that more steps and restarts on the cross-entropy do not.
     """
-    second = margins or PGD(cross_entropy.steps, cross_entropy.relative_step, random_start=False,
-                            restarts=cross_entropy.restarts, batch_size=cross_entropy.batch_size)  # fmt: skip
+    second = margins or replace(cross_entropy, random_start=False)
     return LabelAttack((Stage("ce", cross_entropy), Stage("margin", second)))
 
 
-_PAIR = two_losses(PGD(10, 0.25)).stages
+_SMOKE = two_losses(PGD(10, 0.25)).stages
 AUDIT = LabelAttack(
-    (*_PAIR, Stage("margin", PGD(40, 0.1, restarts=2)), Stage("targeted", PGD(20, 0.15), targets=3)),
+    (*_SMOKE, Stage("margin", PGD(40, 0.1, restarts=2)), Stage("targeted", PGD(20, 0.15), targets=3)),
     noise=100,
     queries=300,
 )
 TIERS = {
-    "smoke": LabelAttack(_PAIR),
+    "smoke": LabelAttack(_SMOKE),
     "audit": AUDIT,
     "leaderboard": replace(AUDIT, borrowed=("autoattack-standard",)),
 }

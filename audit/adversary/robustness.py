@@ -1,6 +1,5 @@
-"""How a classifier stands up to attacks, and whether these are to be believed: tiers, checks, ladders, transfer."""
+"""Adversarial robustness of a classifier: accuracies under attack, checks of the attack, and accuracy against eps."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
@@ -9,183 +8,185 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.adversary import attack_checks as checks
+from audit.adversary import comparison_checks as comparison
 from audit.adversary.accuracy import Accuracy, logits_of, measure_accuracy, measure_randomised
-from audit.adversary.attack_checks import Check
-from audit.adversary.external import BORROWED
-from audit.adversary.gradient_checks import draws, first_right, quick_checks, reaching_eps
-from audit.adversary.label_attack import (
-    TIERS,
-    LabelAttack,
-    Stage,
-    cross_entropy_objective,
-    margin,
-    margin_objective,
-    never_done,
-)
-from audit.adversary.minimum_norm import DDN, CarliniWagner, carlini_wagner, ddn
+from audit.adversary.attack_checks import Check, randomised, trustworthy
+from audit.adversary.gradient_checks import first_correct, grey_covering_eps, is_randomised, quick_checks
+from audit.adversary.label_attack import TIERS, LabelAttack, Stage, margin, margin_objective
+from audit.adversary.passes import MajorityVote, MeanOfDraws, seeded_noise
 from audit.adversary.pgd import PGD, minimise
-from audit.adversary.stochastic import Majority, MeanOfDraws, own_randomness
 from audit.adversary.threat import ThreatModel, threat_model
-from audit.errors import UnknownNameError, UsageError
 from audit.proportion import Proportion, wilson
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Images, Labels
 
-LADDER = (0.25, 0.5, 1.0, 2.0, 4.0)
-_SAMPLE = 100  # images that the attack is compared with itself on
+EPS_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
+_RECHECKED = 100  # images broken without a gradient for which gradient-based searches are repeated
 _HALVINGS = 4
 
 
 class Robustness(NamedTuple):
-    """What an attack left standing, and the checks that say whether to believe it."""
+    """Accuracies under an attack, and the checks of the attack."""
 
     accuracy: Accuracy
     checks: tuple[Check, ...]
 
     @property
     def trustworthy(self) -> bool:
-        """Whether no trust check failed; else the adversarial accuracy is an upper bound only."""
-        return checks.trustworthy(self.checks)
+        """Whether no check of level "trust" failed; if one did, the adversarial accuracy is an upper bound only."""
+        return trustworthy(self.checks)
 
 
 @dataclass(frozen=True)
-class Target:
-    """A network, images (N, C, H, W) with their labels (N,), and whether the network is known to draw at random."""
+class TargetModel:
+    """A network with the labelled images it is attacked on: images (N, C, H, W), labels (N,).
+
+    `randomised` marks a network known to have random outputs.
+    """
 
     network: nn.Module
     images: Images
     labels: Labels
-    draws: bool = False
+    randomised: bool = False
 
-    def part(self, index: Tensor) -> "Target":
-        """Return some of the images, by their indices (M,)."""
+    def subset(self, index: Tensor) -> "TargetModel":
+        """Return the target with some of the images, by their indices (M,)."""
         return replace(self, images=self.images[index], labels=self.labels[index])
 
-    def looked_at(self, seed: int) -> "Target":
-        """Return the same, after a look at whether the network draws at random."""
-        return replace(self, draws=draws(self.network, self.images, seed))
+    def detect_randomness(self, seed: int) -> "TargetModel":
+        """Return the target with `randomised` measured on its first images."""
+        return replace(self, randomised=is_randomised(self.network, self.images, seed))
 
     @property
-    def led(self) -> nn.Module:
-        """The network whose gradient searches follow: the mean of its draws where it draws."""
-        return MeanOfDraws(self.network) if self.draws else self.network
+    def searched(self) -> nn.Module:
+        """The network whose gradient searches follow: the mean over draws if it is randomised."""
+        return MeanOfDraws(self.network) if self.randomised else self.network
 
     @property
-    def judge(self) -> nn.Module:
-        """The network that names classes: the majority of its draws where it draws."""
-        return Majority(self.network) if self.draws else self.network
+    def evaluated(self) -> nn.Module:
+        """The network that gives the predicted class: the majority vote of draws if it is randomised."""
+        return MajorityVote(self.network) if self.randomised else self.network
 
 
-def attacked(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> Robustness:
-    """Return accuracies under an attack, with the checks that need little more than it met anyway.
+def evaluate_robustness(target: TargetModel, threat: ThreatModel, attack: LabelAttack, seed: int) -> Robustness:
+    """Measure clean and adversarial accuracy of a network, and check whether the attack can be trusted.
 
-    Those of the network's gradients and outputs (1 to 5, 7 and 8), and 14 and 15 where the attack tries noise or
-    asks for outputs only. A network that fails check 8 is attacked through its mean and judged by the majority of its
-    draws.
+    `target` holds a network in eval mode, images (N, C, H, W) in [0, 1] with N > 0 and labels (N,); `threat.eps` is in
+    pixel units, and `seed` keys every random number. Returned are accuracies with 95 % Wilson intervals, the outcome of
+    every image (N,), and the checks of gradients and outputs, with `random_noise` and `gradient_free_attack` if the
+    attack has such stages; no check is made at eps 0. A network that fails the check `determinism` is attacked through
+    its mean output and evaluated by the majority vote of 20 draws.
+
+    Raises InvalidModelError if an output or gradient of the network is not finite, or if the attack finds no gradient;
+    EnvironmentFault if an attack of another package is not installed.
+
+    Source: Carlini et al. 2019, "On Evaluating Adversarial Robustness".
     """
-    everything = (subject.network, subject.images, subject.labels)
+    data = (target.network, target.images, target.labels)
     if threat.eps == 0:
-        return Robustness(measure_accuracy(*everything, threat, attack, seed), ())
-    quick = quick_checks(*everything, threat, seed)
-    subject = replace(subject, draws=checks.randomised(quick))
-    accuracy = _measured(subject, threat, attack, seed)
-    with own_randomness(subject.images.device, seed):
-        steady = Target(subject.led, subject.images, subject.labels)
-        return Robustness(accuracy, (*quick, *_blind_checks(steady, threat, accuracy, attack, seed)))
+        return Robustness(measure_accuracy(*data, threat, attack, seed), ())
+    quick = quick_checks(*data, threat, seed)
+    target = replace(target, randomised=randomised(quick))
+    accuracy = measure_target(target, threat, attack, seed)
+    with seeded_noise(target.images.device, seed):
+        mean = TargetModel(target.searched, target.images, target.labels)
+        return Robustness(accuracy, (*quick, *_masking_checks(mean, threat, accuracy, attack, seed)))
 
 
-def _measured(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> Accuracy:
-    measure = measure_randomised if subject.draws else measure_accuracy
-    return measure(subject.network, subject.images, subject.labels, threat, attack, seed)
+def measure_target(target: TargetModel, threat: ThreatModel, attack: LabelAttack, seed: int) -> Accuracy:
+    """Return the accuracies of a target under an attack, by the majority vote if it is randomised."""
+    measure = measure_randomised if target.randomised else measure_accuracy
+    return measure(target.network, target.images, target.labels, threat, attack, seed)
 
 
-def _blind_checks(
-    subject: Target, threat: ThreatModel, accuracy: Accuracy, attack: LabelAttack, seed: int
+def _masking_checks(
+    target: TargetModel, threat: ThreatModel, accuracy: Accuracy, attack: LabelAttack, seed: int
 ) -> list[Check]:
-    """What attacks without a gradient broke that none finds, not even in ten more searches for these images."""
-    found, siege, asking = [], accuracy.siege, attack.asking_in(threat.norm)
+    """Check for images that only attacks without a gradient break, even after ten more gradient-based searches."""
+    found, outcome, gradient_free = [], accuracy.outcome, attack.gradient_free_name(threat.norm)
     for number, name in enumerate(accuracy.names):
-        if name not in (f"noise-{attack.noise}", asking):
+        if name not in (f"noise-{attack.noise}", gradient_free):
             continue
-        before = siege.robust | (siege.stage >= number)
-        after = before & ~(siege.stage == number)
-        anew = (before & ~after).nonzero().flatten()[:_SAMPLE]
-        after[_found_by_gradient(subject, threat, anew, seed)] = True
-        if name == asking and threat.norm != "linf":
-            left = anew[~after[anew]]
-            after[_found_halfway(subject.part(left), siege.images[left], threat, left, seed)] = True
-        if name == asking:
-            found.append(checks.queries_gain_little(before, after, attack.queries))
+        before = outcome.robust | (outcome.stage >= number)
+        after = before & ~(outcome.stage == number)
+        newly_broken = (before & ~after).nonzero().flatten()[:_RECHECKED]
+        after[_broken_by_gradient(target, threat, newly_broken, seed)] = True
+        if name == gradient_free and threat.norm != "linf":
+            left = newly_broken[~after[newly_broken]]
+            after[_broken_from_halfway(target.subset(left), outcome.images[left], threat, left, seed)] = True
+        if name == gradient_free:
+            found.append(comparison.check_gradient_free(before, after, attack.queries))
         else:
-            found.append(checks.noise_breaks_nothing(before, after))
+            found.append(comparison.check_noise(before, after))
     return found
 
 
-def _found_by_gradient(subject: Target, threat: ThreatModel, index: Tensor, seed: int) -> Tensor:
-    """Return which of a few images (A,) harder searches break too: these say that the attack was short, not misled."""
+def _broken_by_gradient(target: TargetModel, threat: ThreatModel, index: Tensor, seed: int) -> Tensor:
+    """Return which of some images (A,) stronger gradient-based searches break, too: these are not masked."""
     if len(index) == 0:
         return index
-    few, search = subject.part(index), PGD(40, 0.1, restarts=5)
-    left = [_left(few, threat, seed, stage) for stage in (Stage("margin", search), Stage("ce", search))]
-    return index[~(left[0] & left[1])]
+    few, search = target.subset(index), PGD(40, 0.1, restarts=5)
+    robust = [_robust(few, threat, seed, stage) for stage in (Stage("margin", search), Stage("ce", search))]
+    return index[~(robust[0] & robust[1])]
 
 
-def _found_halfway(few: Target, broken: Images, threat: ThreatModel, index: Tensor, seed: int) -> Tensor:
-    """Return which of a few images (A,) a gradient finds too, once halfway to those of a wide-ranging search.
+def _broken_from_halfway(few: TargetModel, broken: Images, threat: ThreatModel, index: Tensor, seed: int) -> Tensor:
+    """Return which of some images (A,) a descent breaks, too, from halfway to their gradient-free adversarial images.
 
-    The search by differences looks far beyond where a gradient does, and leaves hollows that a descent stays in. That
-    masks nothing: from halfway, or from as far as the image is still right, an honest gradient leads on.
+    Finite differences over long distances find adversarial images behind local minima of the margin, where no gradient
+    is masked. The descent starts halfway, or nearer to the clean image until the label is still correct.
     """
     if len(index) == 0:
         return index
     start, share = few.images, torch.full_like(few.labels, 0.5, dtype=torch.float32)
     for _ in range(_HALVINGS):
         start = few.images + share.view(-1, 1, 1, 1) * (broken - few.images)
-        lost = ~(margin(logits_of(few.network, start, _SAMPLE), few.labels) > 0)
-        share = torch.where(lost, share / 2, share)
+        adversarial = ~(margin(logits_of(few.network, start, _RECHECKED), few.labels) > 0)
+        share = torch.where(adversarial, share / 2, share)
     search, generator = PGD(40, 0.05), keyed_generator(seed, Purpose.HALVING_SEARCH)
     objective = margin_objective(few.network, few.labels)
     found = minimise(objective, few.images, threat, search, generator, threat.project(start, few.images))
-    return index[found.done & (found.step > 0)]  # a start that is lost already shows nothing
+    return index[found.done & (found.step > 0)]  # a start that is already adversarial is no evidence
 
 
-def compared(subject: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> tuple[Check, ...]:
-    """Return checks 6 and 9 to 12: the attack beside weaker and stronger ones, on the first 100 images it gets right.
+def compare_attacks(target: TargetModel, threat: ThreatModel, attack: LabelAttack, seed: int) -> tuple[Check, ...]:
+    """Compare the attack with weaker and stronger ones, on the first 100 images that are classified correctly.
 
-    A network that draws at random is searched through its mean and judged by the majority, as in `attacked`. Nothing
-    applies where the network gets no image right, or eps is 0.
+    Randomised networks are treated as in `evaluate_robustness`. No check is made if no image is classified correctly,
+    or if eps is 0.
+
+    Source: Carlini et al. 2019, "On Evaluating Adversarial Robustness".
     """
-    with own_randomness(subject.images.device, seed):
-        known = subject.looked_at(seed)
-        few = known.part(first_right(known.judge, known.images, known.labels))
-        return _compared(few, threat, attack, seed) if len(few.images) and threat.eps > 0 else ()
+    with seeded_noise(target.images.device, seed):
+        target = target.detect_randomness(seed)
+        few = target.subset(first_correct(target.evaluated, target.images, target.labels))
+        return _comparison_checks(few, threat, attack, seed) if len(few.images) and threat.eps > 0 else ()
 
 
-def _compared(few: Target, threat: ThreatModel, attack: LabelAttack, seed: int) -> tuple[Check, ...]:
-    left = partial(_left, few, threat, seed)
-    clean = margin(logits_of(few.led, few.images, attack.batch_size), few.labels)
-    once, settled = PGD(20, 0.15), PGD(40, 0.15)
-    cross_entropy, margins = left(Stage("ce", once)), left(Stage("margin", once))
-    # logits scaled so that the typical margin is one: where they are huge, cross-entropy has no gradient
-    scaled = replace(few, network=_Scaled(few.network, 1 / float(clean.abs().median())))
-    rescaled = _left(scaled, threat, seed, Stage("ce", once))
-    whole = _measured(few, threat, attack, seed).robust
+def _comparison_checks(few: TargetModel, threat: ThreatModel, attack: LabelAttack, seed: int) -> tuple[Check, ...]:
+    robust = partial(_robust, few, threat, seed)
+    clean = margin(logits_of(few.searched, few.images, attack.batch_size), few.labels)
+    short, long = PGD(20, 0.15), PGD(40, 0.15)
+    cross_entropy, margins = robust(Stage("ce", short)), robust(Stage("margin", short))
+    # rescaled to a median margin of one: large logits saturate the cross-entropy
+    scaled = replace(few, network=_ScaledLogits(few.network, 1 / float(clean.abs().median())))
+    rescaled = _robust(scaled, threat, seed, Stage("ce", short))
+    whole = measure_target(few, threat, attack, seed).robust
     return (
-        checks.single_step_beaten(left(Stage("ce", PGD(1, 1.0, random_start=False))), whole),
-        checks.losses_agree(cross_entropy, margins),
-        checks.rescaling_gains_little(cross_entropy, rescaled),
-        checks.steps_gain_little(margins, left(Stage("margin", settled))),
-        _settling(few, threat, seed, settled, float(clean.std(correction=0)) or 1.0),
-        checks.restarts_gain_little(whole, whole & left(Stage("margin", PGD(20, 0.15, restarts=5)))),
+        comparison.check_single_step(robust(Stage("ce", PGD(1, 1.0, random_start=False))), whole),
+        comparison.check_losses(cross_entropy, margins),
+        comparison.check_rescaled_logits(cross_entropy, rescaled),
+        comparison.check_more_steps(margins, robust(Stage("margin", long))),
+        _convergence_check(few, threat, seed, long, float(clean.std(correction=0)) or 1.0),
+        comparison.check_more_restarts(whole, whole & robust(Stage("margin", PGD(20, 0.15, restarts=5)))),
     )
 
 
-def _left(subject: Target, threat: ThreatModel, seed: int, stage: Stage) -> Tensor:
-    return _measured(subject, threat, LabelAttack((stage,)), seed).robust
+def _robust(target: TargetModel, threat: ThreatModel, seed: int, stage: Stage) -> Tensor:
+    return measure_target(target, threat, LabelAttack((stage,)), seed).robust
 
 
-class _Scaled(nn.Module):
+class _ScaledLogits(nn.Module):
     def __init__(self, network: nn.Module, factor: float) -> None:
         super().__init__()
         self.network, self.factor = network, factor
@@ -195,126 +196,58 @@ class _Scaled(nn.Module):
         return self.factor * self.network(images)
 
 
-def _settling(subject: Target, threat: ThreatModel, seed: int, pgd: PGD, spread: float) -> Check:
-    """Whether ten steps fewer would have found the same: of the margin, by the spread of margins on clean images."""
-    fewer = PGD(pgd.steps - 10, pgd.relative_step, pgd.random_start)
+def _convergence_check(target: TargetModel, threat: ThreatModel, seed: int, pgd: PGD, spread: float) -> Check:
+    """Check the convergence of the margin, in standard deviations of the clean margins, over the last ten steps."""
+    shorter = PGD(pgd.steps - 10, pgd.relative_step, pgd.random_start)
     found = []
-    for search in (fewer, pgd):
-        objective = margin_objective(subject.led, subject.labels)
+    for search in (shorter, pgd):
+        objective = margin_objective(target.searched, target.labels)
         generator = keyed_generator(seed, Purpose.CONVERGENCE_CHECK)  # the same start
-        found.append(minimise(objective, subject.images, threat, search, generator))
+        found.append(minimise(objective, target.images, threat, search, generator))
     surviving = ~found[1].done
     earlier, final = (-each.value[surviving] / spread for each in found)
-    return checks.loss_settled(earlier, final)
+    return comparison.check_loss_convergence(earlier, final)
 
 
-class Rung(NamedTuple):
-    """One radius of a ladder: the accuracy under attack there, with its Wilson interval."""
+class EpsPoint(NamedTuple):
+    """The adversarial accuracy at one radius, with its Wilson interval."""
 
     eps: float
     accuracy: Proportion
 
 
-class Ladder(NamedTuple):
-    """Accuracies by radius, the smallest radius that broke each image (N,), inf where none did, and check 18."""
+class EpsCurve(NamedTuple):
+    """Adversarial accuracy against eps: one point for each radius, in ascending order, with the checks and the cost.
 
-    rungs: tuple[Rung, ...]
+    `smallest` (N,) is the smallest radius that broke each image, inf if none did.
+    """
+
+    points: tuple[EpsPoint, ...]
     smallest: Tensor
     checks: tuple[Check, ...]
     passes: int
     forwards: int
 
 
-def climb(subject: Target, threat: ThreatModel, seed: int, multiples: tuple[float, ...] = LADDER) -> Ladder:
-    """Return the accuracies at multiples of a threat model's radius, each measured on its own by the smoke tier.
+def measure_eps_curve(
+    target: TargetModel, threat: ThreatModel, seed: int, multiples: tuple[float, ...] = EPS_MULTIPLES
+) -> EpsCurve:
+    """Measure adversarial accuracy at multiples of the threat model's radius, each by the attack tier "smoke".
 
-    A radius beyond the one at which a ball holds a grey image is cut to it. An image broken in a small ball is broken
-    in a larger one, so the rungs' accuracies count it; the check compares what each rung found by itself.
+    Radii are limited to the one that covers a grey image. An image broken in a small ball counts as broken in every
+    larger one; the checks compare the results of the separate attacks.
     """
-    attack, subject = TIERS["smoke"], subject.looked_at(seed)
-    most = reaching_eps(threat, subject.images)
-    radii = sorted({min(multiple * threat.eps, most) for multiple in multiples})
-    smallest = torch.full(subject.labels.shape, inf, device=subject.labels.device)
+    attack, target = TIERS["smoke"], target.detect_randomness(seed)
+    largest = grey_covering_eps(threat, target.images)
+    radii = sorted({min(multiple * threat.eps, largest) for multiple in multiples})
+    smallest = torch.full(target.labels.shape, inf, device=target.labels.device)
     counts: dict[float, int] = {}
-    rungs, passes, forwards = [], 0, 0
+    points, passes, forwards = [], 0, 0
     for eps in radii:
-        ball = threat_model(threat.norm, eps)
-        found = _measured(subject, ball, attack, seed)
+        found = measure_target(target, threat_model(threat.norm, eps), attack, seed)
         counts[eps] = int(found.robust.sum())
         passes, forwards = passes + found.passes, forwards + found.forwards
-        smallest[~found.siege.correct] = 0.0
+        smallest[~found.outcome.correct] = 0.0
         smallest[~found.robust] = smallest[~found.robust].clamp_max(eps)
-        rungs.append(Rung(eps, wilson(int((smallest > eps).sum()), len(smallest))))
-    return Ladder(tuple(rungs), smallest, checks.never_rises(counts, most), passes, forwards)
-
-
-def transferred(sources: Mapping[str, Target], threat: ThreatModel, seed: int) -> dict[str, dict[str, Tensor]]:
-    """Return, for each source and target, which images (N,) the target names rightly after an attack on the source.
-
-    The attack takes the highest loss in the ball, not the first error: such images transfer better.
-    """
-    known = {name: subject.looked_at(seed) for name, subject in sources.items()}
-    moved = {name: _hardest(subject, threat, seed) for name, subject in known.items()}
-    return {
-        source: {target: _right(other, images, seed) for target, other in known.items()}
-        for source, images in moved.items()
-    }
-
-
-def _hardest(subject: Target, threat: ThreatModel, seed: int) -> Images:
-    objective, pgd = never_done(cross_entropy_objective(subject.led, subject.labels)), PGD(20, 0.15)
-    with own_randomness(subject.images.device, seed):
-        return minimise(objective, subject.images, threat, pgd, keyed_generator(seed, Purpose.TRANSFER_ATTACK)).images
-
-
-def _right(subject: Target, images: Images, seed: int) -> Tensor:
-    with own_randomness(images.device, seed):
-        return margin(logits_of(subject.judge, images, 256), subject.labels) > 0
-
-
-class Alone(NamedTuple):
-    """What one attack by itself left standing: a share with its interval, which images (N,), and what it cost."""
-
-    name: str
-    accuracy: Proportion
-    robust: Tensor
-    passes: int
-    forwards: int
-
-
-def alone(name: str, subject: Target, threat: ThreatModel, seed: int) -> Alone:
-    """Return what one attack does by its name; `autoattack` is the standard one.
-
-    Attacks of smallest norm break an image where the norm they reach is within eps. Raises UnknownNameError with the
-    nearest legal names, UsageError for an attack that does not know the threat model's norm.
-    """
-    name = _SHORT.get(name, name)
-    if name in NEAREST:
-        return _nearest(name, subject, threat, seed)
-    if name not in ATTACKS:
-        raise UnknownNameError("attack", name, ATTACKS)
-    attack = LabelAttack((SEARCHES[name],)) if name in SEARCHES else LabelAttack(borrowed=(name,))
-    found = _measured(subject.looked_at(seed), threat, attack, seed)
-    return Alone(name, found.adversarial, found.robust, found.passes, found.forwards)
-
-
-def _nearest(name: str, subject: Target, threat: ThreatModel, seed: int) -> Alone:
-    if threat.norm != "l2":
-        raise UsageError(
-            f"{name} looks for the smallest l2 change, and the threat model is {threat.norm}; use --norm l2"
-        )
-    with own_randomness(subject.images.device, seed):
-        found = NEAREST[name](subject.network, subject.images, subject.labels)
-    robust = ~found.broken(threat.eps)
-    return Alone(name, wilson(int(robust.sum()), len(robust)), robust, found.passes, 0)
-
-
-SEARCHES = {
-    "fgsm": Stage("ce", PGD(1, 1.0, random_start=False)),
-    "bim": Stage("ce", PGD(10, 0.1, random_start=False)),
-    "pgd": Stage("ce", PGD(20, 0.15)),
-    "margin": Stage("margin", PGD(20, 0.15)),
-}
-NEAREST = {"cw": partial(carlini_wagner, settings=CarliniWagner()), "ddn": partial(ddn, settings=DDN())}
-ATTACKS = (*SEARCHES, *NEAREST, *BORROWED)
-_SHORT = {"autoattack": "autoattack-standard"}
+        points.append(EpsPoint(eps, wilson(int((smallest > eps).sum()), len(smallest))))
+    return EpsCurve(tuple(points), smallest, comparison.check_eps_curve(counts, largest), passes, forwards)

@@ -1,7 +1,6 @@
 """Threat models: a norm, a radius in pixel units, and the pixel range.
 
-Three geometries, three small hooks each: `project` back into the ball, the `steepest` direction of unit norm,
-and a `random_delta` inside the ball.
+Each norm defines the projection onto its ball, the steepest direction of unit norm, and a random point in the ball.
 """
 
 from abc import ABC, abstractmethod
@@ -12,15 +11,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from audit.adversary.norms import eps_fault
 from audit.errors import UnknownNameError, UsageError
 from audit.types import Images
 
 
 @dataclass(frozen=True)
 class ThreatModel(ABC):
-    """What an adversary may do to an image: move it by at most `eps` in a norm, inside the pixel range.
+    """Set of legal images x' around a clean image x: ||x' - x|| <= eps, with pixels in `pixel_range`.
 
-    Raises UsageError for an eps that is negative, not finite, or beyond the diameter that makes sense.
+    `eps` is in pixel units. Raises UsageError for a radius that is not legal (`audit.adversary.norms.eps_fault`).
     """
 
     eps: float
@@ -29,49 +29,50 @@ class ThreatModel(ABC):
     norm: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps < float("inf"):
-            raise UsageError(f"eps {self.eps!r} is not a finite radius >= 0 in pixel units (images lie in [0, 1])")
+        fault = eps_fault(self.eps, self.norm)
+        if fault:
+            raise UsageError(fault)
 
     def project(self, images: Images, clean: Images) -> Images:
-        """Return legal images: inside the eps-ball around `clean` and inside the pixel range.
+        """Project images (N, C, H, W) onto the eps-ball around `clean` and the pixel range; return (N, C, H, W).
 
-        Legal images come back bit for bit. Shapes (N, C, H, W) in and out.
+        Legal images are returned bit for bit.
         """
         legal = self.distance(images, clean) <= self.eps
         kept = torch.where(_per_image(legal, images), images, self._nearest(images, clean))
         return kept.clamp(*self.pixel_range)
 
     def step(self, images: Images, gradient: Tensor, clean: Images, size: float) -> Images:
-        """Return the images after one projected step of length `size` down the gradient."""
+        """Return the images (N, C, H, W) after one projected descent step of length `size` in the norm."""
         return self.project(images - size * self.steepest(gradient, images), clean)
 
-    def walls(self, clean: Images) -> tuple[Tensor, ...]:
-        """Return what `step_into` needs to know of the clean images: tensors (N, ...), made once for many steps."""
+    def step_bounds(self, clean: Images) -> tuple[Tensor, ...]:
+        """Return the tensors (N, ...) that `step_into` needs, computed once for many steps."""
         return (clean,)
 
-    def step_into(self, moved: Images, images: Images, descent: tuple[Tensor, float], *walls: Tensor) -> None:
-        """Write the images after one projected step, of `descent` = (gradient, size), into `moved`."""
+    def step_into(self, out: Images, images: Images, descent: tuple[Tensor, float], *bounds: Tensor) -> None:
+        """Write the images after one projected step into `out`; `descent` is (gradient, step length)."""
         gradient, size = descent
-        moved.copy_(self.step(images, gradient, walls[0], size))
+        out.copy_(self.step(images, gradient, bounds[0], size))
 
     def random_start(self, clean: Images, generator: torch.Generator) -> Images:
-        """Return legal images drawn at random around `clean`; the draw is made on the CPU, whatever the device."""
+        """Return random legal images around `clean` (N, C, H, W); numbers are drawn on the CPU, whatever the device."""
         delta = self._random_delta(len(clean), clean[0].numel(), generator)
         return self.project(clean + delta.view(clean.shape).to(clean), clean)
 
     @abstractmethod
     def distance(self, images: Images, clean: Images) -> Tensor:
-        """Return the norm of the difference, per image: (N,)."""
+        """Return the norm of the perturbation per image, (N,)."""
 
     @abstractmethod
     def steepest(self, gradient: Tensor, images: Images) -> Tensor:
-        """Return the unit-norm direction along which the gradient's linear function grows fastest."""
+        """Return the directions d (N, C, H, W), ||d|| = 1, that maximise <gradient, d> per image."""
 
     def _nearest(self, images: Images, clean: Images) -> Images:
-        """Return the nearest point of the eps-ball to each image."""
+        """Return the nearest point of the eps-ball for each image."""
         delta = self._shrink((images - clean).flatten(1)).view_as(images)
         inside, slack = clean + delta, 1e-6
-        # adding delta to clean rounds, and may leave the ball again: then projecting twice would move the image twice
+        # clean + delta rounds and may leave the ball, so that a second projection would move the image again
         while (outside := self.distance(inside, clean) > self.eps).any():
             inside = torch.where(_per_image(outside, images), clean + delta * max(0.0, 1 - slack), inside)
             slack *= 4
@@ -79,7 +80,7 @@ class ThreatModel(ABC):
 
     @abstractmethod
     def _shrink(self, delta: Tensor) -> Tensor:
-        """Return the nearest point of the ball to each row of delta (N, D)."""
+        """Return the nearest point of the ball around zero to each row of delta (N, D)."""
 
     @abstractmethod
     def _random_delta(self, count: int, size: int, generator: torch.Generator) -> Tensor: ...
@@ -87,35 +88,30 @@ class ThreatModel(ABC):
 
 @dataclass(frozen=True)
 class Linf(ThreatModel):
-    """Every pixel moves by at most eps."""
+    """The l-inf ball: every pixel changes by at most eps, in pixel units of images in [0, 1]; eps is at most 1."""
 
     norm: ClassVar[str] = "linf"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eps > 1:
-            raise UsageError(f"eps {self.eps!r} is outside [0, 1], the range of pixels: write 8/255 for 8 grey levels")
-
     def distance(self, images: Images, clean: Images) -> Tensor:
-        """Return the largest pixel change per image: (N,)."""
+        """Return the largest absolute pixel change per image, (N,)."""
         return (images - clean).flatten(1).abs().amax(1)
 
     def steepest(self, gradient: Tensor, images: Images) -> Tensor:  # noqa: ARG002
         """Return the sign of the gradient."""
         return gradient.sign()
 
-    def walls(self, clean: Images) -> tuple[Tensor, ...]:
-        """Return the lowest and the highest legal pixels."""
+    def step_bounds(self, clean: Images) -> tuple[Tensor, ...]:
+        """Return the lowest and the highest legal values of every pixel."""
         low, high = self.pixel_range
         return (clean - self.eps).clamp_(min=low), (clean + self.eps).clamp_(max=high)
 
-    def step_into(self, moved: Images, images: Images, descent: tuple[Tensor, float], *walls: Tensor) -> None:
-        """Take the step in a third of the memory traffic of the base class's, and in no memory of its own."""
+    def step_into(self, out: Images, images: Images, descent: tuple[Tensor, float], *bounds: Tensor) -> None:
+        """Write the images after one step into `out`, with a third of the memory traffic and no allocation."""
         gradient, size = descent
-        torch.sub(images, torch.sign(gradient, out=moved), alpha=size, out=moved).clamp_(*walls)
+        torch.sub(images, torch.sign(gradient, out=out), alpha=size, out=out).clamp_(*bounds)
 
     def _nearest(self, images: Images, clean: Images) -> Images:
-        # bounds on the pixels themselves: a legal pixel of an illegal image keeps its bits
+        # clamp pixels, not differences: legal pixels of an illegal image are kept bit for bit
         return torch.minimum(torch.maximum(images, clean - self.eps), clean + self.eps)
 
     def _shrink(self, delta: Tensor) -> Tensor:
@@ -127,18 +123,18 @@ class Linf(ThreatModel):
 
 @dataclass(frozen=True)
 class L2(ThreatModel):
-    """The Euclidean length of the change is at most eps."""
+    """The l2 ball: the Euclidean length of the perturbation is at most eps, in pixel units of images in [0, 1]."""
 
     norm: ClassVar[str] = "l2"
 
     def distance(self, images: Images, clean: Images) -> Tensor:
-        """Return the Euclidean length of the change per image: (N,)."""
+        """Return the Euclidean length of the perturbation per image, (N,)."""
         return (images - clean).flatten(1).norm(dim=1)
 
     def steepest(self, gradient: Tensor, images: Images) -> Tensor:  # noqa: ARG002
-        """Return the gradient scaled to length one (zero stays zero)."""
+        """Return the gradient divided by its length; zero stays zero."""
         peak = gradient.flatten(1).abs().amax(1)
-        # the largest entry first: squares of saturated gradients (1e-25) underflow, of steep ones overflow
+        # divide by the largest entry first: squares of tiny gradients (1e-25) underflow, those of large ones overflow
         scaled = gradient / _per_image(torch.where(peak > 0, peak, 1.0), gradient)
         return scaled / _per_image(scaled.flatten(1).norm(dim=1).clamp_min(1.0), gradient)
 
@@ -154,18 +150,18 @@ class L2(ThreatModel):
 
 @dataclass(frozen=True)
 class L1(ThreatModel):
-    """The absolute changes of all pixels sum to at most eps.
+    """The l1 ball: the absolute changes of all pixels sum to at most eps, in pixel units of images in [0, 1].
 
-    A step moves the pixels with the largest gradient that still can move: as many as eps can pay for at half the
-    pixel range each, at most one per cent and at least one. The exact steepest direction, a single pixel, needs
-    one step per pixel changed; more pixels than eps can pay for never reach the best corner of the ball.
+    A step changes the k pixels of largest gradient that are not at the end of their range, with
+    k = ceil(eps / (half the pixel range)), at most 1 % of the pixels and at least one. The exact steepest direction
+    changes a single pixel and needs one step for each; with more than k pixels the search misses the best vertex.
     """
 
     norm: ClassVar[str] = "l1"
     moved_share: ClassVar[float] = 0.01
 
     def project(self, images: Images, clean: Images) -> Images:
-        """Return the nearest legal images; what a pixel cannot spend at the end of its range is left to the others.
+        """Project images (N, C, H, W) exactly onto the intersection of the l1 ball and the pixel range.
 
         Source: Croce & Hein 2021, "Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers",
         proposition 2.1.
@@ -177,61 +173,62 @@ class L1(ThreatModel):
         return torch.where(_per_image(legal, images), clamped, self._nearest(images, clean)).clamp(*self.pixel_range)
 
     def distance(self, images: Images, clean: Images) -> Tensor:
-        """Return the sum of absolute changes per image: (N,)."""
+        """Return the sum of absolute pixel changes per image, (N,)."""
         return (images - clean).flatten(1).abs().sum(1)
 
     def steepest(self, gradient: Tensor, images: Images) -> Tensor:
-        """Return the signs of the largest movable gradient entries, scaled to a sum of one."""
+        """Return the signs of the k largest gradient entries whose pixels can move, divided by k."""
         low, high = self.pixel_range
         blocked = ((gradient > 0) & (images <= low)) | ((gradient < 0) & (images >= high))
         movable = gradient.masked_fill(blocked, 0.0).flatten(1)
-        count = max(1, min(self._payable, int(self.moved_share * movable.shape[1])))
+        count = max(1, min(self._half_range_pixels, int(self.moved_share * movable.shape[1])))
         chosen = movable.abs().topk(count, dim=1).indices
         direction = torch.zeros_like(movable).scatter(1, chosen, movable.gather(1, chosen).sign())
         return (direction / direction.abs().sum(1, keepdim=True).clamp_min(1)).view_as(gradient)
 
     def sparse_start(self, clean: Images, generator: torch.Generator) -> Images:
-        """Return legal images that differ from the clean ones in a few pixels, as the best corners of the ball do."""
+        """Return random legal images that differ from `clean` (N, C, H, W) in few pixels, like vertices of the ball."""
         count, size = len(clean), clean[0].numel()
-        few = torch.randint(1, min(size, max(1, 3 * self._payable // 2)) + 1, (count, 1), generator=generator)
-        chosen = torch.rand(count, size, generator=generator).argsort(1).argsort(1) < few
+        most = min(size, max(1, 3 * self._half_range_pixels // 2))
+        pixels = torch.randint(1, most + 1, (count, 1), generator=generator)
+        chosen = torch.rand(count, size, generator=generator).argsort(1).argsort(1) < pixels
         signs = torch.randint(0, 2, (count, size), generator=generator) * 2.0 - 1.0
-        # twice eps in all: about half of them meet the end of their range
-        delta = 2 * self.eps * chosen * signs / few
+        # twice eps in all, because about half of the pixels reach the end of their range
+        delta = 2 * self.eps * chosen * signs / pixels
         return self.project(clean + delta.view(clean.shape).to(clean), clean)
 
     @property
-    def _payable(self) -> int:
-        """How many pixels eps can move by half the pixel range."""
+    def _half_range_pixels(self) -> int:
+        """Number of pixels that can change by half the pixel range within eps."""
         low, high = self.pixel_range
         return ceil(self.eps / (0.5 * (high - low)))
 
     def _nearest(self, images: Images, clean: Images) -> Images:
         low, high = self.pixel_range
         delta = (images - clean).flatten(1)
-        wall = torch.where(delta > 0, high - clean.flatten(1), clean.flatten(1) - low)
-        kept = delta.sign() * (delta.abs() - self._level(delta.abs(), wall)).clamp_min(0).minimum(wall)
-        return super()._nearest(clean + kept.view_as(clean), clean)  # which sees to the rounding
+        room = torch.where(delta > 0, high - clean.flatten(1), clean.flatten(1) - low)
+        kept = delta.sign() * (delta.abs() - self._threshold(delta.abs(), room)).clamp_min(0).minimum(room)
+        return super()._nearest(clean + kept.view_as(clean), clean)  # the base class corrects rounding
 
-    def _level(self, size: Tensor, wall: Tensor) -> Tensor:
-        """Return the level (N, 1) that sizes (N, D) give up, up to their walls (N, D), for a sum of eps.
+    def _threshold(self, size: Tensor, room: Tensor) -> Tensor:
+        """Return t (N, 1) such that sum(clamp(size - t, 0, room)) = eps, for sizes and rooms (N, D).
 
-        The sum falls with the level, in straight lines that bend where an entry reaches its wall, and zero.
+        The sum is piecewise linear and decreasing in t, with breakpoints at size - room and size.
         """
-        bends, order = torch.cat([size, size - wall], 1).sort(dim=1, descending=True)
+        breakpoints, order = torch.cat([size, size - room], 1).sort(dim=1, descending=True)
         slope = torch.where(order < size.shape[1], 1.0, -1.0)
-        many, whole = slope.cumsum(1), (slope * bends).cumsum(1)
-        # at the first bend where the sum is above eps the level is passed; at the last one it is all walls
-        before = ((whole - bends * many <= self.eps).sum(1, keepdim=True) - 1).clamp_min(0)
-        level = (whole.gather(1, before) - self.eps) / many.gather(1, before).clamp_min(1)
-        return level.clamp_min(0)
+        slopes, offsets = slope.cumsum(1), (slope * breakpoints).cumsum(1)
+        # the solution lies before the first breakpoint with a sum above eps
+        last = ((offsets - breakpoints * slopes <= self.eps).sum(1, keepdim=True) - 1).clamp_min(0)
+        threshold = (offsets.gather(1, last) - self.eps) / slopes.gather(1, last).clamp_min(1)
+        return threshold.clamp_min(0)
 
     def _shrink(self, delta: Tensor) -> Tensor:
-        # Duchi et al. 2008: soft-threshold by the level at which the sum of magnitudes is eps
-        return delta.sign() * (delta.abs() - self._level(delta.abs(), delta.abs())).clamp_min(0)
+        # soft-thresholding, Duchi et al. 2008, "Efficient Projections onto the l1-Ball", figure 1
+        return delta.sign() * (delta.abs() - self._threshold(delta.abs(), delta.abs())).clamp_min(0)
 
     def _random_delta(self, count: int, size: int, generator: torch.Generator) -> Tensor:
-        # exponential magnitudes with random signs, divided by their sum and one more draw: uniform in the ball
+        # exponential magnitudes divided by the sum of D + 1 draws, with random signs, are uniform in the ball
         draws = -torch.rand(count, size + 1, generator=generator).clamp_min(1e-30).log()
         signs = torch.randint(0, 2, (count, size), generator=generator) * 2.0 - 1.0
         return self.eps * signs * draws[:, :size] / draws.sum(1, keepdim=True)
@@ -241,7 +238,10 @@ THREATS: dict[str, type[ThreatModel]] = {"linf": Linf, "l2": L2, "l1": L1}
 
 
 def threat_model(norm: str, eps: float) -> ThreatModel:
-    """Return the threat model of a norm's name; raises UnknownNameError with the nearest legal names."""
+    """Return the threat model of a norm's name with radius `eps` in pixel units.
+
+    Raises UnknownNameError for an unknown norm, UsageError for a radius that is not legal.
+    """
     if norm.lower() not in THREATS:
         raise UnknownNameError("norm", norm, THREATS)
     return THREATS[norm.lower()](eps)

@@ -1,115 +1,91 @@
-"""Estimators beside channels whose information is known: how far off is each, with exactly a benchmark's settings?"""
+"""Compare estimators, with the settings of a benchmark, with channels whose information is known in closed form."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from math import hypot, log
 from statistics import fmean
 
 from audit.adversary.threat import Linf
-from audit.calibration.channels import Channel, channels
-from audit.information.estimator import Estimator, MIEstimate, Subject, Vulnerability
-from audit.information.labels import LabelInformation, LabelLevel
-from audit.information.mine import Mine
-from audit.information.released.estimator import Reference
-from audit.information.sandwich import Sandwich
+from audit.calibration.catalogue import all_channels
+from audit.calibration.channels import Channel
+from audit.calibration.plans import CalibrationPlan, plan_of
+from audit.information.estimator import Estimator, EstimatorInputs, MIEstimate, Vulnerability
 from audit.records import VERSION, CalibrationRow
 from audit.storage import digest
 
-_NOISELESS = 0.1  # the noise under which atoms one apart stay distinct to nine digits
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """How an estimator is held against the channels: samples of each, and the errors that pass, in nats.
-
-    Errors pass on channels of at most `most_nats` and `most_dimensions`; the others are shown without a verdict.
-    Without a tolerance a case is shown, never judged.
-    """
-
-    samples: int
-    normal_tolerance: float | None
-    worst_tolerance: float | None
-    most_nats: float = 3.0
-    most_dimensions: int = 10
-
-
-PLANS: dict[type[Estimator], Calibration] = {
-    Sandwich: Calibration(2000, 0.05, 0.03),
-    Mine: Calibration(5000, 0.1, None, most_nats=2.0, most_dimensions=5),
-    LabelLevel: Calibration(5000, 0.01, 0.01),
-    LabelInformation: Calibration(5000, 0.05, 0.05),
-    Reference: Calibration(1000, None, None),
-}
-BRIEF = ("two points", "three points", "Gaussian", "projection of 8x8 images", "sign of a Gaussian mixture",
-         "2 noiseless bits", "labels of two Gaussians")  # fmt: skip
-Watch = Callable[[str, int], None]
+BRIEF_CHANNELS = (
+    "two points",
+    "three points",
+    "Gaussian",
+    "projection of 8x8 images",
+    "sign of a Gaussian mixture",
+    "2 noiseless bits",
+    "labels of two Gaussians",
+)
+ChannelProgress = Callable[[str, int], None]
+"""Receives a description of the next channel and the number of channels done."""
 
 
 def calibrate(
-    estimator: Estimator, brief: bool = False, watch: Watch = lambda _channel, _done: None
+    estimator: Estimator, *, brief: bool = False, progress: ChannelProgress = lambda _channel, _done: None
 ) -> list[CalibrationRow]:
-    """Return one row for each applicable channel; `watch` is told the channel and how many are done."""
-    plan = _plan(estimator)
-    rows = []
-    for number, channel in enumerate(applicable(estimator, brief)):
-        watch(f"{channel.name}, {channel.parameters}", number)
+    """Return one row for each applicable channel; `brief` restricts them to one radius of a few channels."""
+    plan, rows = plan_of(estimator), list[CalibrationRow]()
+    for done, channel in enumerate(applicable_channels(estimator, brief=brief)):
+        progress(f"{channel.name}, {channel.parameters}", done)
         rows.append(_row(estimator, channel, plan))
     return rows
 
 
-def applicable(estimator: Estimator, brief: bool = False) -> list[Channel]:
-    """Return the channels whose truth is what the estimator estimates; `brief`: one radius of the plainest few."""
-    found = [channel for channel in channels() if _fits(estimator, channel)]
-    return list(_plainest(found)) if brief else found
-
-
-def _fits(estimator: Estimator, channel: Channel) -> bool:
-    if isinstance(estimator, LabelInformation):
-        return channel.tells == "label"
-    if isinstance(estimator, LabelLevel):
-        return channel.classes > 0
-    if isinstance(estimator, Reference):
-        return channel.name.startswith("projection")  # its critic sees pictures only
-    return channel.tells == "image"
+def applicable_channels(estimator: Estimator, *, brief: bool = False) -> list[Channel]:
+    """Return the channels with known values of the quantity that an estimator estimates."""
+    plan = plan_of(estimator)
+    applicable = [channel for channel in all_channels() if plan.applies(channel)]
+    return list(_brief(applicable)) if brief else applicable
 
 
 def settings_key(estimator: Estimator) -> str:
-    """Return a name for an estimator's settings: the same settings of the same version calibrate the same."""
+    """Return a key of an estimator's settings and the version: equal keys have equal calibrations."""
     return f"{estimator.name}-{digest({'version': VERSION, **asdict(estimator)})[:12]}"
 
 
-def _plainest(found: list[Channel]) -> Iterator[Channel]:
+def _brief(candidates: Sequence[Channel]) -> Iterator[Channel]:
     seen: set[str] = set()
-    for channel in found:
-        middling = channel.eps == 0 or "shift 0.5" in channel.parameters
-        if channel.name in BRIEF and channel.name not in seen and middling and channel.sigma <= 0.5:
+    for channel in candidates:
+        medium_radius = channel.eps == 0 or "shift 0.5" in channel.parameters
+        if channel.name in BRIEF_CHANNELS and channel.name not in seen and medium_radius and channel.sigma <= 0.5:
             seen.add(channel.name)
             yield channel
 
 
-def _row(estimator: Estimator, channel: Channel, plan: Calibration) -> CalibrationRow:
-    found = [_found(estimator, channel, plan.samples, seed) for seed in range(channel.repeats)]
-    normal, normal_error = _mean([each.normal for each in found])
-    worst, worst_error = _mean([each.worst for each in found]) if channel.eps else (None, None)
-    judged = (
-        channel.normal_nats <= min(plan.most_nats, log(plan.samples)) and _dimension(channel) <= plan.most_dimensions
-    )
-    worst_known = channel.worst_nats is not None and channel.exact
+def _row(estimator: Estimator, channel: Channel, plan: CalibrationPlan) -> CalibrationRow:
+    estimates = [_estimate(estimator, channel, plan, seed) for seed in range(channel.repeats)]
+    normal, normal_error = _mean([each.normal for each in estimates])
+    worst, worst_error = _mean([each.worst for each in estimates]) if channel.eps else (None, None)
+    judged = channel.normal_nats <= min(plan.max_nats, log(plan.samples)) and _dimension(channel) <= plan.max_dimensions
+    worst_known = channel.worst_nats is not None and channel.worst_is_exact
     return CalibrationRow(
-        channel=channel.name, parameters=channel.parameters, estimator=estimator.name, samples=plan.samples,
-        true_normal_nats=channel.normal_nats, normal_nats=normal, normal_nats_se=normal_error,
-        true_worst_nats=channel.worst_nats, worst_nats=worst, worst_nats_se=worst_error,
+        channel=channel.name,
+        parameters=channel.parameters,
+        estimator=estimator.name,
+        samples=plan.samples,
+        true_normal_nats=channel.normal_nats,
+        normal_nats=normal,
+        normal_nats_se=normal_error,
+        true_worst_nats=channel.worst_nats,
+        worst_nats=worst,
+        worst_nats_se=worst_error,
         normal_tolerance=plan.normal_tolerance if judged else None,
         worst_tolerance=plan.worst_tolerance if judged and worst_known else None,
-    )  # fmt: skip
+    )
 
 
-def _found(estimator: Estimator, channel: Channel, samples: int, seed: int) -> Vulnerability:
-    sample = channel.sample(samples, seed)
-    encoder = channel.noisy(seed)
-    if isinstance(estimator, Sandwich):  # it brings the channel's noise itself
-        encoder, estimator = channel.noiseless(), replace(estimator, noise=channel.sigma or _NOISELESS, absolute=True)
-    return estimator.vulnerability(Subject(encoder, sample.images, sample.labels), Linf(channel.eps), seed)
+def _estimate(estimator: Estimator, channel: Channel, plan: CalibrationPlan, seed: int) -> Vulnerability:
+    sample = channel.sample(plan.samples, seed)
+    encoder = channel.noisy_encoder(seed)
+    if plan.with_noise is not None:
+        encoder, estimator = channel.noiseless_encoder(), plan.with_noise(estimator, channel)
+    return estimator.vulnerability(EstimatorInputs(encoder, sample.images, sample.labels), Linf(channel.eps), seed)
 
 
 def _mean(estimates: list[MIEstimate]) -> tuple[float, float]:
@@ -119,7 +95,3 @@ def _mean(estimates: list[MIEstimate]) -> tuple[float, float]:
 
 def _dimension(channel: Channel) -> int:
     return channel.features(channel.sample(8, 0).images).shape[1]
-
-
-def _plan(estimator: Estimator) -> Calibration:
-    return next(plan for kind, plan in PLANS.items() if isinstance(estimator, kind))

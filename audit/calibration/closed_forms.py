@@ -1,7 +1,7 @@
-"""Channels whose normal and worst-case mutual information are known: what estimators are held against.
+"""Closed forms of normal and worst-case mutual information, in nats, that estimators are calibrated against.
 
-All in nats, floats in and out. A shift is what the adversary may move the scalar input by, either way; a random shift
-never does better than a fixed one for each input, because I(X'; Z) is concave in the law of X'.
+A shift is the largest distance, in either direction, that the adversary may move the scalar input by. A random shift
+cannot be worse than a fixed one for each input, because I(X'; Z) is concave in the distribution of X'.
 
 Source: Zhu, Zhang & Evans 2020, Definition 3.1 (worst-case MI, representation vulnerability), solved for each channel.
 """
@@ -21,13 +21,13 @@ from audit.theory import binary_entropy
 Floats = NDArray[np.float64]
 Density = Callable[[Floats], Floats]
 
-_POINTS_PER_SIGMA = 24  # the trapezoid rule's error falls exponentially: from here on it is rounding
+_POINTS_PER_SIGMA = 24  # the error of the trapezoid rule decreases exponentially; here it is a rounding error
 _TAIL = 10.0
-_MOST_POINTS = 2_000_000
+_MAX_POINTS = 2_000_000
 
 
-class Truth(NamedTuple):
-    """What a channel carries, in nats: normally, and at worst."""
+class ExactInformation(NamedTuple):
+    """Normal and worst-case information of a channel, in nats."""
 
     normal: float
     worst: float
@@ -38,8 +38,8 @@ class Truth(NamedTuple):
         return self.normal - self.worst
 
 
-class SignTruth(NamedTuple):
-    """What the sign carries, in nats, and how often it is wrong: normally, and at worst."""
+class ExactSignInformation(NamedTuple):
+    """Normal and worst-case information of the sign, in nats, and its natural and adversarial risk."""
 
     normal: float
     worst: float
@@ -53,35 +53,36 @@ class SignTruth(NamedTuple):
 
     @property
     def adversarial_gap(self) -> float:
-        """Return how much more often the sign is wrong under attack."""
+        """Return the adversarial risk minus the natural risk."""
         return self.adversarial_risk - self.risk
 
 
-def sign_of_gaussian(mean: float, spread: float, shift: float) -> SignTruth:
-    """Return the truth of g = sign(x) for x ~ N(y mean, spread^2), y = +-1 equally likely.
+def sign_of_gaussian(mean: float, spread: float, shift: float) -> ExactSignInformation:
+    """Return the exact values for g = sign(x), x ~ N(y mean, spread^2), y = +-1 equally likely.
 
     For g = sign(w.x) on a mixture N(y theta, S) under an l_p ball: mean = w.theta, spread = sqrt(w'Sw), shift = eps
-    times the dual norm of w. Raises UsageError for a negative mean (Theorem 3.2 needs a sign that leans the right
-    way), a spread not above 0, or a negative shift.
+    times the dual norm of w. Raises UsageError for a negative mean (Theorem 3.2 needs a positive correlation of sign
+    and label), a spread not above 0, or a negative shift.
 
-    Source: Zhu, Zhang & Evans 2020, Definition 3.1: at worst everything within reach of the threshold goes to one side.
+    Source: Zhu, Zhang & Evans 2020, Definition 3.1: in the worst case every input within reach of the threshold moves
+    to the same side.
 
-    >>> truth = sign_of_gaussian(1, 1, 0.5)
-    >>> [round(value, 4) for value in (truth.worst, truth.rv, truth.adversarial_gap)]
+    >>> exact = sign_of_gaussian(1, 1, 0.5)
+    >>> [round(value, 4) for value in (exact.worst, exact.rv, exact.adversarial_gap)]
     [0.6636, 0.0295, 0.1499]
     """
     if not 0 <= mean < inf:
         raise UsageError(f"mean {mean!r} must be at least 0 and finite")
     _check(spread, shift, "spread")
     below = NormalDist(0, spread).cdf
-    rarer = (below(mean - shift) + below(-mean - shift)) / 2
-    return SignTruth(log(2), binary_entropy(rarer), below(-mean), below(shift - mean))
+    minority = (below(mean - shift) + below(-mean - shift)) / 2
+    return ExactSignInformation(log(2), binary_entropy(minority), below(-mean), below(shift - mean))
 
 
 def atoms(points: Sequence[float], sigma: float) -> float:
-    """Return I(X; X + sigma N) in nats for equally likely `points` (n,); a point may be named more than once.
+    """Return I(X; X + sigma N) in nats for equally likely `points` (n,), which may repeat.
 
-    Raises UsageError for no points, points that are not finite, or a sigma not above 0 or far below their distances.
+    Raises UsageError for no points, infinite points, or a sigma not above 0 or too small to integrate.
 
     Source: I(X; Z) = h(Z) - h(sigma N), h(Z) by the trapezoid rule.
 
@@ -96,28 +97,29 @@ def atoms(points: Sequence[float], sigma: float) -> float:
     return _smoothed_information(lambda z: np.mean([kernel(z) for kernel in kernels], axis=0), reach, sigma)
 
 
-def two_points(sigma: float, shift: float) -> Truth:
-    """Return the truth of x = +-1, Z = x + sigma N: both points move towards each other, at most to 0.
+def two_points(sigma: float, shift: float) -> ExactInformation:
+    """Return the exact values for x = +-1, Z = x + sigma N; in the worst case both points move towards 0.
 
     Raises UsageError for a sigma not above 0 or too small to integrate, or a negative shift.
 
-    Source: I(X; X + sigma N) of two points falls with their distance (data processing: add more noise).
+    Source: I(X; X + sigma N) of two points increases with their distance (data processing inequality).
 
     >>> [round(nats, 4) for nats in two_points(0.5, 0.5)]
     [0.6327, 0.3368]
     """
     _check(sigma, shift)
     near = max(0.0, 1 - shift)
-    return Truth(atoms([-1.0, 1.0], sigma), atoms([-near, near], sigma))
+    return ExactInformation(atoms([-1.0, 1.0], sigma), atoms([-near, near], sigma))
 
 
-def gaussian(sigma: float, shift: float) -> Truth:
-    """Return the truth of x ~ N(0, 1), Z = x + sigma N, its worst case by soft-thresholding.
+def gaussian(sigma: float, shift: float) -> ExactInformation:
+    """Return the exact values for x ~ N(0, 1), Z = x + sigma N, with the worst case by soft thresholding.
 
-    The adversary pulls every x towards 0 by `shift`. For sigma >= 0.25 no search has found less. **Below, this worst
-    case is only an upper bound of the true one**: inputs that collapse to a few atoms tell less. For sigma 0.1 and
-    shifts 0.25, 0.5 and 1 a search finds 1.766, 1.28 and 0.753 nats where this gives 2.021, 1.653 and 0.934. Raises
-    UsageError for a sigma not above 0 or too small to integrate, or a negative shift.
+    The adversary moves every x towards 0 by `shift`. No search has found a smaller value for sigma >= 0.25. **For
+    smaller sigma this is only an upper bound of the worst case**, because inputs that merge into a few atoms have less
+    information: for sigma 0.1 and shifts 0.25, 0.5 and 1 a search finds 1.766, 1.28 and 0.753 nats, and this function
+    returns 2.021, 1.653 and 0.934. Raises UsageError for a sigma not above 0 or too small to integrate, or a negative
+    shift.
 
     Source: Shannon 1948 for the normal case, ln(1 + 1 / sigma^2) / 2.
 
@@ -127,22 +129,22 @@ def gaussian(sigma: float, shift: float) -> Truth:
     _check(sigma, shift)
     variance = 1 + sigma**2
     deviation = sigma / sqrt(variance)
-    still, moved = _kernel(0.0, sigma), _kernel(-shift, sqrt(variance))
+    at_zero, shifted = _kernel(0.0, sigma), _kernel(-shift, sqrt(variance))
 
     def right(z: Floats) -> Floats:
-        # x' = x - shift > 0: a Gaussian in z times the chance that its x' was above 0
-        return moved(z) * ndtr((z - shift * sigma**2) / (variance * deviation))
+        # density of z for x' = x - shift > 0: a Gaussian in z times P(x' > 0 | z)
+        return shifted(z) * ndtr((z - shift * sigma**2) / (variance * deviation))
 
-    held = float(ndtr(shift) - ndtr(-shift))
-    worst = _smoothed_information(lambda z: held * still(z) + right(z) + right(-z), _TAIL, sigma)
-    return Truth(gaussian_vector(1, sigma), worst)
+    mass_at_zero = float(ndtr(shift) - ndtr(-shift))
+    worst = _smoothed_information(lambda z: mass_at_zero * at_zero(z) + right(z) + right(-z), _TAIL, sigma)
+    return ExactInformation(gaussian_vector(1, sigma), worst)
 
 
-def uniform(sigma: float, shift: float) -> Truth:
-    """Return the truth of x ~ U[-1, 1], Z = x + sigma N, its worst case by soft-thresholding.
+def uniform(sigma: float, shift: float) -> ExactInformation:
+    """Return the exact values for x ~ U[-1, 1], Z = x + sigma N, with the worst case by soft thresholding.
 
-    As for `gaussian`, no search has found less for sigma >= 0.25, and for smaller ones this worst case is only an
-    upper bound of the true one. Raises UsageError for a sigma not above 0 or too small to integrate, or a negative
+    As for `gaussian`, no search has found a smaller value for sigma >= 0.25, and for smaller sigma this is only an
+    upper bound of the worst case. Raises UsageError for a sigma not above 0 or too small to integrate, or a negative
     shift.
 
     Source: h(Z) - h(sigma N), with the density of Z in closed form.
@@ -151,35 +153,35 @@ def uniform(sigma: float, shift: float) -> Truth:
     [0.4187, 0.223]
     """
     _check(sigma, shift)
-    return Truth(_thresholded_uniform(sigma, 0.0), _thresholded_uniform(sigma, min(1.0, shift)))
+    return ExactInformation(_thresholded_uniform(sigma, 0.0), _thresholded_uniform(sigma, min(1.0, shift)))
 
 
 def _thresholded_uniform(sigma: float, shift: float) -> float:
-    still, edge = _kernel(0.0, sigma), 1 - shift
+    at_zero, edge = _kernel(0.0, sigma), 1 - shift
     return _smoothed_information(
-        lambda z: shift * still(z) + (ndtr((z + edge) / sigma) - ndtr((z - edge) / sigma)) / 2, edge, sigma
+        lambda z: shift * at_zero(z) + (ndtr((z + edge) / sigma) - ndtr((z - edge) / sigma)) / 2, edge, sigma
     )
 
 
-def three_points(sigma: float, shift: float) -> Truth:
-    """Return the truth of x in {-1, 0, 1}, Z = x + sigma N, its worst case by exhaustion over the three shifts.
+def three_points(sigma: float, shift: float) -> ExactInformation:
+    """Return the exact values for x in {-1, 0, 1}, Z = x + sigma N, with the worst case by exhaustive search.
 
     Raises UsageError for a sigma not above 0 or too small to integrate, or a negative shift.
 
-    Source: every triple of shifts on a grid with its ends, then finer grids around the best.
+    Source: every triple of shifts on a grid that includes the ends, then finer grids around the best triple.
 
     >>> [round(nats, 4) for nats in three_points(0.25, 0.4)]
     [1.018, 0.6432]
     """
     _check(sigma, shift)
     normal = atoms([-1.0, 0.0, 1.0], sigma)
-    reach = min(1.0, shift)  # with 1 all three meet at 0
+    reach = min(1.0, shift)  # at 1 all three points meet at 0
     step = reach / 10
     worst, best = _best_triple(sigma, [np.linspace(-reach, reach, 21)] * 3)
     for _ in range(5 if reach else 0):
         worst, best = _best_triple(sigma, [np.clip(at + step * np.linspace(-1, 1, 9), -reach, reach) for at in best])
         step /= 4
-    return Truth(normal, min(normal, worst))
+    return ExactInformation(normal, min(normal, worst))
 
 
 def _best_triple(sigma: float, shifts: Sequence[Floats]) -> tuple[float, tuple[float, ...]]:
@@ -196,7 +198,7 @@ def _best_triple(sigma: float, shifts: Sequence[Floats]) -> tuple[float, tuple[f
 
 
 def bits(count: int) -> float:
-    """Return what `count` fair noiseless bits carry, in nats; raises UsageError for a negative count.
+    """Return the entropy of `count` fair bits in nats; raises UsageError for a negative count.
 
     Source: Shannon 1948: one bit is ln 2 nats.
 
@@ -209,7 +211,7 @@ def bits(count: int) -> float:
 
 
 def gaussian_vector(dimensions: int, sigma: float) -> float:
-    """Return I(X; X + sigma N) in nats for X ~ N(0, 1) in each of so many independent dimensions.
+    """Return I(X; X + sigma N) in nats for X ~ N(0, 1) in each of `dimensions` independent dimensions.
 
     Raises UsageError for fewer than one dimension or a sigma not above 0.
 
@@ -220,12 +222,12 @@ def gaussian_vector(dimensions: int, sigma: float) -> float:
     """
     _check(sigma)
     _check_dimensions(dimensions)
-    # either form loses digits where the other is used
+    # each form loses precision in the range of the other
     return dimensions * (log(hypot(1, sigma)) - log(sigma) if sigma < 1 else log1p(sigma**-2) / 2)
 
 
 def sigma_for(dimensions: int, nats: float) -> float:
-    """Return the noise at which `gaussian_vector` of so many dimensions carries `nats`.
+    """Return the sigma for which `gaussian_vector(dimensions, sigma)` equals `nats`.
 
     Raises UsageError for fewer than one dimension or nats not above 0.
 
@@ -264,14 +266,16 @@ def _noise_entropy(sigma: float) -> float:
 def _grid(reach: float, sigma: float) -> tuple[Floats, float]:
     half = reach + _TAIL * sigma
     count = 2 * ceil(half / sigma * _POINTS_PER_SIGMA) + 1
-    if count > _MOST_POINTS:
-        least = 2.5 * reach * _POINTS_PER_SIGMA / _MOST_POINTS
-        raise UsageError(f"sigma {sigma!r} is too small to integrate over lengths of {reach:.3g}: at least {least:.2g}")
+    if count > _MAX_POINTS:
+        least = 2.5 * reach * _POINTS_PER_SIGMA / _MAX_POINTS
+        raise UsageError(
+            f"sigma {sigma!r} is too small to integrate over a length of {reach:.3g}: at least {least:.2g} is needed"
+        )
     z = np.linspace(-half, half, count)
     return z, float(z[1] - z[0])
 
 
 def _smoothed_information(density: Density, reach: float, sigma: float) -> float:
-    # I = h(Z) - h(noise), Z's density living within `reach` and the noise's tails
+    # I = h(Z) - h(noise); the density of Z is negligible beyond `reach` plus the tails of the noise
     z, width = _grid(reach, sigma)
     return max(0.0, width * float(entr(density(z)).sum()) - _noise_entropy(sigma))

@@ -1,252 +1,171 @@
-"""What no head on a layer can exceed: a bound on adversarial accuracy, with the images that show it.
+"""Certify a frozen layer: bound the adversarial accuracy of every head on it by collisions of features.
 
-If images of different classes can each be moved, inside their own balls, to the same feature vector, no head gets
-all of them right, however it was trained. The bound counts how many it can keep at most.
+If images of different classes can be moved, each inside its own ball, to one feature vector, every head misclassifies
+all of them but those of one class, however it was trained. The maximum number of images that a labelling of the
+collisions classifies correctly bounds the adversarial accuracy of any head.
 
-Source: Bhagoji, Cullina & Zhao, fixed feature extractors (AdvML-Frontiers 2023), for pairs of two classes; hubs,
-Gauss-Newton search, several classes and the population limits are ours.
+Source: Bhagoji, Cullina & Zhao, fixed feature extractors (AdvML-Frontiers 2023), for pairs of two classes; hubs, the
+Gauss-Newton search, more classes and the population bounds are our extension.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from audit.adversary.threat import ThreatModel
-from audit.certificate.collision_search import Attempt, Hub, Layer, Search, SearchEffort, Watch
-from audit.certificate.collisions import Meetings, find_hubs, join, meet_at, pair_meetings
-from audit.certificate.equality import FEW, TIERS, Standard, Tier, noise_floor, standing
-from audit.certificate.packing import Bound, kept_at_most
-from audit.certificate.population import frozen_limit, sample_limit
-from audit.certificate.proof.root import unprovable
-from audit.errors import InvalidModelError, UnknownNameError, UsageError
+from audit.certificate.collision_search import CollisionSearch, HubTarget, SearchProgress
+from audit.certificate.collisions import Collisions, concatenate, pairs_and_hubs
+from audit.certificate.dual_precision import DualPrecisionLayer
+from audit.certificate.equality import EqualityCriterion, noise_floor
+from audit.certificate.hubs_and_pairs import collide_at_hubs, find_hubs, find_pairs
+from audit.certificate.packing import collision_bound
+from audit.certificate.population import held_out_limit, sample_limit
+from audit.certificate.results import Certificate, HeldOutBound, NotApplicable
+from audit.certificate.settings import CertificateSettings
+from audit.certificate.validity import reason_not_applicable, valid_rows
+from audit.errors import UsageError
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Features, Images, Labels
+from audit.types import Images, Labels
 
-_LARGE = 0.25  # share of the images: members of smaller hubs look for partners too, they may still lose them
-_ARRIVED = 1e-9  # of the features' length: what the search counts as met before the tier has its say
-
-VERSION = 2  # of the search: raised whenever the same settings may find other meetings
-
-
-@dataclass(frozen=True)
-class CertificateSettings:
-    """Which tier to certify at, how hard to search, and the population limit's confidence.
-
-    `seconds` limits branch and bound: stopped early it gives a larger bound, never a wrong one.
-    """
-
-    tier: Tier = "bit-identical at float32"
-    effort: SearchEffort = field(default_factory=SearchEffort)
-    confidence: float = 0.95
-    seconds: float = 60.0
-    seed: int = 0
-    batch_size: int = 32  # on a CPU a larger one is slower: its images and Jacobians leave the cache
-
-    def __post_init__(self) -> None:
-        if self.tier not in TIERS:
-            raise UnknownNameError("tier", self.tier, TIERS)
-
-
-class NotApplicable(NamedTuple):
-    """Why no certificate can be given for a layer."""
-
-    reason: str
-
-
-class Certificate(NamedTuple):
-    """No head on the layer keeps more than `bound` says of these images; `population` limits it on all of their kind.
-
-    `meetings` are the exhibits, all of one tier; `at_hubs` counts the images at each hub, `pairs` the pairs besides;
-    `noise` is the layer's own and `scale` its features' length, in feature units; `passes` counts forward+backward
-    passes of single images; `attempts` are all the search tried, met or not.
-    """
-
-    bound: Bound
-    population: float
-    tier: Tier
-    noise: float
-    meetings: Meetings
-    at_hubs: tuple[int, ...]
-    pairs: int
-    passes: float
-    scale: float
-    attempts: tuple[Attempt, ...]
-
-
-class HeldOut(NamedTuple):
-    """A population limit from hubs chosen on one half of the images and reached by the other half.
-
-    `bound` is of the `images` (indices) of the second half, from those hubs alone.
-    """
-
-    bound: Bound
-    population: float
-    images: Tensor
-    meetings: Meetings
+_LARGE_HUB = 0.25  # share of the images: members of smaller hubs are also tried in pairs, which may tighten the bound
+_REACHED = 1e-9  # of the features' scale: least tolerance of the search, before the criterion of the tier
 
 
 @dataclass(frozen=True)
 class FrozenHubs:
-    """Hubs, the scale and noise they go with, and the images (indices) they were chosen on."""
+    """Hubs with the scale and noise floor of their features, and the indices of the images they were chosen on."""
 
-    hubs: tuple[Hub, ...]
+    hubs: tuple[HubTarget, ...]
     scale: float
     noise: float
     chosen_on: frozenset[int]
 
-    def check_fresh(self, images: Tensor) -> None:
-        """Raise UsageError where an image had a say in the hubs: a limit from it would not hold."""
+    def check_disjoint(self, images: Tensor) -> None:
+        """Raise UsageError if one of these image indices was used to choose the hubs: the bound would not hold."""
         if seen := self.chosen_on.intersection(images.tolist()):
             raise UsageError(
-                f"image {min(seen)} helped to choose the hubs: the limit needs images that did not, "
-                f"and {len(seen)} of {len(images)} did"
+                f"the hubs were chosen on image {min(seen)} and {len(seen)} of the {len(images)} given images in all: "
+                "the held-out bound needs images that were not used to choose the hubs"
             )
 
 
 def certify(
-    layer: Layer,
+    layer: DualPrecisionLayer,
     clean: Images,
     labels: Labels,
     threat: ThreatModel,
     settings: CertificateSettings,
-    watch: Watch = lambda _stage, _converged: None,
+    on_progress: SearchProgress = lambda _stage, _collided: None,
 ) -> Certificate | NotApplicable:
-    """Return the certificate for a layer on clean images (N, C, H, W) with labels (N,), or why there is none.
+    """Return a certified upper bound on the adversarial accuracy of any head on a layer, or why there is none.
 
-    Every meeting that the search reports is checked again before it counts; `watch` hears how many images have met
-    something so far. Raises InvalidModelError for features that are not finite or give no gradient, UsageError where
-    images and labels do not fit.
+    Searches collisions of clean images (N, C, H, W) in [0, 1] with labels (N,), where image i may move to any x' with
+    |x' - x_i|_inf <= eps in pixel units; keeps those that hold at the tier of the settings; and returns
+
+        max over labels y_t of the collision targets t of #{i : y_t = label of i at every target t of image i},
+
+    as a count of images and as a bound on the population. Every collision is validated independently of the search.
+    `on_progress` is called with a stage and the number of images that have collided so far.
+
+    Raises InvalidModelError for features that are not finite or give no gradient, UsageError where images and labels
+    do not fit or the float64 copy of the layer is another network.
+
+    Source: Bhagoji, Cullina & Zhao, fixed feature extractors (AdvML-Frontiers 2023): for pairs of two classes the
+    bound is N minus a maximum matching of the graph of collisions. Hubs and more classes are our extension.
     """
-    if reason := inapplicable(layer, clean, labels, threat, settings.tier):
+    if reason := reason_not_applicable(layer, clean, labels, threat, settings.tier):
         return NotApplicable(reason)
-    search = Search(layer, clean, threat, settings.effort, settings.batch_size, watch=watch)
+    search = CollisionSearch(layer, clean, threat, settings.effort, settings.batch_size, on_progress=on_progress)
     noise = noise_floor(layer.working, clean)
-    near = max(noise / 2, _ARRIVED * search.scale)
-    _, hubs = find_hubs(search, near, settings.seed)
-    left = torch.ones(len(clean), dtype=torch.bool, device=clean.device)
-    left[hubs.members[hubs.at.bincount()[hubs.at] >= _LARGE * len(clean)]] = False
-    pairs = pair_meetings(search, labels, left.nonzero().flatten(), near)
-    meetings = _standing(search, join([hubs, pairs], search), Standard(settings.tier, noise))
-    return assemble(search, meetings, labels, noise, settings)
-
-
-def assemble(
-    search: Search, meetings: Meetings, labels: Labels, noise: float, settings: CertificateSettings
-) -> Certificate:
-    """Return the certificate that meetings which stand give for a search's images, with labels (N,)."""
-    bound = bound_of(meetings, labels, settings.seconds)
-    edges, stars = edges_and_hubs(meetings, labels)
-    return Certificate(
-        bound, sample_limit(bound.kept, len(labels), settings.confidence), settings.tier, noise, meetings,
-        tuple(len(star) for star in stars), len(edges), search.passes, search.scale, tuple(search.attempts),
-    )  # fmt: skip
+    tolerance = _tolerance(noise, search.scale)
+    _, at_hubs = find_hubs(search, tolerance, settings.seed)
+    remaining = torch.ones(len(clean), dtype=torch.bool, device=clean.device)
+    remaining[at_hubs.members[at_hubs.at.bincount()[at_hubs.at] >= _LARGE_HUB * len(clean)]] = False
+    pairs = find_pairs(search, labels, remaining.nonzero().flatten(), tolerance)
+    collisions = _valid(search, concatenate([at_hubs, pairs]), EqualityCriterion(settings.tier, noise))
+    return _certificate(search, collisions, labels, noise, settings)
 
 
 def certify_held_out(
-    layer: Layer, clean: Images, labels: Labels, threat: ThreatModel, settings: CertificateSettings
-) -> HeldOut | NotApplicable:
-    """Return the population limit of hubs chosen on a random half of the images and tried on the other half."""
-    if reason := inapplicable(layer, clean, labels, threat, settings.tier):
+    layer: DualPrecisionLayer, clean: Images, labels: Labels, threat: ThreatModel, settings: CertificateSettings
+) -> HeldOutBound | NotApplicable:
+    """Return a population bound from hubs that are chosen on a random half of the images and tried on the other half.
+
+    Clean images (N, C, H, W) in [0, 1], labels (N,), radius in pixel units. The hubs do not depend on the second half,
+    so the Clopper-Pearson limit of its bound holds for the best deterministic head on the distribution of the images.
+
+    Raises what `certify` raises.
+
+    Source: Clopper & Pearson 1934 for the limit; Bhagoji, Cullina & Zhao (AdvML-Frontiers 2023) for collisions on a
+    fixed feature extractor; frozen hubs are our extension.
+    """
+    if reason := reason_not_applicable(layer, clean, labels, threat, settings.tier):
         return NotApplicable(reason)
     if len(clean) < 2:
-        return NotApplicable("two halves need at least two images, not one")
-    order = torch.randperm(len(clean), generator=keyed_generator(settings.seed, Purpose.CERTIFICATE_SPLIT)).to(
-        clean.device
-    )
+        return NotApplicable("a held-out bound needs at least two images, not one")
+    generator = keyed_generator(settings.seed, Purpose.CERTIFICATE_SPLIT)
+    order = torch.randperm(len(clean), generator=generator).to(clean.device)
     first, second = order[: len(clean) // 2], order[len(clean) // 2 :]
     frozen = freeze_hubs(layer, clean, first, threat, settings)
-    return reach_frozen(layer, frozen, (clean, labels, second), threat, settings)
+    return bound_at_frozen_hubs(layer, frozen, (clean, labels, second), threat, settings)
 
 
 def freeze_hubs(
-    layer: Layer, clean: Images, images: Tensor, threat: ThreatModel, settings: CertificateSettings
+    layer: DualPrecisionLayer, clean: Images, indices: Tensor, threat: ThreatModel, settings: CertificateSettings
 ) -> FrozenHubs:
-    """Return hubs chosen on some of the clean images, by their indices (A,), and nothing else."""
-    search = Search(layer, clean[images], threat, settings.effort, settings.batch_size)
-    noise = noise_floor(layer.working, clean[images])
-    hubs, _ = find_hubs(search, max(noise / 2, _ARRIVED * search.scale), settings.seed)
-    return FrozenHubs(hubs, search.scale, noise, frozenset(images.tolist()))
+    """Return hubs chosen on the clean images (N, C, H, W) with the given indices (A,) alone."""
+    search = CollisionSearch(layer, clean[indices], threat, settings.effort, settings.batch_size)
+    noise = noise_floor(layer.working, clean[indices])
+    hubs, _ = find_hubs(search, _tolerance(noise, search.scale), settings.seed)
+    return FrozenHubs(hubs, search.scale, noise, frozenset(indices.tolist()))
 
 
-def reach_frozen(
-    layer: Layer,
+def bound_at_frozen_hubs(
+    layer: DualPrecisionLayer,
     frozen: FrozenHubs,
-    subject: tuple[Images, Labels, Tensor],
+    sample: tuple[Images, Labels, Tensor],
     threat: ThreatModel,
     settings: CertificateSettings,
-) -> HeldOut:
-    """Return how many of other images a head can keep that names one class at each frozen hub, and the limit.
+) -> HeldOutBound:
+    """Return the bound from collisions of held-out images at frozen hubs, and its limit on the population.
 
-    `subject` is all clean images, all labels and the indices (B,) to use; raises UsageError where one of these had a
-    say in the hubs.
+    `sample` is all clean images (N, C, H, W), all labels (N,) and the indices (B,) of the held-out ones. Raises
+    UsageError if one of these was used to choose the hubs.
     """
-    clean, labels, images = subject
-    frozen.check_fresh(images)
-    search = Search(layer, clean[images], threat, settings.effort, settings.batch_size, scale=frozen.scale)
-    reached = meet_at(search, frozen.hubs, max(frozen.noise / 2, _ARRIVED * frozen.scale))
-    meetings = _standing(search, reached, Standard(settings.tier, frozen.noise))
-    bound = bound_of(meetings, labels[images], settings.seconds)
-    return HeldOut(bound, frozen_limit(bound.kept, bound.images, settings.confidence), images, meetings)
+    clean, labels, indices = sample
+    frozen.check_disjoint(indices)
+    search = CollisionSearch(layer, clean[indices], threat, settings.effort, settings.batch_size, frozen.scale)
+    found = collide_at_hubs(search, frozen.hubs, _tolerance(frozen.noise, frozen.scale))
+    collisions = _valid(search, found, EqualityCriterion(settings.tier, frozen.noise))
+    bound = collision_bound(collisions, labels[indices], settings.seconds)
+    return HeldOutBound(bound, held_out_limit(bound.kept, bound.images, settings.confidence), indices, collisions)
 
 
-def bound_of(meetings: Meetings, labels: Labels, seconds: float) -> Bound:
-    """Return the bound that meetings give for images with labels (N,)."""
-    edges, hubs = edges_and_hubs(meetings, labels)
-    return kept_at_most(labels.tolist(), edges, hubs, seconds)
+def _tolerance(noise: float, scale: float) -> float:
+    return max(noise / 2, _REACHED * scale)
 
 
-def edges_and_hubs(meetings: Meetings, labels: Labels) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the meetings as pairs of images of two classes, and as hubs where more than two images meet."""
-    at, classes = meetings.at.tolist(), labels.tolist()  # one wait for a GPU, not two a pair
-    groups: dict[int, set[int]] = {}
-    for target, member in zip(at, meetings.members.tolist(), strict=True):
-        groups.setdefault(target, set()).add(member)
-    sorted_groups = [sorted(group) for group in groups.values()]
-    edges = [group for group in sorted_groups if len(group) == 2 and classes[group[0]] != classes[group[1]]]
-    return edges, [group for group in sorted_groups if len(group) > 2]
+def _valid(search: CollisionSearch, collisions: Collisions, criterion: EqualityCriterion) -> Collisions:
+    """Return the collisions that hold, and count the passes of the check."""
+    search.log.passes += len(collisions.members) / 2
+    return collisions.select(valid_rows(search.layer, search.clean, collisions, search.threat, criterion))
 
 
-@torch.no_grad()
-def inapplicable(layer: Layer, clean: Images, labels: Labels, threat: ThreatModel, tier: Tier) -> str | None:
-    """Return why no certificate of a tier can be given, or None.
-
-    Raises UsageError where images and labels do not fit or the float64 copy is another network, InvalidModelError
-    for features that are not finite.
-    """
-    if len(clean) != len(labels) or len(clean) == 0:
-        raise UsageError(f"{len(clean)} images with {len(labels)} labels: one label for each of at least one is legal")
-    if threat.norm != "linf":
-        return f"the search keeps every pixel in its own interval, which is an linf ball, not {threat.norm}"
-    few = clean[:FEW].double()
-    features, again = layer.precise(few), layer.precise(few)
-    alone = torch.cat([layer.precise(image) for image in few.split(1)])
-    width, pixels = features.shape[1], clean[0].numel()
-    if width > pixels:
-        return f"the layer has {width} features and the image {pixels} pixels: images can hardly be made to meet"
-    allowed = 1e-9 * float(features.norm(dim=1).max())
-    if _furthest(features, again) > allowed:
-        return "two forward passes of the same images differ: the features are random"
-    if _furthest(features, alone) > allowed:
-        return "the features of an image depend on the other images of its batch"
-    _check_copy(features, layer.working(clean[:FEW]).double())
-    return unprovable(layer.precise, clean) if tier == "proved" else None
-
-
-def _check_copy(precise: Features, working: Features) -> None:
-    bad = int((~precise.isfinite()).any(1).sum())
-    if bad:
-        raise InvalidModelError(f"the layer's features are not finite for {bad} of {len(precise)} images")
-    if _furthest(precise, working) > 1e-2 * float(precise.norm(dim=1).max()):
-        raise UsageError("the float64 copy of the layer gives other features than the layer: it is another network")
-
-
-def _furthest(ours: Features, theirs: Features) -> float:
-    return float((ours - theirs).norm(dim=1).max())
-
-
-def _standing(search: Search, meetings: Meetings, standard: Standard) -> Meetings:
-    """Return the meetings that stand when looked at again, and count the look."""
-    search.passes += len(meetings.members) / 2
-    return meetings.kept(standing(search.layer, search.clean, meetings, search.threat, standard))
+def _certificate(
+    search: CollisionSearch, collisions: Collisions, labels: Labels, noise: float, settings: CertificateSettings
+) -> Certificate:
+    bound = collision_bound(collisions, labels, settings.seconds)
+    pairs, hubs = pairs_and_hubs(collisions, labels)
+    return Certificate(
+        bound=bound,
+        population=sample_limit(bound.kept, len(labels), settings.confidence),
+        tier=settings.tier,
+        noise=noise,
+        collisions=collisions,
+        at_hubs=tuple(len(hub) for hub in hubs),
+        pairs=len(pairs),
+        passes=search.log.passes,
+        scale=search.scale,
+        attempts=tuple(search.log.attempts),
+    )

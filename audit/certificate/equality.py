@@ -1,85 +1,76 @@
-"""What "the same feature vector" means: tiers of certificates, from a proof down to the encoder's own jitter."""
+"""Tiers of feature equality: what "the same feature vector" means, from an exact proof to the noise of the encoder."""
 
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from audit.adversary.threat import ThreatModel
-from audit.certificate.collision_search import FeatureMap, Layer
-from audit.certificate.collisions import Meetings
-from audit.certificate.proof.root import proved
-from audit.errors import UsageError
-from audit.types import Features, Images
+from audit.errors import UnknownNameError, UsageError
+from audit.types import FeatureMap, Features, Images
 
-Tier = Literal[
+EqualityTier = Literal[
     "proved", "bit-identical at float32", "bit-identical at float16", "bit-identical at bfloat16", "below noise floor"
 ]
-"""What "the same feature vector" means; bounds of different tiers are never mixed.
+"""The sense in which features of a collision are equal; bounds of different tiers are never combined.
 
-Proved: near every witness, inside its ball, lies an image whose features are the target exactly, in real arithmetic,
-as `audit.certificate.proof.root` says. Bit-identical at a precision: features computed in float64 and handed on in that precision are
-equal, so the bound holds for every head on the features so rounded, exactly. Below the noise floor: any two that meet
-are no further apart than one image from itself when the working network encodes it in batches of other sizes.
+Proved: near every witness, inside its ball, lies an image whose features equal the target in real arithmetic (see
+`audit.certificate.proof.root`). Bit-identical at a precision: features computed in float64 and rounded to that
+precision are equal, so the bound holds exactly for every head on the rounded features. Below noise floor: two colliding
+images are no further apart than one image from itself when it is encoded in batches of different sizes.
 """
 
-_CASTS = {
+_DTYPES = {
     "bit-identical at float32": torch.float32,
     "bit-identical at float16": torch.float16,
     "bit-identical at bfloat16": torch.bfloat16,
 }
-TIERS: tuple[Tier, ...] = (
-    "proved", "bit-identical at float32", "bit-identical at float16", "bit-identical at bfloat16", "below noise floor",
-)  # fmt: skip
+PROBE_IMAGES = 16  # images on which a layer's determinism and noise are measured
+EQUALITY_TIERS: tuple[EqualityTier, ...] = (
+    "proved",
+    "bit-identical at float32",
+    "bit-identical at float16",
+    "bit-identical at bfloat16",
+    "below noise floor",
+)
 
-FEW = 16  # images that a layer's fitness and noise are judged by
-_BATCH = 128
+
+def find_tier(name: str) -> EqualityTier:
+    """Return the tier with a name; raises UnknownNameError."""
+    for tier in EQUALITY_TIERS:
+        if tier == name:
+            return tier
+    raise UnknownNameError("tier", name, EQUALITY_TIERS)
 
 
-class Standard(NamedTuple):
-    """A tier, and the layer's own noise in feature units, which one of the tiers compares with."""
+class EqualityCriterion(NamedTuple):
+    """A tier, and the layer's noise floor in feature units, which only the tier `below noise floor` uses."""
 
-    tier: Tier
+    tier: EqualityTier
     noise: float
 
 
-def holds(features: Features, targets: Features, tier: Tier, noise: float) -> Tensor:
-    """Return which features (R, D) are the same as their targets (R, D), in a tier's sense: (R,) bool.
+def features_equal(features: Features, targets: Features, criterion: EqualityCriterion) -> Tensor:
+    """Return which features (R, D) equal their targets (R, D), as a mask (R,).
 
-    Raises UsageError for the tier that no look at features can decide.
+    Raises UsageError for the tier `proved`, which needs the network besides the features.
     """
-    if tier == "proved":
-        raise UsageError(f"features alone cannot show the tier {tier!r}: it needs the network")
-    if tier == "below noise floor":
-        # half: two images at one target are then no further apart than the noise
-        return (features - targets).norm(dim=1) <= noise / 2
-    ours, theirs = features.to(_CASTS[tier]), targets.to(_CASTS[tier])
-    return ((ours == theirs) & ours.isfinite()).all(1)
-
-
-@torch.no_grad()
-def standing(layer: Layer, clean: Images, meetings: Meetings, threat: ThreatModel, standard: Standard) -> Tensor:
-    """Return which rows (R,) of meetings stand: a plain forward pass on the moved images and a look at their balls.
-
-    For the tier `proved` it is the proof that has to succeed.
-    `clean` (N, C, H, W) are the images that `meetings.members` counts.
-    """
-    if len(meetings.members) == 0:
-        return torch.zeros(0, dtype=torch.bool, device=clean.device)
-    if standard.tier == "proved":
-        return proved(layer.precise, clean, meetings, threat)
-    features = torch.cat([layer.precise(batch) for batch in meetings.moved.split(_BATCH)])
-    same = holds(features, meetings.targets[meetings.at], *standard)
-    return same & (threat.distance(meetings.moved, clean[meetings.members].double()) <= threat.eps)
+    if criterion.tier == "proved":
+        raise UsageError("features alone cannot establish the tier 'proved': it needs the network")
+    if criterion.tier == "below noise floor":
+        # half the noise: two images at one target are then no further apart than the noise
+        return (features - targets).norm(dim=1) <= criterion.noise / 2
+    dtype = _DTYPES[criterion.tier]
+    rounded, rounded_targets = features.to(dtype), targets.to(dtype)
+    return ((rounded == rounded_targets) & rounded.isfinite()).all(1)
 
 
 @torch.no_grad()
 def noise_floor(working: FeatureMap, clean: Images) -> float:
-    """Return how far one image's features typically move with the size of the batch it is encoded in.
+    """Return the distance, in feature units, by which the batch size changes the features of one image.
 
-    The median over some images of the largest distance to their features in a batch of one, in feature units.
+    Median over the first images of `clean` (N, C, H, W) of the largest distance to their features in a batch of one.
     """
-    few = clean[:FEW]
-    alone = torch.cat([working(image) for image in few.split(1)])
-    others = [torch.cat([working(batch) for batch in few.split(size)]) for size in (2, 5, len(few))]
-    return float(torch.stack([(other - alone).double().norm(dim=1) for other in others]).amax(0).median())
+    probe = clean[:PROBE_IMAGES]
+    alone = torch.cat([working(image) for image in probe.split(1)])
+    batched = [torch.cat([working(batch) for batch in probe.split(size)]) for size in (2, 5, len(probe))]
+    return float(torch.stack([(other - alone).double().norm(dim=1) for other in batched]).amax(0).median())

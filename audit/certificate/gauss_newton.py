@@ -1,8 +1,8 @@
-"""One Gauss-Newton step inside a box: the smallest legal change of pixels that brings features where they should be.
+"""One damped Gauss-Newton step under box constraints: the least change of pixels that closes a feature residual.
 
-With r the distance still to go and J the Jacobian, the step minimises |d|^2 / 2 + |J d + r|^2 / 2 lambda over
-low <= d <= high. Its dual has one variable per feature, however many pixels there are: d = clip(J^T u, low, high)
-where J d + lambda u + r = 0, and the pixels strictly inside their bounds are the active set's free ones.
+With residual r and Jacobian J, the step minimises |d|^2 / 2 + |J d + r|^2 / (2 lambda) over low <= d <= high. The dual
+has one variable per feature, however many pixels there are: d = clip(J^T u, low, high) where J d + lambda u + r = 0.
+Pixels strictly inside their bounds are the free variables of the active set.
 """
 
 from typing import NamedTuple
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 _BISECTIONS = 8
-_PIXELS = 4096
-_ROUNDING = 16
-_STIFFEST = 1e-7  # of the most pliant direction: below it, float32 tells no row of a Jacobian from nothing
-_SOLVED = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the residual
+_PIXEL_BLOCK = 4096  # pixels processed at once in float64
+_ROUNDING_UNITS = 16  # relative diagonal shift, in units of machine precision
+_MIN_SINGULAR_VALUE = 1e-7  # relative to the largest: float32 cannot resolve smaller ones
+_DUAL_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # dual gradient norm relative to the residual
 
 
-class Problem(NamedTuple):
+class BoxProblem(NamedTuple):
     """Jacobians (B, D, P), residuals (B, D), bounds of the step low <= 0 <= high (B, P), damping lambda (B,)."""
 
     jacobian: Tensor
@@ -27,115 +27,117 @@ class Problem(NamedTuple):
     damping: Tensor
 
 
-class Linearised(NamedTuple):
-    """Groups of M images, each with D features, as linear as they are where the Jacobian was taken.
+class LinearisedGroups(NamedTuple):
+    """G groups of M images each, with the D features of a group linearised at the current images.
 
-    `jacobian` (G, D, M * P) is that of the whitened features, in float32; `low` and `high` (G, M, C, H, W) bound the
-    images, `damping` is (G,).
+    `jacobian` (G, D, M * P) is the Jacobian of the whitened features, in float32; `low` and `high` (G, M, C, H, W)
+    bound the images; `damping` is (G,).
 
-    `white` (G, D, D) takes features to where all of them answer alike to the pixels. Logits that add up to nearly the
-    same sum whatever the image have one direction a million times stiffer than the others: measured as they are, a
-    step that closes the gap there would never pay, and no two images would meet to the last digit.
+    `whitening` (G, D, D) maps features to coordinates with equal sensitivity to the pixels. Logits whose sum hardly
+    depends on the image have one direction a million times stiffer than the others: without whitening, a step that
+    closes the residual there is never accepted, and no two images collide to the last digit.
     """
 
     jacobian: Tensor
-    white: Tensor
+    whitening: Tensor
     low: Tensor
     high: Tensor
     damping: Tensor
 
     @classmethod
-    def of(cls, jacobian: Tensor, low: Tensor, high: Tensor, damping: Tensor) -> "Linearised":
-        """Return the groups with their features whitened, from the Jacobian (G, D, M * P) of the features."""
-        # in float64 a part of the pixels at a time: one whole Jacobian may fill the memory
-        parts = jacobian.split(_PIXELS, dim=2)
-        gram = torch.stack([part.double() @ part.double().mT for part in parts]).sum(0)
-        answer, directions = torch.linalg.eigh(gram)
-        answer = answer.maximum(_STIFFEST**2 * answer[:, -1:]).clamp_min(1e-30)
-        white = directions.mT / answer.sqrt()[:, :, None]
-        # a step in float32 closes a gap to a ten-millionth of itself, and the next one starts from there
-        whitened = torch.cat([(white @ part.double()).to(jacobian) for part in parts], dim=2)
-        return cls(whitened, white, low, high, damping)
+    def of(cls, jacobian: Tensor, low: Tensor, high: Tensor, damping: Tensor) -> "LinearisedGroups":
+        """Whiten the features by their Jacobian (G, D, M * P)."""
+        # float64 in blocks of pixels: a whole Jacobian in float64 may exceed the memory
+        blocks = jacobian.split(_PIXEL_BLOCK, dim=2)
+        gram = torch.stack([block.double() @ block.double().mT for block in blocks]).sum(0)
+        eigenvalues, directions = torch.linalg.eigh(gram)
+        eigenvalues = eigenvalues.maximum(_MIN_SINGULAR_VALUE**2 * eigenvalues[:, -1:]).clamp_min(1e-30)
+        whitening = directions.mT / eigenvalues.sqrt()[:, :, None]
+        # float32 suffices: each step reduces the residual to about 1e-7 of itself, and the next starts from there
+        whitened = torch.cat([(whitening @ block.double()).to(jacobian) for block in blocks], dim=2)
+        return cls(whitened, whitening, low, high, damping)
 
-    def of_groups(self, rows: Tensor) -> "Linearised":
-        """Return what is held of some groups."""
-        return self if len(rows) == len(self.damping) else Linearised(*(part[rows] for part in self))
+    def select(self, rows: Tensor) -> "LinearisedGroups":
+        """Return the groups with these indices."""
+        return self if len(rows) == len(self.damping) else LinearisedGroups(*(part[rows] for part in self))
 
-    def effort(self, apart: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Return how far pixels would have to go to close the gaps (G, D) of some groups, could they go anywhere."""
-        return _times(self.white[rows], apart[rows]).norm(dim=1)
+    def pixel_distance(self, residual: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return the length (G,) of the unconstrained pixel change that closes residuals (G, D) of some groups."""
+        return _matvec(self.whitening[rows], residual[rows]).norm(dim=1)
 
     def stiffness(self) -> Tensor:
-        """Return how far pixels would have to go (G,) for one unit along the stiffest direction."""
-        return self.white.norm(dim=2).amax(1)
+        """Return the length (G,) of the pixel change for one feature unit along the stiffest direction."""
+        return self.whitening.norm(dim=2).amax(1)
 
-    def step(self, moved: Tensor, apart: Tensor) -> Tensor:
-        """Return the step that images (G, M, C, H, W) should take to close gaps (G, D), in float64."""
+    def step(self, moved: Tensor, residual: Tensor) -> Tensor:
+        """Return the constrained step of images (G, M, C, H, W) for residuals (G, D), in float64."""
         low, high = (self.low - moved).flatten(1), (self.high - moved).flatten(1)
-        gap = _times(self.white, apart)
-        problem = Problem(*(part.to(self.jacobian) for part in (self.jacobian, gap, low, high, self.damping)))
+        whitened = _matvec(self.whitening, residual)
+        problem = BoxProblem(*(part.to(self.jacobian) for part in (self.jacobian, whitened, low, high, self.damping)))
         return box_step(problem).view_as(moved).double()
 
 
-def box_step(problem: Problem, rounds: int = 16) -> Tensor:
-    """Return the steps (B, P): always legal, and the minimiser where `rounds` Newton steps on the dual suffice.
+def box_step(problem: BoxProblem, rounds: int = 16) -> Tensor:
+    """Return feasible steps (B, P), optimal where `rounds` Newton steps on the dual suffice.
 
     Source: Hintermüller, Ito & Kunisch 2003, "The primal-dual active set strategy as a semismooth Newton method".
     """
     start = torch.zeros_like(problem.residual), torch.zeros_like(problem.low)  # u and J^T u
-    multipliers, pushed = _round(problem, *start)
-    if bool(_solved(problem, multipliers, pushed).all()):  # close to the end no pixel meets its bound
-        return pushed.clamp(problem.low, problem.high)
-    multipliers, pushed = start
+    multipliers, unclipped = _newton_step(problem, *start)
+    if bool(_is_solved(problem, multipliers, unclipped).all()):  # close to the solution no bound is active
+        return unclipped.clamp(problem.low, problem.high)
+    multipliers, unclipped = start
     scale = problem.jacobian.square().sum(2).mean(1)
     for done in range(rounds):
-        # from strong damping to weak: where the box leaves little room, a cold start at the end would not get there
+        # continuation from strong to weak damping: a cold start at the final damping fails in a tight box
         damping = torch.maximum(problem.damping, scale * 0.1**done)
-        multipliers, pushed = _round(problem._replace(damping=damping), multipliers, pushed)
-        if bool((damping == problem.damping).all()) and bool(_solved(problem, multipliers, pushed).all()):
+        multipliers, unclipped = _newton_step(problem._replace(damping=damping), multipliers, unclipped)
+        if bool((damping == problem.damping).all()) and bool(_is_solved(problem, multipliers, unclipped).all()):
             break
-    return pushed.clamp(problem.low, problem.high)
+    return unclipped.clamp(problem.low, problem.high)
 
 
-def _solved(problem: Problem, multipliers: Tensor, pushed: Tensor) -> Tensor:
-    slope = _slope(problem, multipliers, pushed)
-    return slope.norm(dim=1) <= _SOLVED[slope.dtype] * problem.residual.norm(dim=1)
+def _is_solved(problem: BoxProblem, multipliers: Tensor, unclipped: Tensor) -> Tensor:
+    gradient = _dual_gradient(problem, multipliers, unclipped)
+    return gradient.norm(dim=1) <= _DUAL_TOLERANCE[gradient.dtype] * problem.residual.norm(dim=1)
 
 
-def _slope(problem: Problem, multipliers: Tensor, pushed: Tensor) -> Tensor:
-    step = pushed.clamp(problem.low, problem.high)
-    return _times(problem.jacobian, step) + problem.damping[:, None] * multipliers + problem.residual
+def _dual_gradient(problem: BoxProblem, multipliers: Tensor, unclipped: Tensor) -> Tensor:
+    """Return J d + lambda u + r (B, D) at d = clip(J^T u, low, high)."""
+    step = unclipped.clamp(problem.low, problem.high)
+    return _matvec(problem.jacobian, step) + problem.damping[:, None] * multipliers + problem.residual
 
 
-def _round(problem: Problem, multipliers: Tensor, pushed: Tensor) -> tuple[Tensor, Tensor]:
-    slope = _slope(problem, multipliers, pushed)
-    free = (pushed > problem.low) & (pushed < problem.high)
+def _newton_step(problem: BoxProblem, multipliers: Tensor, unclipped: Tensor) -> tuple[Tensor, Tensor]:
+    """Return u and J^T u after one semismooth Newton step with line search."""
+    gradient = _dual_gradient(problem, multipliers, unclipped)
+    free = (unclipped > problem.low) & (unclipped < problem.high)
     gram = (problem.jacobian * free[:, None]) @ problem.jacobian.mT
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    # what rounding may have left out of a matrix without full rank: it changes the way there, not where it leads
-    least = _ROUNDING * torch.finfo(gram.dtype).eps * diagonal.amax(1)
+    # covers rounding in a rank-deficient matrix: it affects the convergence, not the solution
+    least = _ROUNDING_UNITS * torch.finfo(gram.dtype).eps * diagonal.amax(1)
     diagonal.add_(problem.damping.maximum(least)[:, None])
-    change = -torch.linalg.solve(gram, slope)
-    moved = _times(problem.jacobian.mT, change)
-    length = _length(problem, (multipliers, pushed), (change, moved))
-    return multipliers + length * change, pushed + length * moved
+    change = -torch.linalg.solve(gram, gradient)
+    unclipped_change = _matvec(problem.jacobian.mT, change)
+    length = _line_search(problem, (multipliers, unclipped), (change, unclipped_change))
+    return multipliers + length * change, unclipped + length * unclipped_change
 
 
-def _length(problem: Problem, at: tuple[Tensor, Tensor], along: tuple[Tensor, Tensor]) -> Tensor:
-    """Return how far to go (B, 1), at most all the way: to where the dual, convex along the way, stops falling."""
+def _line_search(problem: BoxProblem, at: tuple[Tensor, Tensor], along: tuple[Tensor, Tensor]) -> Tensor:
+    """Return step lengths (B, 1) of at most 1 that minimise the convex dual along a direction, by bisection."""
     short, long = torch.zeros_like(problem.damping), torch.ones_like(problem.damping)
     constant = ((problem.residual + problem.damping[:, None] * at[0]) * along[0]).sum(1)
     growth = problem.damping * along[0].square().sum(1)
-    tried = long
+    length = long
     for _ in range(_BISECTIONS):
-        step = (at[1] + tried[:, None] * along[1]).clamp(problem.low, problem.high)
-        falling = constant + tried * growth + (step * along[1]).sum(1) <= 0
-        short, long = torch.where(falling, tried, short), torch.where(falling, long, tried)
+        step = (at[1] + length[:, None] * along[1]).clamp(problem.low, problem.high)
+        decreasing = constant + length * growth + (step * along[1]).sum(1) <= 0
+        short, long = torch.where(decreasing, length, short), torch.where(decreasing, long, length)
         if bool((short == 1).all()):
             break
-        tried = (short + long) / 2
+        length = (short + long) / 2
     return short[:, None]
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector[:, :, None])[:, :, 0]

@@ -1,12 +1,12 @@
-"""What no head exceeds beside what heads achieve, layer by layer: achieved <= best possible head <= certified.
+"""Certificates of the layers of a network, with measured heads: best measured head <= best head <= certified bound.
 
-The certificate bounds every head on a layer. Heads that exist are measured under an attack on the same images; one
-that keeps more than the bound shows that its attack is weak, since the bound has its exhibits.
+A certificate bounds every head on a layer. The network's own head and trained heads are attacked on the same images;
+one above the bound shows that the attack is weak, since the collision witnesses prove the bound.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,31 +17,35 @@ from audit.adversary.accuracy import measure_accuracy
 from audit.adversary.label_attack import TIERS as ATTACKS
 from audit.adversary.label_attack import LabelAttack, margin
 from audit.adversary.threat import ThreatModel
-from audit.certificate.certificate import Certificate, CertificateSettings, NotApplicable, certify, certify_held_out
-from audit.certificate.collision_search import Layer
-from audit.certificate.collisions import Meetings
-from audit.certificate.equality import Standard, standing
-from audit.certificate.near_collisions import CurvePoint, delta_curve
-from audit.certificate.transfer import at_layer, strengthened
+from audit.certificate.certificate import certify, certify_held_out
+from audit.certificate.collisions import Collisions
+from audit.certificate.dual_precision import DualPrecisionLayer
+from audit.certificate.equality import EqualityCriterion
+from audit.certificate.near_collisions import delta_curve
+from audit.certificate.results import Certificate, LayerCertificate, NotApplicable
+from audit.certificate.settings import CertificateSettings
+from audit.certificate.transfer import strengthen, transfer_to_layer
+from audit.certificate.validity import valid_rows
+from audit.flags import FlagCode, flag
 from audit.representation.layers import Representation
-from audit.training.heads import HeadName, HeadTraining, OnLayer, train_adversarial, train_standard
+from audit.training.heads import HeadName, HeadTraining, LayerClassifier, train_adversarial_head, train_standard_heads
 from audit.types import Images, Labels
 
 _BATCH = 128
 
 
-class Examples(NamedTuple):
-    """Images (M, C, H, W) and labels (M,) that heads are trained on; none of them may be certified."""
+class HeadTrainingData(NamedTuple):
+    """Images (M, C, H, W) and labels (M,) that heads are trained on, disjoint from the certified images."""
 
     images: Images
     labels: Labels
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """A network, the images (N, C, H, W) and labels (N,) to certify, and how many classes there are.
+class CertificationInputs:
+    """A network, the images (N, C, H, W) and labels (N,) to certify, and the number of classes.
 
-    A `headless` network answers nothing of its own; without `examples` no head is trained.
+    A `headless` network has no classifier of its own; without `training_data` no head is trained.
     """
 
     network: nn.Module
@@ -49,12 +53,12 @@ class Case:
     labels: Labels
     classes: int
     headless: bool = False
-    examples: Examples | None = None
+    training_data: HeadTrainingData | None = None
 
 
 @dataclass(frozen=True)
 class CertificationSettings:
-    """How to certify, how heads are trained and attacked, and whether held-out hubs limit the population too."""
+    """Settings of certificates, of the attack on heads and of their training; `held_out` adds the held-out bound."""
 
     certificate: CertificateSettings = field(default_factory=CertificateSettings)
     attack: LabelAttack = field(default_factory=lambda: ATTACKS["audit"])
@@ -62,164 +66,140 @@ class CertificationSettings:
     held_out: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerCertificate:
-    """One row: the bound on every head of a layer under one threat model, and the best head achieved.
-
-    Bounds and accuracies are fractions of the `images`; None where there is none, and `reason` says why no bound can
-    be given. `heads` are the adversarial accuracies of heads under `attack`; `carried_from` names where meetings came
-    from that this search missed; `delta_curve` is the bound where nearness counts as meeting; `flags` say what is
-    doubtful.
-    """
-
-    layer: str
-    norm: str
-    eps: float
-    images: int
-    dimension: int
-    certified_tier: str
-    confidence: float
-    certified_bound: float | None = None
-    certified_bound_randomised: float | None = None
-    certified_bound_population: float | None = None
-    certified_bound_held_out: float | None = None
-    best_head: str | None = None
-    best_head_accuracy: float | None = None
-    heads: Mapping[str, float] = field(default_factory=dict)
-    attack: str = ""
-    at_hubs: tuple[int, ...] = ()
-    pairs: int = 0
-    carried_from: str = ""
-    delta_curve: tuple[CurvePoint, ...] = ()
-    passes: int = 0
-    attack_passes: int = 0
-    seconds: float = 0.0
-    reason: str = ""
-    flags: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return {**asdict(self), "delta_curve": [point._asdict() for point in self.delta_curve]}
-
-
-class Outcome(NamedTuple):
-    """A row, the threat model it is for, and the certificate behind it where there is one."""
+class LayerResult(NamedTuple):
+    """The row of a layer, its threat model, and the certificate if there is one."""
 
     row: LayerCertificate
     threat: ThreatModel
     certificate: Certificate | None
 
 
-Watch = Callable[[str, ThreatModel, str, int], None]
-"""Hears the layer and the threat model at work, the stage, and how many images have met something so far."""
+LayerProgress = Callable[[str, ThreatModel, str, int], None]
+"""Called with the layer, the threat model, the stage, and the number of images that have collided so far."""
 
 
-class _Head(NamedTuple):
-    """A head with its layer as one classifier, its adversarial accuracy, and the passes it took to measure."""
+class _MeasuredHead(NamedTuple):
+    """A classifier (layer and head), its adversarial accuracy, and the passes of the attack."""
 
     network: nn.Module
     accuracy: float
     passes: int
 
 
-_Found = dict[tuple[str, ThreatModel], Certificate | NotApplicable]
+_Place = tuple[str, ThreatModel]  # a layer by name and a threat model
 
 
 def certify_layers(
-    case: Case,
+    inputs: CertificationInputs,
     layers: Sequence[str],
     threats: Sequence[ThreatModel],
     settings: CertificationSettings | None = None,
-    watch: Watch = lambda _layer, _threat, _stage, _converged: None,
-) -> list[Outcome]:
-    """Return a row and a certificate for every layer, by name, under every threat model, layer by layer.
+    on_progress: LayerProgress = lambda _layer, _threat, _stage, _collided: None,
+) -> list[LayerResult]:
+    """Certify every layer, by name, under every threat model, and measure heads on it; return one result for each.
 
-    Raises what `certify` and `Representation` raise for networks, names and images that do not fit.
+    Results are in the order of the layers, and for each layer in the order of the threat models. Raises what
+    `certify` and `Representation` raise for networks, names and images that do not fit.
     """
-    return _Certification(case, settings or CertificationSettings(), watch).outcomes(layers, threats)
+    return _Certification(inputs, settings or CertificationSettings(), on_progress).results(layers, threats)
 
 
 class _Certification:
-    """Layers of one network under several threat models; what they share is computed once.
+    """Certification of layers of one network under several threat models, with shared heads and collisions.
 
-    Meetings found once are tried wherever they should hold too, and a plain forward pass says whether they do. So a
-    bound rises neither with eps nor from a layer to a later one; that it does not is looked at, not taken for granted.
+    Collisions found for one layer and threat model are tried at the others and count where they are valid, so that
+    the bound increases neither with eps nor from a layer to a later one.
     """
 
-    def __init__(self, case: Case, settings: CertificationSettings, watch: Watch) -> None:
-        case.network.eval().requires_grad_(False)
-        self.case, self.settings, self.watch = case, settings, watch
-        self._own: dict[ThreatModel, _Head] = {}
+    def __init__(
+        self, inputs: CertificationInputs, settings: CertificationSettings, on_progress: LayerProgress
+    ) -> None:
+        inputs.network.eval().requires_grad_(False)
+        self.inputs, self.settings, self.on_progress = inputs, settings, on_progress
+        self._own_heads: dict[ThreatModel, _MeasuredHead] = {}
         self._layers: dict[str, _LayerHeads] = {}
-        self._seconds: dict[tuple[str, ThreatModel], float] = {}
+        self._seconds: dict[_Place, float] = {}
 
-    def outcomes(self, layers: Sequence[str], threats: Sequence[ThreatModel]) -> list[Outcome]:
+    def results(self, layers: Sequence[str], threats: Sequence[ThreatModel]) -> list[LayerResult]:
         places = [(name, threat) for name in dict.fromkeys(layers) for threat in dict.fromkeys(threats)]
         for name, _ in places:
-            self._layers.setdefault(name, _LayerHeads(self.case, name, self.settings))
-        searched = {place: self._searched(*place) for place in places}
-        origins = {place: self._carried(place, searched) for place in places}
-        return [self._outcome(*place, *origins[place]) for place in places]
+            self._layers.setdefault(name, _LayerHeads(self.inputs, name, self.settings))
+        found = {place: self._certify(*place) for place in places}
+        strengthened = {place: self._strengthen(place, found) for place in places}
+        return [self._result(*place, *strengthened[place]) for place in places]
 
-    def _searched(self, name: str, threat: ThreatModel) -> Certificate | NotApplicable:
-        started, case = time.monotonic(), self.case
-        self.watch(name, threat, "hubs", 0)
+    def _certify(self, name: str, threat: ThreatModel) -> Certificate | NotApplicable:
+        started, inputs = time.monotonic(), self.inputs
+        self.on_progress(name, threat, "hubs", 0)
         found = certify(
-            self._layers[name].layer, case.clean, case.labels, threat, self.settings.certificate,
-            lambda stage, converged: self.watch(name, threat, stage, converged),
-        )  # fmt: skip
+            self._layers[name].layer,
+            inputs.clean,
+            inputs.labels,
+            threat,
+            self.settings.certificate,
+            lambda stage, collided: self.on_progress(name, threat, stage, collided),
+        )
         self._seconds[name, threat] = time.monotonic() - started
         return found
 
-    def _carried(self, place: tuple[str, ThreatModel], searched: _Found) -> tuple[Certificate | NotApplicable, str]:
-        """Return the certificate of a place with what other places found and it missed, and the names of those."""
-        best, origins = searched[place], list[str]()
-        for other, found in searched.items():
-            if other == place or isinstance(found, NotApplicable) or isinstance(best, NotApplicable):
+    def _strengthen(
+        self, place: _Place, found: Mapping[_Place, Certificate | NotApplicable]
+    ) -> tuple[Certificate | NotApplicable, str]:
+        """Return the certificate of a place with the collisions of other places, and the names of those that helped."""
+        best, origins = found[place], list[str]()
+        for other, candidate in found.items():
+            if other == place or isinstance(candidate, NotApplicable) or isinstance(best, NotApplicable):
                 continue
-            if other[1].eps > place[1].eps or found.bound.kept >= best.bound.kept:
+            if other[1].eps > place[1].eps or candidate.bound.kept >= best.bound.kept:
                 continue
-            stood = self._standing(found.meetings, other[0], place, best)
-            better = strengthened(best, stood, self.case.labels, self.settings.certificate)
+            collisions, layer = candidate.collisions, self._layers[place[0]].layer
+            if other[0] != place[0]:
+                collisions = transfer_to_layer(layer.precise, collisions)
+            criterion = EqualityCriterion(best.tier, best.noise)
+            valid = collisions.select(valid_rows(layer, self.inputs.clean, collisions, place[1], criterion))
+            better = strengthen(best, valid, self.inputs.labels, self.settings.certificate)
             if better is not best:
                 best, origins = better, [*origins, f"{other[0]} at {other[1].eps:.4g}"]
         return best, ", ".join(origins)
 
-    def _standing(self, meetings: Meetings, origin: str, place: tuple[str, ThreatModel], like: Certificate) -> Meetings:
-        layer = self._layers[place[0]].layer
-        if origin != place[0]:
-            meetings = at_layer(layer.precise, meetings)
-        return meetings.kept(standing(layer, self.case.clean, meetings, place[1], Standard(like.tier, like.noise)))
-
-    def _outcome(
+    def _result(
         self, name: str, threat: ThreatModel, found: Certificate | NotApplicable, carried_from: str
-    ) -> Outcome:
-        started = time.monotonic()
+    ) -> LayerResult:
+        started, settings = time.monotonic(), self.settings
         heads, flags = self._heads(name, threat), list[str]()
         best = max(heads, key=lambda head: heads[head].accuracy, default=None)
         if isinstance(found, Certificate):
-            flags = _contradictions(found, heads, self.case, self.settings.attack.name)
+            flags = _contradictions(found, heads, self.inputs, settings.attack.name)
         bounds = self._bounds(name, threat, found)
-        settings = self.settings
         row = LayerCertificate(
-            layer=name, norm=threat.norm, eps=threat.eps, images=len(self.case.clean),
-            dimension=self._layers[name].dimension, certified_tier=settings.certificate.tier,
-            confidence=settings.certificate.confidence, carried_from=carried_from, flags=tuple(flags),
-            best_head=best, best_head_accuracy=heads[best].accuracy if best else None,
-            heads={head: value.accuracy for head, value in heads.items()}, attack=settings.attack.name if heads else "",
-            attack_passes=sum(head.passes for head in heads.values()), **bounds,
+            layer=name,
+            norm=threat.norm,
+            eps=threat.eps,
+            images=len(self.inputs.clean),
+            dimension=self._layers[name].dimension,
+            certified_tier=settings.certificate.tier,
+            confidence=settings.certificate.confidence,
+            carried_from=carried_from,
+            flags=tuple(flags),
+            best_head=best,
+            best_head_accuracy=heads[best].accuracy if best else None,
+            heads={head: value.accuracy for head, value in heads.items()},
+            attack=settings.attack.name if heads else "",
+            attack_passes=sum(head.passes for head in heads.values()),
             seconds=self._seconds[name, threat] + time.monotonic() - started,
-        )  # fmt: skip
-        return Outcome(row, threat, found if isinstance(found, Certificate) else None)
+            **bounds,
+        )
+        return LayerResult(row, threat, found if isinstance(found, Certificate) else None)
 
     def _bounds(self, name: str, threat: ThreatModel, found: Certificate | NotApplicable) -> dict[str, Any]:
+        """Return the columns of a row that come from the certificate."""
         if isinstance(found, NotApplicable):
             return {"reason": f"not applicable: {found.reason}"}
-        case, settings = self.case, self.settings.certificate
+        inputs, settings = self.inputs, self.settings.certificate
         held_out = None
         if self.settings.held_out:
-            self.watch(name, threat, "held-out hubs", 0)
-            half = certify_held_out(self._layers[name].layer, case.clean, case.labels, threat, settings)
+            self.on_progress(name, threat, "held-out hubs", 0)
+            half = certify_held_out(self._layers[name].layer, inputs.clean, inputs.labels, threat, settings)
             held_out = None if isinstance(half, NotApplicable) else half.population
         return {
             "certified_bound": found.bound.certified,
@@ -228,74 +208,81 @@ class _Certification:
             "certified_bound_held_out": held_out,
             "at_hubs": found.at_hubs,
             "pairs": found.pairs,
-            "delta_curve": delta_curve(found, case.labels, settings.seconds / 6),
+            "delta_curve": delta_curve(found, inputs.labels, settings.seconds / 6),
             "passes": round(found.passes),
         }
 
-    def _heads(self, name: str, threat: ThreatModel) -> dict[str, _Head]:
-        """Return the heads on a layer: the network's own where its answer goes through the layer alone, and trained."""
-        self.watch(name, threat, "heads", len(self.case.clean))
-        layer, heads = self._layers[name], dict[str, _Head]()
-        if not self.case.headless and layer.representation.carries_answer(self.case.clean[:1]):
-            if threat not in self._own:
-                self._own[threat] = self._measured(self.case.network, threat)
-            heads["own"] = self._own[threat]
+    def _heads(self, name: str, threat: ThreatModel) -> dict[str, _MeasuredHead]:
+        """Measure the trained heads of a layer, and the network's own if its logits depend on the layer alone."""
+        self.on_progress(name, threat, "heads", len(self.inputs.clean))
+        layer, heads = self._layers[name], dict[str, _MeasuredHead]()
+        if not self.inputs.headless and layer.representation.determines_logits(self.inputs.clean[:1]):
+            if threat not in self._own_heads:
+                self._own_heads[threat] = _measure(self.inputs.network, self.inputs, threat, self.settings)
+            heads["own"] = self._own_heads[threat]
         trained = layer.trained(threat).items()
-        return heads | {head: self._measured(network, threat) for head, network in trained}
-
-    def _measured(self, network: nn.Module, threat: ThreatModel) -> _Head:
-        seed = self.settings.certificate.seed
-        found = measure_accuracy(network, self.case.clean, self.case.labels, threat, self.settings.attack, seed)
-        return _Head(network, found.adversarial.value, found.passes)
+        return heads | {head: _measure(network, self.inputs, threat, self.settings) for head, network in trained}
 
 
 class _LayerHeads:
-    """One layer, and the heads that were trained on it; those trained on images as they are serve every eps."""
+    """One layer and the heads trained on it; heads trained on clean images are shared by all threat models."""
 
-    def __init__(self, case: Case, name: str, settings: CertificationSettings) -> None:
-        self.case, self.settings = case, settings.heads
-        self.representation = Representation(case.network, name)
-        self.layer = Layer.of(self.representation)
+    def __init__(self, inputs: CertificationInputs, name: str, settings: CertificationSettings) -> None:
+        self.inputs, self.settings = inputs, settings.heads
+        self.representation = Representation(inputs.network, name)
+        self.layer = DualPrecisionLayer.of(self.representation)
         with torch.no_grad():
-            self.dimension = self.representation(case.clean[:1]).shape[1]
+            self.dimension = self.representation(inputs.clean[:1]).shape[1]
 
     @cached_property
-    def standard(self) -> dict[HeadName, OnLayer]:
-        case, examples = self.case, self.case.examples
-        assert examples is not None
-        return train_standard(self.representation, *examples, case.classes, self.settings)
+    def standard(self) -> dict[HeadName, LayerClassifier]:
+        inputs, data = self.inputs, self.inputs.training_data
+        assert data is not None
+        return train_standard_heads(self.representation, *data, inputs.classes, self.settings)
 
-    def trained(self, threat: ThreatModel) -> Mapping[HeadName, OnLayer]:
-        if self.case.examples is None:
+    def trained(self, threat: ThreatModel) -> Mapping[HeadName, LayerClassifier]:
+        data = self.inputs.training_data
+        if data is None:
             return {}
-        adversarial = train_adversarial(self.standard["slf"], *self.case.examples, threat, self.settings)
+        adversarial = train_adversarial_head(self.standard["slf"], *data, threat, self.settings)
         return self.standard | {"alf": adversarial}
 
 
+def _measure(
+    network: nn.Module, inputs: CertificationInputs, threat: ThreatModel, settings: CertificationSettings
+) -> _MeasuredHead:
+    """Attack a classifier on the certified images."""
+    seed = settings.certificate.seed
+    found = measure_accuracy(network, inputs.clean, inputs.labels, threat, settings.attack, seed)
+    return _MeasuredHead(network, found.adversarial.value, found.passes)
+
+
 @torch.no_grad()
-def _contradictions(certificate: Certificate, heads: Mapping[str, _Head], case: Case, attack: str) -> list[str]:
-    """Return what speaks against an attack or, worse, against the certificate itself."""
+def _contradictions(
+    certificate: Certificate, heads: Mapping[str, _MeasuredHead], inputs: CertificationInputs, attack: str
+) -> list[str]:
+    """Return flags for heads above the bound: under the attack (a weak attack) or on the witnesses (a false bound)."""
     bound, flags = certificate.bound, list[str]()
     for name, head in heads.items():
         if head.accuracy > bound.certified:
-            flags.append(
-                f"weak attack: {name} keeps {head.accuracy:.3f} under {attack}, "
-                f"and no head keeps more than {bound.certified:.3f}"
-            )
-        if (kept := kept_on_exhibits(head.network, certificate.meetings, case)) > bound.kept:
-            flags.append(f"contradicted: {name} keeps {kept} images on the exhibits, of {bound.kept} possible")
+            found = f"{name} has adversarial accuracy {head.accuracy:.3f} under {attack}"
+            flags.append(flag(FlagCode.WEAK_ATTACK, f"{found}, above the certified upper bound {bound.certified:.3f}"))
+        correct = correct_on_witnesses(head.network, certificate.collisions, inputs)
+        if correct > bound.kept:
+            found = f"{name} classifies {correct} images correctly on all collision witnesses"
+            flags.append(flag(FlagCode.CONTRADICTED, f"{found}, above the certified upper bound {bound.kept}"))
     return flags
 
 
 @torch.no_grad()
-def kept_on_exhibits(network: nn.Module, meetings: Meetings, case: Case) -> int:
-    """Return how many images (N,) a classifier has right, as they are and wherever the meetings moved them."""
-    kept = _right(network, case.clean, case.labels)
-    if len(meetings.members):
-        moved = meetings.moved.to(case.clean.dtype)
-        kept[meetings.members[~_right(network, moved, case.labels[meetings.members])]] = False
-    return int(kept.sum())
+def correct_on_witnesses(network: nn.Module, collisions: Collisions, inputs: CertificationInputs) -> int:
+    """Return how many of the N images a classifier gets right, both clean and wherever the collisions moved them."""
+    correct = _is_correct(network, inputs.clean, inputs.labels)
+    if len(collisions.members):
+        moved = collisions.moved.to(inputs.clean.dtype)
+        correct[collisions.members[~_is_correct(network, moved, inputs.labels[collisions.members])]] = False
+    return int(correct.sum())
 
 
-def _right(network: nn.Module, images: Images, labels: Labels) -> Tensor:
+def _is_correct(network: nn.Module, images: Images, labels: Labels) -> Tensor:
     return margin(torch.cat([network(batch) for batch in images.split(_BATCH)]), labels) > 0

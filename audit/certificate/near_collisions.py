@@ -1,57 +1,48 @@
-"""The bound where nearness counts as meeting: what a small change of the features adds to one of the image."""
+"""The certified bound as a function of feature distance: near collisions count when the features move a little too."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from audit.certificate.certificate import Certificate, edges_and_hubs
-from audit.certificate.packing import kept_at_most
+from audit.certificate.collisions import pairs_and_hubs
+from audit.certificate.packing import packing_bound
+from audit.certificate.results import Certificate, CurvePoint
 from audit.types import Labels
 
-_RELATIVE = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-
-
-class CurvePoint(NamedTuple):
-    """No head survives eps on the image and `delta` / 2 on the feature for more than `bound` of the images.
-
-    `delta` is in feature units, `relative` the same as a share of the features' typical length.
-    """
-
-    delta: float
-    relative: float
-    bound: float
+_RELATIVE_DELTAS = (1e-6, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 def delta_curve(
-    certificate: Certificate, labels: Labels, seconds: float, relative: Sequence[float] = _RELATIVE
+    certificate: Certificate, labels: Labels, seconds: float, relative: Sequence[float] = _RELATIVE_DELTAS
 ) -> tuple[CurvePoint, ...]:
-    """Return the bound at growing distances, from what the certificate's search tried, labels (N,).
+    """Return the bound for perturbations of eps on the image and delta / 2 on the features, for increasing delta.
 
-    Two images that get within delta of each other can both be taken to the middle by delta / 2 more; all images
-    within delta / 2 of a hub can be taken to it. At 0 the curve is the certificate's own bound, and it never rises.
-    Distances are the search's own: unlike the certificate, the curve leaves no file to check it by.
+    Labels (N,); `relative` are the deltas as fractions of the features' scale; `seconds` limits each optimisation.
+    Two images whose features come within delta collide if both feature vectors may move by delta / 2; so do all images
+    within delta / 2 of a hub. The curve starts at the certified bound and never increases. It rests on distances that
+    the search measured: no witness file backs it.
     """
-    edges, hubs = edges_and_hubs(certificate.meetings, labels)
+    pairs, hubs = pairs_and_hubs(certificate.collisions, labels)
     kept, points = certificate.bound.kept, []
-    for share in sorted(relative):
-        delta = share * certificate.scale
-        pairs, gathered = _within(certificate, delta)
-        known = [hub for hub in hubs if not any(set(hub) <= set(other) for other in gathered)]
-        every = sorted({tuple(pair) for pair in (*edges, *pairs)})
-        bound = kept_at_most(labels.tolist(), every, [*known, *gathered], seconds)
-        # more meetings never allow more: a search that was stopped may say so all the same
+    for fraction in sorted(relative):
+        delta = fraction * certificate.scale
+        near_pairs, near_hubs = _within(certificate, delta)
+        other_hubs = [hub for hub in hubs if not any(set(hub) <= set(other) for other in near_hubs)]
+        all_pairs = sorted({tuple(pair) for pair in (*pairs, *near_pairs)})
+        bound = packing_bound(labels.tolist(), all_pairs, [*other_hubs, *near_hubs], seconds)
+        # more collisions never raise the optimum, but a stopped branch and bound may return more
         kept = min(kept, bound.kept)
-        points.append(CurvePoint(delta, share, kept / bound.images))
+        points.append(CurvePoint(delta, fraction, kept / bound.images))
     return tuple(points)
 
 
 def _within(certificate: Certificate, delta: float) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the pairs within delta of each other, and for each hub the images within delta / 2."""
     pairs: list[list[int]] = []
     hubs: list[list[int]] = []
-    for groups, apart in certificate.attempts:
-        single = groups.shape[1] == 1
-        near = groups[apart <= (delta / 2 if single else delta)]
-        if single and len(near) > 1:
+    for groups, distance in certificate.attempts:
+        at_hub = groups.shape[1] == 1
+        near = groups[distance <= (delta / 2 if at_hub else delta)]
+        if at_hub and len(near) > 1:
             hubs.append(near.flatten().tolist())
-        elif not single:
+        elif not at_hub:
             pairs += near.sort(dim=1).values.tolist()
     return pairs, hubs

@@ -1,10 +1,11 @@
-"""The most images that any head keeps right, given which of them can be brought to the same feature vector.
+"""The maximum number of images that any head classifies correctly, given which images collide.
 
-A head names one class per feature vector, so of images that meet in one vector it keeps those of one class. What is
-left is a small optimisation over which images are kept, and its value bounds every head on the layer.
+A head assigns one class to each feature vector, so of the images that collide at one vector it classifies correctly
+only those of one class. Choosing the images to keep is a packing problem, and its optimum bounds the adversarial
+accuracy of every head on the layer.
 
 Source: Bhagoji, Cullina & Zhao, fixed feature extractors (AdvML-Frontiers 2023), for pairs of two classes; hubs and
-several classes are ours.
+more classes are our extension.
 """
 
 from collections.abc import Sequence
@@ -17,21 +18,23 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
+from audit.certificate.collisions import Collisions, pairs_and_hubs
 from audit.errors import UsageError
+from audit.types import Labels
 
 BoundKind = Literal["closed form", "matching", "milp", "milp, stopped"]
 
 Indices = NDArray[np.int64]
 
-_SLACK = 1e-6  # what the solver's floats are granted before a count is rounded down: upwards, the safe side
+_SOLVER_TOLERANCE = 1e-6  # added to the solver's floats before rounding down, so that the bound errs upwards
 
 
-class Bound(NamedTuple):
-    """The most of `images` that any head on the layer keeps right under the adversary.
+class PackingBound(NamedTuple):
+    """Upper bound on how many of `images` any head on the layer classifies correctly under the adversary.
 
-    `kept` is for deterministic heads, `randomised` for heads that draw their answer (never less). Both are upper
-    bounds even where the search for them was stopped; `exact` tells whether `kept` is attained by some choice of
-    labels at the meetings.
+    `kept` is for deterministic heads, `randomised` for heads with random outputs (never less). Both are upper bounds
+    even if branch and bound was stopped; `exact` means that some labelling of the collisions attains `kept`. `kind`
+    names the method.
     """
 
     kept: int
@@ -42,54 +45,64 @@ class Bound(NamedTuple):
 
     @property
     def certified(self) -> float:
-        """Return the bound as an accuracy in [0, 1]."""
+        """The bound as an accuracy in [0, 1]."""
         return self.kept / self.images
 
 
-def kept_at_most(labels: ArrayLike, pairs: ArrayLike, hubs: Sequence[ArrayLike], seconds: float = 60.0) -> Bound:
-    """Return the most images that any head keeps right.
+def collision_bound(collisions: Collisions, labels: Labels, seconds: float) -> PackingBound:
+    """Return the bound that collisions give for images with labels (N,); raises what `packing_bound` raises."""
+    pairs, hubs = pairs_and_hubs(collisions, labels)
+    return packing_bound(labels.tolist(), pairs, hubs, seconds)
 
-    labels (N,), pairs (E, 2) of images of different classes that meet, hubs: the members of each. Maximises the sum
-    of x_i in {0, 1} subject to x_i + x_j <= 1 on every pair and, with one label y_t per hub t, x_i <= [y_t = label
-    of i] for its members. Two classes: N less a maximum matching (König). Otherwise the linear relaxation and then,
-    for at most `seconds`, branch and bound. Raises UsageError for indices that name no image and for pairs of one
-    class.
+
+def packing_bound(
+    labels: ArrayLike, pairs: ArrayLike, hubs: Sequence[ArrayLike], seconds: float = 60.0
+) -> PackingBound:
+    """Return an upper bound on the number of images that any head classifies correctly.
+
+    labels (N,), pairs (E, 2) of colliding images of different classes, hubs: the members of each. Solves
+
+        max sum_i x_i,  x_i in {0, 1},  x_i + x_j <= 1 for pairs,  x_i <= [y_t = label of i] for members i of hub t
+
+    with one label y_t per hub. One hub: closed form. Two classes: N minus a maximum matching (König). Otherwise the
+    linear relaxation and, for at most `seconds`, branch and bound. Raises UsageError for indices out of range and for
+    pairs of one class.
     """
     classes = np.asarray(labels, dtype=np.int64)
     edges = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
     members = [np.unique(np.asarray(hub, dtype=np.int64)) for hub in hubs]
     _check(classes, edges, members)
-    # a hub of one class asks nothing of a head
+    # a hub of one class constrains nothing
     members = [hub for hub in members if len(np.unique(classes[hub])) > 1]
-    count, touched = len(classes), np.unique(np.concatenate([edges.ravel(), *members]))
+    count, constrained = len(classes), np.unique(np.concatenate([edges.ravel(), *members]))
     if len(edges) == 0 and len(members) <= 1:
         kept = count - sum(len(hub) - int(np.bincount(classes[hub]).max()) for hub in members)
-        return Bound(kept, float(kept), count, "closed form", exact=True)
-    if len(np.unique(classes[touched])) == 2:
-        kept = count - _matching(classes, edges, members)
-        return Bound(kept, float(kept), count, "matching", exact=True)
-    return _programme(classes, edges, members, seconds)
+        return PackingBound(kept, float(kept), count, "closed form", exact=True)
+    if len(np.unique(classes[constrained])) == 2:
+        kept = count - _maximum_matching(classes, edges, members)
+        return PackingBound(kept, float(kept), count, "matching", exact=True)
+    return _integer_bound(classes, edges, members, seconds)
 
 
 def _check(classes: Indices, edges: Indices, members: Sequence[Indices]) -> None:
     count = len(classes)
     if count == 0:
         raise UsageError("a bound needs at least one image, not none")
-    named = np.concatenate([edges.ravel(), *members])
-    wrong = named[(named < 0) | (named >= count)]
+    used = np.concatenate([edges.ravel(), *members])
+    wrong = used[(used < 0) | (used >= count)]
     if len(wrong):
-        raise UsageError(f"image {wrong[0]} is none of the {count} images: legal are 0 to {count - 1}")
+        raise UsageError(f"image index {wrong[0]} is out of range for {count} images: legal are 0 to {count - 1}")
     same = edges[classes[edges[:, 0]] == classes[edges[:, 1]]]
     if len(same):
         first, second = same[0]
         raise UsageError(
             f"images {first} and {second} are both of class {classes[first]}: a pair needs two classes, "
-            "since one answer may be right for both of these"
+            "since one head may classify both of these correctly"
         )
 
 
-def _matching(classes: Indices, edges: Indices, members: Sequence[Indices]) -> int:
-    """Return the size of a maximum matching; between two classes a hub is all its pairs at once."""
+def _maximum_matching(classes: Indices, edges: Indices, members: Sequence[Indices]) -> int:
+    """Return the size of a maximum matching; between two classes a hub equals all of its pairs."""
     one = classes[edges[0, 0]] if len(edges) else classes[members[0][0]]
     forward = (classes[edges[:, 0]] == one)[:, None]
     ordered = np.where(forward, edges, edges[:, ::-1])
@@ -102,8 +115,8 @@ def _matching(classes: Indices, edges: Indices, members: Sequence[Indices]) -> i
     return int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
 
 
-class _Rows(NamedTuple):
-    """Constraints A v <= b over v in [0, 1]: first one x for each of `images` constrained images, then the y's."""
+class _IntegerProgram(NamedTuple):
+    """Maximise gain^T v subject to A v <= b, v in [0, 1]: v holds x of `images` constrained images, then the y's."""
 
     matrix: Any
     right: NDArray[np.float64]
@@ -111,63 +124,70 @@ class _Rows(NamedTuple):
     images: int
 
 
-def _programme(classes: Indices, edges: Indices, members: Sequence[Indices], seconds: float) -> Bound:
-    rows = _rows(classes, edges, members)
-    free = len(classes) - rows.images
-    relaxed = _relaxation(rows, seconds)
-    ceiling, attained, optimal = _branch_and_bound(rows, seconds)
-    kept = min(floor(relaxed + _SLACK), ceiling)
+def _integer_bound(classes: Indices, edges: Indices, members: Sequence[Indices], seconds: float) -> PackingBound:
+    program = _integer_program(classes, edges, members)
+    free = len(classes) - program.images
+    relaxed = _relaxation_bound(program, seconds)
+    upper, attained, optimal = _branch_and_bound(program, seconds)
+    kept = min(floor(relaxed + _SOLVER_TOLERANCE), upper)
     kind: BoundKind = "milp" if optimal else "milp, stopped"
-    return Bound(free + kept, free + max(relaxed, float(kept)), len(classes), kind, exact=attained == kept)
+    return PackingBound(free + kept, free + max(relaxed, float(kept)), len(classes), kind, exact=attained == kept)
 
 
-def _rows(classes: Indices, edges: Indices, members: Sequence[Indices]) -> _Rows:
-    touched = np.unique(np.concatenate([edges.ravel(), *members]))
-    pairs = np.searchsorted(touched, edges)
+def _integer_program(classes: Indices, edges: Indices, members: Sequence[Indices]) -> _IntegerProgram:
+    constrained = np.unique(np.concatenate([edges.ravel(), *members]))
+    pairs = np.searchsorted(constrained, edges)
     entries = [(np.repeat(np.arange(len(edges)), 2), pairs.ravel(), np.ones(2 * len(edges)))]
-    height, width, right = len(edges), len(touched), [np.ones(len(edges))]
+    height, width, right = len(edges), len(constrained), [np.ones(len(edges))]
     for hub in members:
-        _, which = np.unique(classes[hub], return_inverse=True)
-        answers = width + np.arange(which.max() + 1)
-        entries.append((np.full(len(answers), height), answers, np.ones(len(answers))))
+        _, class_index = np.unique(classes[hub], return_inverse=True)
+        labels = width + np.arange(class_index.max() + 1)
+        entries.append((np.full(len(labels), height), labels, np.ones(len(labels))))
         below = height + 1 + np.arange(len(hub))
-        entries.append((below, np.searchsorted(touched, hub), np.ones(len(hub))))
-        entries.append((below, answers[which], -np.ones(len(hub))))
+        entries.append((below, np.searchsorted(constrained, hub), np.ones(len(hub))))
+        entries.append((below, labels[class_index], -np.ones(len(hub))))
         right.append(np.concatenate([[1.0], np.zeros(len(hub))]))
-        height, width = height + 1 + len(hub), width + len(answers)
-    at, variable, value = (np.concatenate(part) for part in zip(*entries, strict=True))
-    matrix = csr_array(coo_array((value, (at, variable)), shape=(height, width)))
-    return _Rows(matrix, np.concatenate(right), (np.arange(width) < len(touched)).astype(float), len(touched))
+        height, width = height + 1 + len(hub), width + len(labels)
+    row, column, value = (np.concatenate(part) for part in zip(*entries, strict=True))
+    matrix = csr_array(coo_array((value, (row, column)), shape=(height, width)))
+    gain = (np.arange(width) < len(constrained)).astype(float)
+    return _IntegerProgram(matrix, np.concatenate(right), gain, len(constrained))
 
 
-def _relaxation(rows: _Rows, seconds: float) -> float:
-    """Return an upper bound of the linear relaxation by weak duality: valid for any multipliers, however rough."""
+def _relaxation_bound(program: _IntegerProgram, seconds: float) -> float:
+    """Return an upper bound on the linear relaxation by weak duality, valid for any multipliers of the solver."""
     solved = linprog(
-        -rows.gain, A_ub=rows.matrix, b_ub=rows.right, bounds=(0, 1), method="highs", options={"time_limit": seconds}
+        -program.gain,
+        A_ub=program.matrix,
+        b_ub=program.right,
+        bounds=(0, 1),
+        method="highs",
+        options={"time_limit": seconds},
     )
     if solved.status != 0:
-        return float(rows.images)
+        return float(program.images)
     multipliers = np.maximum(-solved.ineqlin.marginals, 0)
-    value = multipliers @ rows.right + np.maximum(rows.gain - rows.matrix.T @ multipliers, 0).sum()
-    return min(float(rows.images), float(value) * (1 + 1e-12))
+    reduced_gain = np.maximum(program.gain - program.matrix.T @ multipliers, 0)
+    value = multipliers @ program.right + reduced_gain.sum()
+    return min(float(program.images), float(value) * (1 + 1e-12))
 
 
-def _branch_and_bound(rows: _Rows, seconds: float) -> tuple[int, int, bool]:
-    """Return an upper bound of the images kept, how many a choice found keeps, and whether the search ended."""
+def _branch_and_bound(program: _IntegerProgram, seconds: float) -> tuple[int, int, bool]:
+    """Return an upper bound on the images kept, how many the best solution found keeps, and whether it is optimal."""
     solved = milp(
-        -rows.gain,
-        constraints=LinearConstraint(rows.matrix, -np.inf, rows.right),
-        integrality=np.ones(len(rows.gain)),
+        -program.gain,
+        constraints=LinearConstraint(program.matrix, -np.inf, program.right),
+        integrality=np.ones(len(program.gain)),
         bounds=Bounds(0, 1),
         options={"time_limit": seconds, "mip_rel_gap": 0.0},
     )
-    attained = -1 if solved.x is None else _attained(rows, np.round(solved.x))
+    attained = -1 if solved.x is None else _attained(program, np.round(solved.x))
     dual = solved.mip_dual_bound
-    # a search stopped early may know no bound at all
-    ceiling = floor(-dual + _SLACK) if dual is not None and np.isfinite(dual) else rows.images
-    return min(ceiling, rows.images), attained, solved.status == 0
+    # a search stopped early may have no dual bound
+    upper = floor(-dual + _SOLVER_TOLERANCE) if dual is not None and np.isfinite(dual) else program.images
+    return min(upper, program.images), attained, solved.status == 0
 
 
-def _attained(rows: _Rows, choice: NDArray[np.float64]) -> int:
-    legal = bool((rows.matrix @ choice <= rows.right).all())
-    return int(rows.gain @ choice) if legal else -1
+def _attained(program: _IntegerProgram, solution: NDArray[np.float64]) -> int:
+    feasible = bool((program.matrix @ solution <= program.right).all())
+    return int(program.gain @ solution) if feasible else -1

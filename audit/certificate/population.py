@@ -1,8 +1,9 @@
-"""From images at hand to all images of their kind: what no head exceeds on the population, with confidence.
+"""Confidence limits on the adversarial accuracy of the best head on the population, from a bound on a sample.
 
-Let Z be the most of n independent images that any one head keeps right. The best head keeps n A of them on average,
-so n A <= E Z: no price for the choice of the head. A bound computed from the collisions that a search found is at
-least Z, whatever was tried on the same images, so a limit that grows with Z may use it in place of Z.
+Let Z be the maximum number of n independent images that any one head classifies correctly under the adversary, and A
+the accuracy of the best head on the population. That head classifies n A of the images correctly on average, so
+n A <= E Z, without a correction for choosing the head. A bound from the collisions of a search on the same images is
+at least Z; limits that increase with Z may therefore use it in place of Z.
 """
 
 from math import log, sqrt
@@ -12,69 +13,68 @@ from scipy.stats import beta
 from audit.errors import UsageError
 
 
-def mcdiarmid(kept: float, images: int, confidence: float = 0.95) -> float:
-    """Return the upper limit of the best head's population accuracy: U + sqrt(ln(1/a) / 2n), U = kept / n.
+def mcdiarmid_limit(kept: float, images: int, confidence: float = 0.95) -> float:
+    """Return the upper limit U + sqrt(ln(1/a) / 2n) on the accuracy of the best head, U = kept / n, a = 1 - confidence.
 
-    One image changes Z by at most one. `kept` may be the bound of deterministic or of randomised heads and limits
-    the same heads. Raises UsageError for counts or a confidence that are none.
+    Holds because one image changes Z by at most one. `kept` bounds either deterministic or randomised heads, and the
+    limit is for the same heads. Raises UsageError for illegal counts or confidences.
 
     Source: McDiarmid 1989, "On the method of bounded differences".
 
-    >>> round(mcdiarmid(50, 500), 4)
+    >>> round(mcdiarmid_limit(50, 500), 4)
     0.1547
     """
-    spent = _spent(kept, images, confidence)
-    return min(1.0, kept / images + sqrt(spent / (2 * images)))
+    log_inverse = _log_inverse_level(kept, images, confidence)
+    return min(1.0, kept / images + sqrt(log_inverse / (2 * images)))
 
 
-def self_bounding(kept: float, images: int, confidence: float = 0.95) -> float:
-    """Return the upper limit from n A <= Z + L + sqrt(2 Z L + L^2), L = ln(1/a): the better one for Z < n/4.
+def self_bounding_limit(kept: float, images: int, confidence: float = 0.95) -> float:
+    """Return the upper limit from n A <= Z + L + sqrt(2 Z L + L^2), L = ln(1/a); tighter than McDiarmid for Z < n/4.
 
-    Leaving image i out lowers Z by at most what the best head keeps of it, and these sum to Z: Z is self-bounding, so
-    P(Z <= E Z - t) <= exp(-t^2 / 2 E Z). Solved for E Z.
+    Removing image i lowers Z by at most the share of it that the best head keeps, and these sum to Z: Z is
+    self-bounding, so P(Z <= E Z - t) <= exp(-t^2 / 2 E Z). The limit solves this for E Z. Raises UsageError for
+    illegal counts or confidences.
 
     Source: Boucheron, Lugosi & Massart 2000, "A sharp concentration inequality with applications".
 
-    >>> round(self_bounding(50, 500), 4)
+    >>> round(self_bounding_limit(50, 500), 4)
     0.1411
     """
-    spent = _spent(kept, images, confidence)
-    return min(1.0, (kept + spent + sqrt(2 * kept * spent + spent * spent)) / images)
+    log_inverse = _log_inverse_level(kept, images, confidence)
+    return min(1.0, (kept + log_inverse + sqrt(2 * kept * log_inverse + log_inverse * log_inverse)) / images)
 
 
 def sample_limit(kept: float, images: int, confidence: float = 0.95) -> float:
-    """Return the smaller of `mcdiarmid` and `self_bounding`, at the confidence of either.
+    """Return the smaller of `mcdiarmid_limit` and `self_bounding_limit`, at the same confidence.
 
-    Each fails exactly when Z lies under a threshold that E Z fixes, so their smaller one fails when Z lies under the
-    higher of two thresholds: that is one of the two events, and no more likely than it.
+    Each fails exactly if Z is below a threshold determined by E Z. Their minimum fails if Z is below the larger
+    threshold, which is one of the two events. Raises UsageError for illegal counts or confidences.
     """
-    return min(mcdiarmid(kept, images, confidence), self_bounding(kept, images, confidence))
+    return min(mcdiarmid_limit(kept, images, confidence), self_bounding_limit(kept, images, confidence))
 
 
-def frozen_limit(kept: int, images: int, confidence: float = 0.95) -> float:
-    """Return the upper limit of the best deterministic head's population accuracy from hubs chosen on other images.
+def held_out_limit(kept: int, images: int, confidence: float = 0.95) -> float:
+    """Return the upper limit on the accuracy of the best deterministic head, from hubs chosen on other images.
 
-    `kept` of `images` is the bound from those hubs alone, without pairs. An image is lost if it can be moved to a hub
-    whose answer is not its class: once the hubs are fixed, that is the image's own affair. For the answers that are
-    best on the population the number kept is therefore binomial, and `kept` is no less: it is the best of all answers,
-    and a search that misses ways to a hub only raises it. So the Clopper-Pearson limit of `kept` holds at the full
-    level. There is no division by the number of classes: the limit of the best answer alone has to hold.
-
-    Raises UsageError for counts or a confidence that are none.
+    `kept` of `images` is the bound from collisions at these hubs alone, without pairs. For fixed hubs and the labels
+    at them that are best on the population, each image is lost independently of the others, so the number kept is
+    binomial. `kept` is no smaller: it is the maximum over labels, and collisions that the search misses only raise it.
+    The Clopper-Pearson limit of `kept` therefore holds at the full confidence, without a correction for the number of
+    classes. Raises UsageError for illegal counts or confidences.
 
     Source: Clopper & Pearson 1934, "The Use of Confidence or Fiducial Limits".
 
-    >>> round(frozen_limit(0, 100), 4)
+    >>> round(held_out_limit(0, 100), 4)
     0.0295
     """
-    _spent(kept, images, confidence)
+    _log_inverse_level(kept, images, confidence)
     return 1.0 if kept == images else float(beta.ppf(confidence, kept + 1, images - kept))
 
 
-def _spent(kept: float, images: int, confidence: float) -> float:
-    """Return L = ln(1/a), a = 1 - confidence."""
+def _log_inverse_level(kept: float, images: int, confidence: float) -> float:
+    """Return L = ln(1/a), a = 1 - confidence, after checking counts and confidence."""
     if not 0 < confidence < 1:
         raise UsageError(f"confidence {confidence!r} is not between 0 and 1: write 0.95 for 95 %")
     if images < 1 or not 0 <= kept <= images:
-        raise UsageError(f"{kept} kept of {images} images is not a count: legal are 0 to {images} of at least one")
+        raise UsageError(f"{kept} kept of {images} images is illegal: legal are 0 to {images}, of at least one image")
     return -log(1 - confidence)

@@ -1,55 +1,52 @@
-"""One certificate's meetings tried elsewhere: in a larger ball, and at another layer of the same network.
+"""Transfer collisions to a larger ball or to another layer of the same network, and combine them with a certificate.
 
-What meets at a layer meets at every later one, and what a ball allows a larger ball allows. That is how it should be;
-here it is looked at, with a plain forward pass, before it counts.
+A collision at a layer is a collision at every later layer, and one inside a ball lies inside every larger ball. The
+caller verifies both with `validity.valid_rows` before transferred collisions count.
 """
 
 import torch
 
-from audit.certificate.certificate import Certificate, CertificateSettings, bound_of, edges_and_hubs
-from audit.certificate.collision_search import FeatureMap
-from audit.certificate.collisions import Meetings
+from audit.certificate.collisions import Collisions, concatenate, pairs_and_hubs
+from audit.certificate.packing import collision_bound
 from audit.certificate.population import sample_limit
-from audit.types import Labels
+from audit.certificate.results import Certificate
+from audit.certificate.settings import CertificateSettings
+from audit.types import FeatureMap, Labels
 
 _BATCH = 128
 
 
 @torch.no_grad()
-def at_layer(precise: FeatureMap, meetings: Meetings) -> Meetings:
-    """Return meetings with the targets that their images have at another layer, whether they meet there or not."""
-    if len(meetings.members) == 0:
-        width = precise(meetings.moved.new_zeros(1, *meetings.moved.shape[1:])).shape[1]
-        return meetings._replace(targets=meetings.targets.new_zeros(0, width))
-    features = torch.cat([precise(batch) for batch in meetings.moved.split(_BATCH)])
-    groups = range(len(meetings.targets))
-    # the middle one, not the mean: one image that went astray must not take the others with it
-    targets = torch.stack([features[meetings.at == group].median(0).values for group in groups])
-    return meetings._replace(targets=targets)
+def transfer_to_layer(precise: FeatureMap, collisions: Collisions) -> Collisions:
+    """Return collisions with their targets replaced by the median features at another layer, given in float64.
 
-
-def joined(first: Meetings, second: Meetings) -> Meetings:
-    """Return the meetings of both."""
-    both = [torch.cat(parts) for parts in zip(first, second, strict=True)]
-    return Meetings(*both)._replace(at=torch.cat([first.at, second.at + len(first.targets)]))
-
-
-def strengthened(
-    certificate: Certificate, others: Meetings, labels: Labels, settings: CertificateSettings
-) -> Certificate:
-    """Return the certificate that its own meetings and others, which stand at its place too, give together.
-
-    It is the same certificate where the others add nothing.
+    The images of a target need not collide there.
     """
-    meetings = joined(certificate.meetings, others)
-    bound = bound_of(meetings, labels, settings.seconds)
+    if len(collisions.members) == 0:
+        image = collisions.moved.new_zeros(1, *collisions.moved.shape[1:])
+        return collisions._replace(targets=collisions.targets.new_zeros(0, precise(image).shape[1]))
+    features = torch.cat([precise(batch) for batch in collisions.moved.split(_BATCH)])
+    # the median, not the mean: one outlier must not invalidate the other images of its target
+    targets = [features[collisions.at == target].median(0).values for target in range(len(collisions.targets))]
+    return collisions._replace(targets=torch.stack(targets))
+
+
+def strengthen(
+    certificate: Certificate, others: Collisions, labels: Labels, settings: CertificateSettings
+) -> Certificate:
+    """Return the certificate from its own and other valid collisions; the same object if they do not tighten it.
+
+    Labels (N,).
+    """
+    collisions = concatenate([certificate.collisions, others])
+    bound = collision_bound(collisions, labels, settings.seconds)
     if bound.kept >= certificate.bound.kept:
         return certificate
-    edges, stars = edges_and_hubs(meetings, labels)
+    pairs, hubs = pairs_and_hubs(collisions, labels)
     return certificate._replace(
         bound=bound,
         population=sample_limit(bound.kept, bound.images, settings.confidence),
-        meetings=meetings,
-        at_hubs=tuple(len(star) for star in stars),
-        pairs=len(edges),
+        collisions=collisions,
+        at_hubs=tuple(len(hub) for hub in hubs),
+        pairs=len(pairs),
     )

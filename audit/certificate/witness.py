@@ -1,7 +1,7 @@
-"""Witness files: the moved images of a certificate, which anybody can check without trusting the search.
+"""Witness files: the moved images of a certificate, for verification independent of the search.
 
-A safetensors file with the meetings (targets, members, at, moved), the labels, and one JSON header. Checking it takes
-one forward pass over the moved images, in float64, and the optimisation that turns meetings into the bound.
+A safetensors file with the collisions (targets, members, at, moved), the labels, and a JSON header. Verification takes
+one float64 forward pass of the moved images and solves the packing problem that turns collisions into the bound.
 """
 
 import json
@@ -16,29 +16,31 @@ from safetensors.torch import save
 from torch import Tensor
 
 from audit.adversary.threat import THREATS, ThreatModel
-from audit.certificate.certificate import Certificate, bound_of, inapplicable
-from audit.certificate.collision_search import Layer
-from audit.certificate.collisions import Meetings
-from audit.certificate.equality import TIERS, Standard, Tier, holds, noise_floor, standing
-from audit.certificate.packing import Bound
+from audit.certificate.collisions import Collisions
+from audit.certificate.dual_precision import DualPrecisionLayer
+from audit.certificate.equality import EQUALITY_TIERS, EqualityCriterion, EqualityTier, features_equal, noise_floor
+from audit.certificate.packing import PackingBound, collision_bound
+from audit.certificate.results import Certificate
+from audit.certificate.validity import reason_not_applicable, valid_rows
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
 from audit.hashing import tensors_sha256
 from audit.storage import write_atomically
 from audit.types import Images, Labels
 
 FORMAT = "rvaudit-witness-1"
-_TENSORS = {"targets": 2, "members": 1, "at": 1, "moved": 4, "labels": 1}
+_RANKS = {"targets": 2, "members": 1, "at": 1, "moved": 4, "labels": 1}
 _BATCH = 128
+_RANDOMISED_TOLERANCE = 1e-6  # in images: the linear relaxation is solved in floating point
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a witness file claims, and of what: layer name, threat, tier, bound, hashes of weights and data."""
+class WitnessHeader:
+    """Claims of a witness file: layer name, threat model, tier, bound, noise floor, hashes of weights and data."""
 
     layer: str
     threat: ThreatModel
-    tier: Tier
-    bound: Bound
+    tier: EqualityTier
+    bound: PackingBound
     noise: float
     weights_sha256: str
     data_sha256: str
@@ -46,10 +48,10 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class Witness:
-    """A witness file as read: nothing in it is to be believed before `verify` says so."""
+    """The unverified content of a witness file: header, collisions, and labels (N,)."""
 
-    header: Header
-    meetings: Meetings
+    header: WitnessHeader
+    collisions: Collisions
     labels: Labels
 
 
@@ -58,30 +60,30 @@ def data_sha256(clean: Images, labels: Labels) -> str:
     return tensors_sha256(clean, labels)
 
 
-def write(path: Path, certificate: Certificate, header: Header, labels: Labels) -> str:
-    """Write a certificate's witness file, whole or not at all, and return the sha256 of its bytes.
-
-    Raises EnvironmentFault where it cannot be written.
-    """
-    tensors = {**certificate.meetings._asdict(), "labels": labels}
-    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"rvaudit": _dumped(header)})
-    write_atomically(path, content)
-    return sha256(content).hexdigest()
-
-
-def header_of(
+def witness_header(
     certificate: Certificate, layer: str, threat: ThreatModel, data: tuple[Images, Labels], weights_sha256: str
-) -> Header:
+) -> WitnessHeader:
     """Return the header for a certificate of a layer, by name, on clean images and labels."""
-    return Header(
+    return WitnessHeader(
         layer, threat, certificate.tier, certificate.bound, certificate.noise, weights_sha256, data_sha256(*data)
     )
 
 
-def read(path: Path) -> Witness:
-    """Return what a witness file holds.
+def write_witness(path: Path, certificate: Certificate, header: WitnessHeader, labels: Labels) -> str:
+    """Write a certificate's witness file atomically, and return the sha256 of its bytes.
 
-    Raises EnvironmentFault where there is none, IntegrityError where it is not a whole witness file.
+    Raises EnvironmentFault if it cannot be written.
+    """
+    tensors = {**certificate.collisions._asdict(), "labels": labels}
+    content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"rvaudit": _dump(header)})
+    write_atomically(path, content)
+    return sha256(content).hexdigest()
+
+
+def read_witness(path: Path) -> Witness:
+    """Return the content of a witness file, checked for its format alone.
+
+    Raises EnvironmentFault if there is no file, IntegrityError if it is not a complete witness file.
     """
     if not path.is_file():
         raise EnvironmentFault(f"there is no witness file {path}")
@@ -90,152 +92,168 @@ def read(path: Path) -> Witness:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{path} is no whole witness file: {error}") from error
+        raise IntegrityError(f"{path} is not a complete witness file: {error}") from error
     try:
-        header = _loaded(metadata["rvaudit"])
+        header = _parse(metadata["rvaudit"])
     except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise IntegrityError(f"{path} has no legal witness header: {error}") from error
+        raise IntegrityError(f"{path} has no valid witness header: {error}") from error
     _check_shapes(path, tensors)
     labels = tensors.pop("labels")
-    return Witness(header, Meetings(**tensors), labels)
+    return Witness(header, Collisions(**tensors), labels)
 
 
-def verify(path: Path, layer: Layer, clean: Images, labels: Labels, weights_sha256: str) -> Witness:
-    """Return a witness whose every claim was checked against a layer, clean images (N, C, H, W) and labels (N,).
+def verify_witness(
+    path: Path, layer: DualPrecisionLayer, clean: Images, labels: Labels, weights_sha256: str
+) -> Witness:
+    """Verify every claim of a witness file against a layer, clean images (N, C, H, W) in [0, 1] and labels (N,).
 
-    `weights_sha256` is of the weights in `layer`, as the caller found them. Checks weights, labels, images, balls,
-    features and the bound, believing nothing of the file; what is only a search's word is not in it. Raises
-    IntegrityError with the first image that does not agree, EnvironmentFault where there is no file.
+    `weights_sha256` is the hash of the weights in `layer`, computed by the caller. Checks the hashes of weights and
+    data, the labels, that |moved - clean| <= eps in pixel units within the pixel range, that the features of each
+    target coincide at the claimed tier, and that the packing problem of these collisions gives the claimed bound.
+    Nothing in the file is trusted; population bounds and delta curves are not in it.
+
+    Raises IntegrityError naming the first image that disagrees, EnvironmentFault if there is no file.
+
+    Source: Bhagoji, Cullina & Zhao, fixed feature extractors (AdvML-Frontiers 2023), for the bound from collisions.
     """
-    witness = read(path)
-    header, meetings = witness.header, witness.meetings
+    witness = read_witness(path)
+    header, collisions = witness.header, witness.collisions
     if header.weights_sha256 != weights_sha256:
-        raise IntegrityError(f"{path} is of weights {header.weights_sha256}, these are {weights_sha256}")
+        raise IntegrityError(f"{path} is for weights with sha256 {header.weights_sha256}, not {weights_sha256}")
     _check_data(witness, clean, labels)
-    if reason := inapplicable(layer, clean, labels, header.threat, header.tier):
-        raise IntegrityError(f"no witness can hold for this layer: {reason}")
-    device = clean.device
-    meetings = Meetings(*(part.to(device) for part in meetings))
-    _check_balls(meetings, clean, header.threat)
+    if reason := reason_not_applicable(layer, clean, labels, header.threat, header.tier):
+        raise IntegrityError(f"this layer cannot be certified: {reason}")
+    collisions = Collisions(*(part.to(clean.device) for part in collisions))
+    _check_balls(collisions, clean, header.threat)
     if header.tier == "proved":
-        _check_proofs(meetings, layer, header.threat, clean)
+        _check_proofs(collisions, layer, header.threat, clean)
     else:
-        _check_features(meetings, layer, header.tier, clean)
-    _check_bound(header.bound, bound_of(meetings, labels, seconds=60.0))
+        _check_features(collisions, layer, header.tier, clean)
+    _check_bound(header.bound, collision_bound(collisions, labels, seconds=60.0))
     return witness
 
 
 def _check_data(witness: Witness, clean: Images, labels: Labels) -> None:
     count, stored = len(labels), witness.labels.to(labels)
     if len(clean) != count or len(stored) != count:
-        raise IntegrityError(f"the witness is of {len(stored)} images, these are {len(clean)} with {count} labels")
+        raise IntegrityError(f"the witness is for {len(stored)} images, not {len(clean)} with {count} labels")
     if len(wrong := (stored != labels).nonzero()):
         first = int(wrong[0])
-        raise IntegrityError(f"image {first} is of class {int(labels[first])}, the witness says {int(stored[first])}")
+        raise IntegrityError(f"image {first} has class {int(labels[first])}, but {int(stored[first])} in the witness")
     if (found := data_sha256(clean, labels)) != witness.header.data_sha256:
-        raise IntegrityError(f"the witness is of images and labels {witness.header.data_sha256}, these are {found}")
-    members = witness.meetings.members
-    if len(members) and not 0 <= int(members.min()) <= int(members.max()) < count:
-        raise IntegrityError(f"the witness moves images {int(members.min())} to {int(members.max())} of {count}")
-    if witness.meetings.moved.shape[1:] != clean.shape[1:] and len(members):
         raise IntegrityError(
-            f"moved images are {tuple(witness.meetings.moved.shape[1:])}, not {tuple(clean.shape[1:])}"
+            f"the witness is for images and labels with sha256 {witness.header.data_sha256}, not {found}"
         )
+    members, moved = witness.collisions.members, witness.collisions.moved
+    if len(members) and not 0 <= int(members.min()) <= int(members.max()) < count:
+        raise IntegrityError(
+            f"the witness moves images {int(members.min())} to {int(members.max())}, outside 0 to {count - 1}"
+        )
+    if moved.shape[1:] != clean.shape[1:] and len(members):
+        raise IntegrityError(f"moved images have the shape {tuple(moved.shape[1:])}, not {tuple(clean.shape[1:])}")
 
 
-def _check_balls(meetings: Meetings, clean: Images, threat: ThreatModel) -> None:
-    if len(meetings.moved) == 0:
+def _check_balls(collisions: Collisions, clean: Images, threat: ThreatModel) -> None:
+    if len(collisions.moved) == 0:
         return
-    distance = threat.distance(meetings.moved, clean[meetings.members].double())
+    distance = threat.distance(collisions.moved, clean[collisions.members].double())
     low, high = threat.pixel_range
-    legal = ((meetings.moved >= low) & (meetings.moved <= high)).flatten(1).all(1)
-    # a comparison with a value that is not a number is false: such an image is outside
+    legal = ((collisions.moved >= low) & (collisions.moved <= high)).flatten(1).all(1)
+    # comparisons with NaN are false, so such an image counts as outside
     inside = (distance <= threat.eps) & legal
     if len(wrong := (~inside).nonzero()):
         row = int(wrong[0])
+        pixels = collisions.moved[row]
         raise IntegrityError(
-            f"image {int(meetings.members[row])} is moved by {float(distance[row]):.9g} in {threat.norm}, "
-            f"to pixels from {float(meetings.moved[row].min()):.9g} to {float(meetings.moved[row].max()):.9g}; "
+            f"image {int(collisions.members[row])} is moved by {float(distance[row]):.9g} in {threat.norm}, "
+            f"to pixels from {float(pixels.min()):.9g} to {float(pixels.max()):.9g}; "
             f"legal are {threat.eps:.9g} and [{low}, {high}]"
         )
 
 
 @torch.no_grad()
-def _check_features(meetings: Meetings, layer: Layer, tier: Tier, clean: Images) -> None:
-    if len(meetings.moved) == 0:
+def _check_features(collisions: Collisions, layer: DualPrecisionLayer, tier: EqualityTier, clean: Images) -> None:
+    if len(collisions.moved) == 0:
         return
-    features = torch.cat([layer.precise(batch) for batch in meetings.moved.split(_BATCH)])
-    if features.shape[1] != meetings.targets.shape[1]:
-        raise IntegrityError(f"targets have {meetings.targets.shape[1]} features, the layer has {features.shape[1]}")
-    targets = meetings.targets[meetings.at]
-    # the noise is measured here and now: a file could name any
-    same = holds(features, targets, tier, noise_floor(layer.working, clean))
-    if len(wrong := (~same).nonzero()):
+    features = torch.cat([layer.precise(batch) for batch in collisions.moved.split(_BATCH)])
+    _check_dimension(collisions, features.shape[1])
+    targets = collisions.targets[collisions.at]
+    # the noise floor is measured again: the header may claim any
+    equal = features_equal(features, targets, EqualityCriterion(tier, noise_floor(layer.working, clean)))
+    if len(wrong := (~equal).nonzero()):
         row = int(wrong[0])
-        apart = float((features[row] - targets[row]).norm())
+        distance = float((features[row] - targets[row]).norm())
         raise IntegrityError(
-            f"image {int(meetings.members[row])} does not meet the others at target {int(meetings.at[row])}: "
-            f"its features are {apart:.3g} away, which is not {tier}"
+            f"image {int(collisions.members[row])} does not collide at target {int(collisions.at[row])}: "
+            f"its features are {distance:.3g} away, which is not {tier}"
         )
 
 
-def _check_proofs(meetings: Meetings, layer: Layer, threat: ThreatModel, clean: Images) -> None:
-    if meetings.targets.shape[1] != (width := layer.precise(clean[:1].double()).shape[1]) and len(meetings.moved):
-        raise IntegrityError(f"targets have {meetings.targets.shape[1]} features, the layer has {width}")
-    stands = standing(layer, clean, meetings, threat, Standard("proved", 0.0))
-    if len(wrong := (~stands).nonzero()):
+def _check_proofs(collisions: Collisions, layer: DualPrecisionLayer, threat: ThreatModel, clean: Images) -> None:
+    if len(collisions.moved):
+        _check_dimension(collisions, layer.precise(clean[:1].double()).shape[1])
+    valid = valid_rows(layer, clean, collisions, threat, EqualityCriterion("proved", 0.0))
+    if len(wrong := (~valid).nonzero()):
         row = int(wrong[0])
         raise IntegrityError(
-            f"image {int(meetings.members[row])} is not shown to meet the others at target {int(meetings.at[row])}: "
-            "no exact root near its witness"
+            f"image {int(collisions.members[row])} is not proved to collide at target {int(collisions.at[row])}: "
+            "no exact root was found near its witness"
         )
 
 
-def _check_bound(claimed: Bound, found: Bound) -> None:
+def _check_dimension(collisions: Collisions, dimension: int) -> None:
+    if collisions.targets.shape[1] != dimension:
+        raise IntegrityError(f"targets have {collisions.targets.shape[1]} features, but the layer has {dimension}")
+
+
+def _check_bound(claimed: PackingBound, found: PackingBound) -> None:
     same = claimed.images == found.images and claimed.kept == found.kept
-    # a search that was stopped may have ended elsewhere: a larger bound than ours is then still right
+    # a branch and bound that was stopped may have claimed a larger bound, which is still valid
     larger = claimed.images == found.images and not claimed.exact and claimed.kept >= found.kept
-    drawn = claimed.randomised >= found.randomised - 1e-6 * found.images
-    if not (same or larger) or not drawn or (claimed.exact and claimed.randomised > found.randomised + 1e-6):
+    randomised = claimed.randomised >= found.randomised - _RANDOMISED_TOLERANCE * found.images
+    too_large = claimed.exact and claimed.randomised > found.randomised + _RANDOMISED_TOLERANCE
+    if not (same or larger) or not randomised or too_large:
         raise IntegrityError(
-            f"the witness claims that at most {claimed.kept} of {claimed.images} images are kept "
-            f"({claimed.randomised:.6f} by randomised heads); its images show {found.kept} of {found.images} "
+            f"the witness claims an upper bound of {claimed.kept} of {claimed.images} images "
+            f"({claimed.randomised:.6f} for randomised heads), but its collisions give {found.kept} of {found.images} "
             f"({found.randomised:.6f})"
         )
 
 
 def _check_shapes(path: Path, tensors: dict[str, Tensor]) -> None:
-    if set(tensors) != set(_TENSORS):
-        raise IntegrityError(f"{path} holds {sorted(tensors)}, a witness holds {sorted(_TENSORS)}")
+    if set(tensors) != set(_RANKS):
+        raise IntegrityError(f"{path} holds the tensors {sorted(tensors)}, but a witness holds {sorted(_RANKS)}")
     for name, tensor in tensors.items():
-        kind = torch.float64 if name in ("targets", "moved") else torch.int64
-        if tensor.dim() != _TENSORS[name] or tensor.dtype != kind:
-            raise IntegrityError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not {kind} of its rank")
+        dtype = torch.float64 if name in ("targets", "moved") else torch.int64
+        if tensor.dim() != _RANKS[name] or tensor.dtype != dtype:
+            raise IntegrityError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} with {_RANKS[name]} dimensions"
+            )
     rows = len(tensors["members"])
     if len(tensors["at"]) != rows or len(tensors["moved"]) != rows:
-        raise IntegrityError(f"{path}: members, at and moved are not equally many")
+        raise IntegrityError(f"{path}: members, at and moved have different lengths")
     if rows and not 0 <= int(tensors["at"].min()) <= int(tensors["at"].max()) < len(tensors["targets"]):
-        raise IntegrityError(f"{path}: at names a target that is not there")
+        raise IntegrityError(f"{path}: at refers to a target that does not exist")
 
 
-def _dumped(header: Header) -> str:
+def _dump(header: WitnessHeader) -> str:
     threat = {"norm": header.threat.norm, "eps": header.threat.eps, "pixel_range": list(header.threat.pixel_range)}
     claims = {"format": FORMAT, "layer": header.layer, "threat": threat, "tier": header.tier, "noise": header.noise}
     hashes = {"weights_sha256": header.weights_sha256, "data_sha256": header.data_sha256}
     return json.dumps({**claims, **hashes, "bound": header.bound._asdict()}, sort_keys=True, allow_nan=False)
 
 
-def _loaded(text: str) -> Header:
+def _parse(text: str) -> WitnessHeader:
     claims: dict[str, Any] = json.loads(text)
     if claims["format"] != FORMAT:
         raise ValueError(f"format {claims['format']!r}, legal: {FORMAT}")
-    if claims["tier"] not in TIERS:
-        raise ValueError(f"tier {claims['tier']!r}, legal: {', '.join(TIERS)}")
+    if claims["tier"] not in EQUALITY_TIERS:
+        raise ValueError(f"tier {claims['tier']!r}, legal: {', '.join(EQUALITY_TIERS)}")
     threat, bound = claims["threat"], claims["bound"]
     low, high = map(float, threat["pixel_range"])
     model = THREATS[threat["norm"]](float(threat["eps"]), (low, high))
-    claimed = Bound(
+    claimed = PackingBound(
         int(bound["kept"]), float(bound["randomised"]), int(bound["images"]), bound["kind"], exact=bool(bound["exact"])
     )
     hashes = {name: str(claims[name]) for name in ("weights_sha256", "data_sha256")}
-    return Header(str(claims["layer"]), model, claims["tier"], claimed, float(claims["noise"]), **hashes)
+    return WitnessHeader(str(claims["layer"]), model, claims["tier"], claimed, float(claims["noise"]), **hashes)

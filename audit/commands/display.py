@@ -1,8 +1,9 @@
-"""What a person sees: while a run goes a bar with cells done, the stage and the time left; then tables."""
+"""Terminal output: a progress bar with finished cells, stage and remaining time, and tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -20,9 +21,9 @@ from audit.records import AuditRecord
 
 
 class Display:
-    """A progress display on standard error, so that standard output stays clean."""
+    """A progress bar on standard error, so that standard output holds results only."""
 
-    def __init__(self, total: int, quiet: bool = False) -> None:
+    def __init__(self, total: int, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
         columns = (
             TextColumn("{task.description}", markup=True),
@@ -50,32 +51,32 @@ class Display:
         self._progress.stop()
 
     def stage(self, name: str, stage: str) -> None:
-        """Show what is being worked on."""
+        """Show the stage of a cell."""
         self._progress.update(self._task, description=escape(f"{plain(name)}: {stage}"))
 
     def step(self, epoch: int, loss: float) -> None:
-        """Show how far a training run is."""
+        """Show the completed epochs and the loss of a training run."""
         self._progress.update(self._task, completed=epoch + 1, description=f"epoch {epoch + 1}, loss {loss:.3f}")
 
     def channel(self, name: str, done: int) -> None:
-        """Show which channel an estimator is held against, and how many are behind it."""
+        """Show a step of the work by name, and the number of completed steps."""
         self._progress.update(self._task, completed=done, description=escape(plain(name)))
 
     def done(self, record: AuditRecord, known: bool) -> None:
-        """Count a finished cell; without a terminal, say so in a line."""
+        """Count a finished cell, and print a line for it if there is no terminal for the bar."""
         self._finished += 1
         self._progress.advance(self._task)
         if known and not self._live:
             return
-        outcome = "already there" if known else f"{record.seconds or 0:.1f} s"
+        outcome = "already done" if known else f"{record.seconds or 0:.1f} s"
         if not record.valid:
-            outcome = "failed"  # the command says why, once, when it ends
+            outcome = "failed"  # the command prints the reason once, at the end
         cell = f"{plain(record.model)}, {plain(record.layer)}, eps {record.eps:.4g}, {record.estimator}"
         self._console.print(escape(f"[{self._finished}/{self._total}] {cell}: {outcome}"), soft_wrap=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table on standard output; in a pipe no column is cut."""
+    """Print a table on standard output; into a pipe no column is truncated."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in header:
         table.add_column(name, overflow="fold")
@@ -85,6 +86,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     Console(highlight=False, width=console.width if console.is_terminal else 200).print(table)
 
 
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Print names and values on one line."""
+    click.echo(", ".join(plain(f"{name} {value}") for name, value in facts.items()))
+
+
 def plain(text: str) -> str:
-    """Return text with control characters made visible: names come from files and must not steer the terminal."""
+    """Return text with control characters replaced by `?`: names come from files and must not control the terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,6 +1,8 @@
-"""Options that several commands take, and what they stand for."""
+"""Options that several commands share; a group of options becomes one typed argument. Imports no torch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +11,106 @@ import click
 from audit.errors import UsageError
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
-_Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+FILE = click.Path(dir_okay=False, path_type=Path)
+Command = Callable[..., Any]
+Option = Callable[[Command], Command]
+
+dataset_option = click.option(
+    "--dataset", required=True, help="digits, cifar10, ..., folder:PATH, npz:PATH or parquet:PATH."
+)
+norm_option = click.option("--norm", default="linf", show_default=True, help="linf, l2 or l1.")
+eps_option = click.option("--eps", required=True, help="Radius in pixel units, such as 8/255.")
+data_dir_option = click.option(
+    "--data-dir", type=FOLDER, default=Path("data"), show_default=True, help="The folder of data sets."
+)
+offline_option = click.option("--offline", is_flag=True, help="Use local files only: open no network connection.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 
 
-def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say where models and data come from and where to compute."""
-    options: list[_Option] = [
-        click.option("--trust-code", is_flag=True, help="Allow factories named in file: references to run their code."),
-        click.option("--offline", is_flag=True, help="Open no socket: use what is here."),
-        click.option("--data-dir", type=FOLDER, default=Path("data"), show_default=True, help="Where data sets lie."),
-        click.option("--model-dir", type=FOLDER, default=None, help="RobustBench's folder of weights. [./models]"),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+def json_option(content: str) -> Option:
+    """Return the option `--json`, which prints `content` and nothing else on standard output."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {content}, nothing else.")
 
 
-def run_options(where: dict[str, Any]) -> Any:
-    """Return the `RunOptions` that the source options stand for."""
-    from audit.run.cell_runner import RunOptions
-    from model_zoo.load import SourceSettings
+def grouped_options(argument: str, kind: type, *options: Option) -> Option:
+    """Return a decorator that adds options and passes their values as one argument, a dataclass of type `kind`.
 
-    sources = SourceSettings(
-        trust_code=where["trust_code"], offline=where["offline"], cache_dir=None, model_dir=where["model_dir"]
-    )
-    return RunOptions(sources, where["data_dir"], where["device"])
+    The fields of the dataclass are the parameters of the options.
+    """
+    names = [field.name for field in fields(kind)]
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def with_group(*positional: Any, **values: Any) -> Any:
+            group = kind(**{name: values.pop(name) for name in names})
+            return command(*positional, **{argument: group}, **values)
+
+        for option in reversed(options):
+            option(with_group)
+        return with_group
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Sources of models and data, and the device to compute on."""
+
+    trust_code: bool = False
+    offline: bool = False
+    data_dir: Path = Path("data")
+    model_dir: Path | None = None
+    device: str = "auto"
+
+
+source_options = grouped_options(
+    "sources",
+    SourceOptions,
+    click.option("--trust-code", is_flag=True, help="Allow the Python factories that file: references name to run."),
+    offline_option,
+    data_dir_option,
+    click.option("--model-dir", type=FOLDER, default=None, help="The folder of RobustBench's weights. [./models]"),
+    device_option,
+)
+
+
+@dataclass(frozen=True)
+class ExecutorOptions:
+    """The executor of a run: this machine with a number of processes, or a Ray cluster."""
+
+    executor: str = "local"
+    jobs: int | None = None
+    address: str | None = None
+    workers: int | None = None
+    gpus_per_cell: float = 0.0
+
+
+executor_options = grouped_options(
+    "executor",
+    ExecutorOptions,
+    click.option(
+        "--executor",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="This machine, or a Ray cluster; cells that share a search stay together.",
+    ),
+    click.option(
+        "--jobs",
+        type=click.IntRange(1),
+        default=None,
+        help="Processes of a local run, which divide its models. [one per core; 1 on a GPU or for a short run]",
+    ),
+    click.option("--address", default=None, help="Address of the Ray cluster. [a new one on this machine]"),
+    click.option("--workers", type=click.IntRange(1), default=None, help="Ray processes on this machine."),
+    click.option(
+        "--gpus-per-cell", type=click.FloatRange(0), default=0.0, show_default=True, help="GPUs, such as 0.25."
+    ),
+)
 
 
 def image_shape(text: str) -> tuple[int, int, int]:
-    """Return a shape written as 3x32x32; raises UsageError."""
+    """Return an image shape written as 3x32x32; raises UsageError."""
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
         raise UsageError(f"shape {text!r} is not channels x height x width, such as 3x32x32")
@@ -47,7 +119,7 @@ def image_shape(text: str) -> tuple[int, int, int]:
 
 
 def slug(ref: str) -> str:
-    """A folder's name from a reference: letters, digits, dots and dashes only."""
+    """Return a folder name for a model reference: ASCII letters, digits, dots, dashes and underscores."""
     name = ref.partition("?")[0].rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].partition(":")
     kept = "".join(c if c.isascii() and (c.isalnum() or c in ".-_") else "-" for c in (name[2] or name[0]))
     return kept.lstrip("._-")[:50] or "model"

@@ -1,60 +1,78 @@
-"""The command `verify`: the exhibits of a certificate, or the records of a run folder."""
+"""The command `verify`: verify the collision witnesses of a certificate, or the records of a run folder."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
-from audit.commands.certify import claimed_parts
-from audit.commands.options import run_options, source_options
-from audit.errors import IntegrityError, UsageError
+from audit.commands.options import SourceOptions, grouped_options, json_option, source_options
+from audit.errors import UsageError
+from audit.records import AuditRecord
+from audit.run.upkeep.verification import Violation
 
 _VIOLATED = 5
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Number of recomputed cells, for a run folder; model and images, for a witness file."""
+
+    replay: int
+    model: str | None
+    dataset: str | None
+    images: int | None
+    balanced: bool
+
+
 @click.command("verify")
 @click.argument("subject", metavar="RUN|WITNESS", type=click.Path(path_type=Path))
-@click.option("--replay", type=click.IntRange(0), default=0, help="Compute so many cells of a run again, at random.")
-@click.option("--model", default=None, help="The model that a witness is of.")
-@click.option("--dataset", default=None, help="The data set that a witness's images were moved from.")
-@click.option("--images", type=click.IntRange(1), default=None, help="How many, from the first. [as in the witness]")
-@click.option("--balanced", is_flag=True, help="Equally many images of each class, not the first ones.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+@grouped_options(
+    "chosen",
+    VerifyOptions,
+    click.option("--replay", type=click.IntRange(0), default=0, help="Number of random cells of a run to recompute."),
+    click.option("--model", default=None, help="The model of a witness file."),
+    click.option("--dataset", default=None, help="The data set of the clean images of a witness file."),
+    click.option(
+        "--images", type=click.IntRange(1), default=None, help="Number of images, from the first. [as in the witness]"
+    ),
+    click.option("--balanced", is_flag=True, help="Take equally many images of each class instead of the first."),
+)
+@json_option("one JSON object")
 @source_options
-def verify_command(subject: Path, as_json: bool, **request: Any) -> int:
-    """Check a run folder or a witness file, trusting nothing of the search behind it.
+def verify_command(subject: Path, chosen: VerifyOptions, as_json: bool, sources: SourceOptions) -> int:
+    """Verify a run folder or a witness file, without trusting the search behind it.
 
-    Of a RUN: every id follows from its identity, every published number from its seeds and from theory, nothing
-    impossible stands in it, and leaderboard.csv is what its records give; --replay computes cells again. Of a WITNESS:
-    every claim by one forward pass; it needs --model and --dataset.
+    RUN: checks the id of every record against its identity, published numbers against seeds and theory, and
+    leaderboard.csv against the records; --replay recomputes cells. WITNESS: checks every claim with one forward pass;
+    needs --model and --dataset.
 
-    Exit code 5 where anything does not agree.
+    Exit code 5 if anything disagrees.
     """
     if subject.is_dir():
-        return _verify_run(subject, as_json, request)
-    if request["model"] is None or request["dataset"] is None:
-        raise UsageError(f"{subject} is no run folder; to check it as a witness, add --model and --dataset")
-    _verify_witness(subject, as_json, request)
+        return _verify_run(subject, chosen.replay, sources, as_json=as_json)
+    if chosen.model is None or chosen.dataset is None:
+        raise UsageError(f"{subject} is not a run folder; to verify it as a witness file, add --model and --dataset")
+    _verify_witness(subject, chosen, sources, as_json=as_json)
     return 0
 
 
-def _verify_run(folder: Path, as_json: bool, request: dict[str, Any]) -> int:
-    from audit.run.upkeep.verification import Violation, check_run
+def _verify_run(folder: Path, replay: int, sources: SourceOptions, *, as_json: bool) -> int:
+    from audit.run.upkeep.verification import check_run
 
     records, found = check_run(folder)
     if not records:
         found.append(Violation(folder.name, "holds no record"))
-    found += [] if found else _leaderboard(folder, records)
+    if not found and not _leaderboard_agrees(folder, records):
+        found.append(Violation("leaderboard.csv", "disagrees with the records; rebuild it with `rvaudit report`"))
     replayed: list[str] = []
-    if request["replay"] and not found:
-        replayed, again = _replayed(folder, records, request)
-        found += again
+    if replay and not found:
+        replayed, found = _replay(folder, records, replay, sources)
     if as_json:
-        rows = [violation._asdict() for violation in found]
-        click.echo(
-            json.dumps({"accepted": not found, "records": len(records), "replayed": replayed, "violations": rows})
-        )
+        violations = [violation._asdict() for violation in found]
+        verdict = {"accepted": not found, "records": len(records), "replayed": replayed, "violations": violations}
+        click.echo(json.dumps(verdict))
         return _VIOLATED if found else 0
     from reports.text import plain_text
 
@@ -62,83 +80,76 @@ def _verify_run(folder: Path, as_json: bool, request: dict[str, Any]) -> int:
         click.echo(plain_text(f"{violation.file}: {violation.what}"))
     if not found:
         valid = sum(record.valid for record in records)
-        some = f", {len(replayed)} of them computed again" if replayed else ""
-        click.echo(f"accepted: {len(records)} records, {valid} of them with numbers{some}")
+        recomputed = f", {len(replayed)} of them recomputed" if replayed else ""
+        click.echo(f"accepted: {len(records)} records, {valid} of them with numbers{recomputed}")
     return _VIOLATED if found else 0
 
 
-def _leaderboard(folder: Path, records: list[Any]) -> list[Any]:
-    from audit.run.upkeep.verification import Violation
+def _leaderboard_agrees(folder: Path, records: Sequence[AuditRecord]) -> bool:
     from reports.tables.ranking import leaderboard, to_csv
     from reports.tables.table import to_frame
 
     path = folder / "leaderboard.csv"
     if not path.is_file() or not records:
-        return []
-    same = path.read_text(encoding="utf-8", errors="replace") == to_csv(leaderboard(to_frame(records)))
-    return [] if same else [Violation(path.name, "is not what the records give; rebuild it with `rvaudit report`")]
+        return True
+    return path.read_text(encoding="utf-8", errors="replace") == to_csv(leaderboard(to_frame(records)))
 
 
-def _replayed(folder: Path, records: list[Any], request: dict[str, Any]) -> tuple[list[str], list[Any]]:
-    """Compute randomly chosen cells again, in a folder of their own; return their ids and what does not agree."""
+def _replay(
+    folder: Path, records: Sequence[AuditRecord], count: int, sources: SourceOptions
+) -> tuple[list[str], list[Violation]]:
+    """Recompute random cells in a temporary folder; return their ids and the disagreements."""
     import random
     import tempfile
 
     from audit.commands.display import Display
+    from audit.commands.resolve import run_options
     from audit.config.yaml_source import read_config
-    from audit.run.cell_runner import Watcher
-    from audit.run.run_loop import expand, run
+    from audit.run.cell import expand
+    from audit.run.run_loop import Watcher, run
     from audit.run.upkeep.progress import record_key
-    from audit.run.upkeep.verification import Violation, differences
+    from audit.run.upkeep.verification import differences
 
     stored = {record_key(record): record for record in records if record.valid}
     cells = {
         (c.ref, c.dataset, c.layer, c.threat.norm, c.threat.eps, c.settings.estimator.name): c
         for c in expand(read_config(folder / "benchmark.yaml"))
     }
-    stray = [Violation(stored[key].cell_id, "is no cell of the benchmark") for key in stored if key not in cells]
+    unknown = [Violation(stored[key].cell_id, "is not a cell of the benchmark") for key in stored if key not in cells]
     keys = sorted(set(stored) & set(cells))
-    # whoever made the folder must not know which cells will be looked at
-    chosen = random.SystemRandom().sample(keys, min(request["replay"], len(keys)))
+    # unpredictable, so that nobody can forge the records of the other cells
+    chosen = random.SystemRandom().sample(keys, min(count, len(keys)))
     with tempfile.TemporaryDirectory() as scratch, Display(len(chosen)) as display:
         watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
-        again = run([cells[key] for key in chosen], Path(scratch), run_options(request), watcher)
-    pairs = [(stored[key], record) for key, record in zip(chosen, again, strict=True)]
-    wrong = [Violation(f"{old.cell_id}.json", what) for old, new in pairs for what in differences(old, new)]
-    return [old.cell_id for old, _ in pairs], stray + wrong
+        recomputed = run([cells[key] for key in chosen], Path(scratch), run_options(sources), watcher)
+    pairs = [(stored[key], record) for key, record in zip(chosen, recomputed, strict=True)]
+    different = [Violation(f"{old.cell_id}.json", what) for old, new in pairs for what in differences(old, new)]
+    return [old.cell_id for old, _ in pairs], unknown + different
 
 
-def _verify_witness(witness: Path, as_json: bool, request: dict[str, Any]) -> None:
-    from audit.certificate.collision_search import Layer
-    from audit.certificate.witness import read, verify
-    from audit.hashing import weights_sha256
-    from audit.representation.layers import Representation
-
-    claimed = read(witness)
-    count = request["images"] or len(claimed.labels)
-    network, pixels, labels = claimed_parts(request["model"], request["dataset"], count, request)
-    weights = weights_sha256(network)
-    if weights != claimed.header.weights_sha256:
-        raise IntegrityError(f"{witness} is of weights {claimed.header.weights_sha256}, these are {weights}")
-    try:
-        layer = Layer.of(Representation(network, claimed.header.layer))
-        header = verify(witness, layer, pixels, labels, weights).header
-    except UsageError as error:  # the layer is the file's own word
-        raise IntegrityError(f"{witness} names a layer that cannot be checked: {error}") from error
-    bound = header.bound
-    if as_json:
-        click.echo(json.dumps(_verdict(header), allow_nan=False))
-        return
+def _verify_witness(witness: Path, chosen: VerifyOptions, sources: SourceOptions, *, as_json: bool) -> None:
     from audit.commands.display import plain
+    from audit.commands.resolve import run_options
+    from audit.studies.certification import WitnessSubject, verify_model_witness
 
+    assert chosen.model is not None
+    assert chosen.dataset is not None
+    subject = WitnessSubject(chosen.model, chosen.dataset, chosen.images, chosen.balanced)
+    header = verify_model_witness(witness, subject, run_options(sources))
+    bound, threat = header.bound, header.threat
+    if as_json:
+        verdict = {
+            "accepted": True,
+            "layer": header.layer,
+            "norm": threat.norm,
+            "eps": threat.eps,
+            "images": bound.images,
+            "certified_bound": bound.certified,
+            "certified_tier": header.tier,
+        }
+        click.echo(json.dumps(verdict, allow_nan=False))
+        return
     click.echo(
-        f"accepted: no head on {plain(header.layer)} keeps more than {bound.kept} of {bound.images} images "
-        f"({bound.certified:.4f}) at {header.threat.norm} {header.threat.eps:.6g}; {header.tier}"
+        f"accepted: certified upper bound on any head's adversarial accuracy on {plain(header.layer)}: "
+        f"{bound.kept}/{bound.images} = {bound.certified:.4f} at {threat.norm} {threat.eps:.6g}; {header.tier}"
     )
-
-
-def _verdict(header: Any) -> dict[str, Any]:
-    return {
-        "accepted": True, "layer": header.layer, "norm": header.threat.norm, "eps": header.threat.eps,
-        "images": header.bound.images, "certified_bound": header.bound.certified, "certified_tier": header.tier,
-    }  # fmt: skip

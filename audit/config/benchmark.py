@@ -1,17 +1,17 @@
-"""The sections of a benchmark: what each may hold, and the settings it stands for. No YAML and no torch here."""
+"""The sections of a benchmark file: legal values, and the settings they stand for. Imports neither YAML nor torch."""
 
 from collections.abc import Iterator
-from math import inf
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_serializer
 
-from audit.config.estimators import ESTIMATOR_SECTIONS, AnyEstimator, EstimatorSection, SandwichSection, Section
-from audit.config.values import Count, Names, Number, StepSize, as_list, known
+from audit.adversary.norms import NORMS, eps_fault
+from audit.config.estimators import ESTIMATOR_SECTIONS, AnyEstimator, EstimatorSection, Section
+from audit.config.values import Names, Number, as_list, checked, known
 from audit.config.values import parse_number as parse_number
+from audit.information.settings import AT_LEAST_ONE, STEP_SIZE
 from audit.storage import canonical_json
 
-NORMS = ("linf", "l2", "l1")
 TIERS = ("smoke", "audit", "leaderboard")
 
 
@@ -21,11 +21,9 @@ def _legal_norm(norm: str) -> str:
 
 
 def _legal_radius(eps: float, info: ValidationInfo) -> float:
-    norm = info.data.get("norm")  # missing where the norm itself is at fault, and says so
-    if not 0 <= eps < inf:
-        raise ValueError(f"eps {eps!r} is not a finite radius >= 0 in pixel units (images lie in [0, 1])")
-    if norm is not None and norm.lower() == "linf" and eps > 1:
-        raise ValueError(f"eps {eps!r} is outside [0, 1], the range of pixels: write 8/255 for 8 grey levels")
+    fault = eps_fault(eps, info.data.get("norm"))  # without a norm if that is not legal itself
+    if fault:
+        raise ValueError(fault)
     return eps
 
 
@@ -50,9 +48,9 @@ class ThreatConfig(Section):
 
 
 class ModelConfig(Section):
-    """A model reference, and what differs for this model from the benchmark's own settings.
+    """A model reference, and the settings of the benchmark that it overrides.
 
-    The reference and the data set decide through what they name: the hashes of weights and images.
+    Reference and data set enter a cell's identity through the hashes of weights and images.
     """
 
     decides = ("ref", "dataset", "images", "layers", "threats")
@@ -75,48 +73,48 @@ def _as_models(value: object) -> object:
 
 
 class AttackConfig(Section):
-    """A tier by its name, or steps, sizes and restarts of one's own: on the cross-entropy, then on the margin."""
+    """The name of an attack tier, or custom steps of an attack on the cross-entropy and then on the margin."""
 
     decides = ("tier", "steps", "relative_step", "restarts")
     settings_of = "audit.adversary.pgd:PGD"
 
     tier: Annotated[str, AfterValidator(lambda name: known("tier", name, TIERS))] | None = None
-    steps: Count = 10
-    relative_step: StepSize = 0.25
-    restarts: Count = 1
+    steps: Annotated[int, checked(AT_LEAST_ONE)] = 10
+    relative_step: Annotated[Number, checked(STEP_SIZE)] = 0.25
+    restarts: Annotated[int, checked(AT_LEAST_ONE)] = 1
 
     @field_validator("steps", "relative_step", "restarts")
     @classmethod
     def _alone(cls, value: Any, info: ValidationInfo) -> Any:
         if info.data.get("tier") is not None:
-            raise ValueError(f"{info.field_name} and a tier exclude each other: a tier says how hard it searches")
+            raise ValueError(f"{info.field_name} and a tier exclude each other: a tier has its own settings")
         return value
 
     @property
-    def own(self) -> bool:
-        """Whether steps of one's own were asked for, not a tier.
+    def is_custom(self) -> bool:
+        """Whether the section holds custom steps, not a tier.
 
         Run folders of earlier versions spell the audit tier as `tier: null` beside the default steps.
         """
-        said = self.model_fields_set
-        spelled_out = said == set(type(self).model_fields) and self.tier is None
+        given = self.model_fields_set
+        spelled_out = given == set(type(self).model_fields) and self.tier is None
         default = (self.steps, self.relative_step, self.restarts) == (10, 0.25, 1)
-        return bool(said - {"tier"}) and not (spelled_out and default)
+        return bool(given - {"tier"}) and not (spelled_out and default)
 
     @model_serializer
     def _as_read_back(self) -> dict[str, Any]:
-        """Only what was said: the default steps beside a tier, or beside nothing, would be read back as one's own."""
-        if self.own:
+        """Return the given fields only: default steps beside a tier would be read back as custom ones."""
+        if self.is_custom:
             return {"steps": self.steps, "relative_step": self.relative_step, "restarts": self.restarts}
         return {} if self.tier is None else {"tier": self.tier}
 
     def attack(self) -> Any:
-        """Return the `LabelAttack` of the tier, or one's own; the audit tier where nothing is said."""
+        """Return the `LabelAttack` of the tier or of custom steps, by default of the audit tier."""
         from audit.adversary.label_attack import TIERS as ATTACKS
         from audit.adversary.label_attack import two_losses
         from audit.adversary.pgd import PGD
 
-        if not self.own:
+        if not self.is_custom:
             return ATTACKS[self.tier or "audit"]
         return two_losses(PGD(self.steps, self.relative_step, restarts=self.restarts))
 
@@ -126,7 +124,7 @@ def _as_attack(value: object) -> object:
 
 
 class Planned(NamedTuple):
-    """One cell before anything is loaded: its number among the estimators tells the settings."""
+    """One cell before anything is loaded."""
 
     model: ModelConfig
     dataset: str
@@ -140,8 +138,18 @@ class Planned(NamedTuple):
 class BenchmarkConfig(Section):
     """A benchmark: models x layers x threat models, each over all seeds."""
 
-    decides = ("dataset", "models", "threats", "layers", "images", "seeds", "reduce", "estimators", "certificate",
-               "attack")  # fmt: skip
+    decides = (
+        "dataset",
+        "models",
+        "threats",
+        "layers",
+        "images",
+        "seeds",
+        "reduce",
+        "estimators",
+        "certificate",
+        "attack",
+    )
     labels = ("name",)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")
@@ -153,7 +161,7 @@ class BenchmarkConfig(Section):
     seeds: Seeds = (0, 1, 2)
     reduce: Literal["flatten", "mean"] = "flatten"
     estimators: Annotated[tuple[AnyEstimator, ...], BeforeValidator(as_list), Field(min_length=1)] = (
-        SandwichSection(),
+        ESTIMATOR_SECTIONS["sandwich"].model_validate({}),
     )
     certificate: bool = False
     attack: Annotated[AttackConfig, BeforeValidator(_as_attack)] = AttackConfig()
@@ -164,11 +172,11 @@ class BenchmarkConfig(Section):
         names = [each.shown for each in estimators]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"{', '.join(twice)} is named twice: tables tell estimators apart by name only")
+            raise ValueError(f"{', '.join(twice)} is named twice: tables distinguish estimators by name only")
         return estimators
 
     def planned(self) -> Iterator[Planned]:
-        """Yield the benchmark's cells, all of one model together; patterns of models are left as they are."""
+        """Yield the cells of the benchmark, model by model; patterns of references are not expanded."""
         for model in self.models:
             dataset, images = model.dataset or self.dataset, model.images or self.images
             for layer in model.layers or self.layers:
@@ -178,7 +186,7 @@ class BenchmarkConfig(Section):
                             yield Planned(model, dataset, images, layer, section.norm.lower(), eps, estimator)
 
     def settings(self) -> list[Any]:
-        """Return, for each estimator, the `AuditSettings` with all that decides numbers beside model and images."""
+        """Return the `AuditSettings` of each estimator."""
         from audit.config.settings import AuditSettings
 
         attack = self.attack.attack()
@@ -188,9 +196,9 @@ class BenchmarkConfig(Section):
         ]
 
     def canonical(self) -> str:
-        """Return the one spelling of this configuration."""
+        """Return the canonical JSON of this configuration; its digest identifies a run folder."""
         data = self.model_dump(mode="json")
-        if not self.attack.own:  # spelled in full, as run folders have been stamped with
+        if not self.attack.is_custom:  # spelled in full, as in the stamps of existing run folders
             attack = self.attack
             data["attack"] = {name: getattr(attack, name) for name in type(attack).model_fields}
         return canonical_json(data)

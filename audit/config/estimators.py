@@ -1,25 +1,23 @@
-"""The sections of estimators: what each may hold, and the settings it stands for.
+"""The sections of estimators, derived from `audit.information.settings`: keys, defaults and legal values.
 
-Checked without anything that computes, so a typo is answered at once. Fields, defaults and limits are those of the
-dataclasses that `settings_of` names; `tests/audit/test_sections.py` holds them to that.
+A section is validated without torch, so that a typo is reported at once.
 """
 
-from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal, Union
+from collections.abc import Mapping
+from dataclasses import Field, fields, is_dataclass, replace
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, create_model
 
-from audit.config.values import Count, Counts, NotNegative, Positive, Several, Share, StepSize, Widths, known
-
-CRITICS = ("concatenated", "dot-product")
-BOUNDS = ("donsker-varadhan", "infonce", "jensen-shannon", "nwj", "smile")
+from audit.config.values import Number, checked, known
+from audit.information.settings import ESTIMATOR_SETTINGS, EstimatorSettings, rules_of
 
 
 class Section(BaseModel):
-    """A mapping of a benchmark; every field either decides numbers or does not, and says which.
+    """A mapping in a benchmark file; `decides` are the fields that are part of a cell's identity, `labels` the others.
 
-    `decides` are part of a cell's identity, `labels` are not; `settings_of` is the dataclass that the section fills,
-    as `module:name`.
+    `settings_of` is the dataclass that the section fills, as `module:name`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
@@ -30,184 +28,111 @@ class Section(BaseModel):
 
 
 class EstimatorSection(Section):
-    """An estimator by its name, with what differs from its defaults."""
+    """An estimator by its name, with the settings that differ from its defaults."""
 
     name: str
 
+    def settings(self) -> EstimatorSettings:
+        """Return the settings of the estimator, without torch."""
+        found: EstimatorSettings = _filled(ESTIMATOR_SETTINGS[self.name], self)
+        return found
+
     @property
     def shown(self) -> str:
-        """Return the estimator's name as tables show it."""
-        return self.name
-
-    @abstractmethod
-    def estimator(self) -> Any:
-        """Return the `audit.information.estimator.Estimator` with these settings."""
-
-
-class PlainSection(EstimatorSection):
-    """An estimator whose section is its own fields."""
+        """The name of the estimator in tables, such as `mine-infonce`."""
+        return self.settings().name
 
     def estimator(self) -> Any:
         """Return the `audit.information.estimator.Estimator` with these settings."""
-        from dataclasses import replace
-
         from audit.information.registry import ESTIMATORS
 
-        return replace(ESTIMATORS[self.name], **self.model_dump(exclude={"name"}))
+        settings = self.settings()
+        return replace(ESTIMATORS[self.name], **{each.name: getattr(settings, each.name) for each in fields(settings)})
 
 
-class SandwichSection(PlainSection):
-    """See `audit.information.sandwich.Sandwich`."""
-
-    decides = ("name", "noise", "absolute", "steps", "start_steps", "relative_step", "quantisers", "widths",
-               "annealing_steps", "draws")  # fmt: skip
-    labels = ("batch_size",)
-    settings_of = "audit.information.sandwich:Sandwich"
-
-    name: Literal["sandwich"] = "sandwich"
-    noise: Positive = 0.5
-    absolute: bool = False
-    steps: Count = 30
-    start_steps: Count = 10
-    relative_step: StepSize = 0.2
-    quantisers: Counts = (2, 8, 32)
-    widths: Widths = (4.0, 8.0)
-    annealing_steps: Count = 40
-    draws: Count = 4
-    batch_size: Count = 256
+def _is_fixed(field: Field[Any]) -> bool:
+    return field.metadata.get("yaml") == "fixed"
 
 
-class LabelLevelSection(PlainSection):
-    """See `audit.information.labels.LabelLevel`."""
-
-    decides = ("name", "targets", "kept", "steps", "relative_step")
-    labels = ("batch_size",)
-    settings_of = "audit.information.labels:LabelLevel"
-
-    name: Literal["label-level"] = "label-level"
-    targets: Count = 10
-    kept: Count = 3
-    steps: Count = 30
-    relative_step: StepSize = 0.2
-    batch_size: Count = 256
+def _is_flat(field: Field[Any]) -> bool:
+    return field.metadata.get("yaml") == "flat"
 
 
-class LabelInformationSection(PlainSection):
-    """See `audit.information.labels.LabelInformation`."""
-
-    decides = ("name", "steps", "relative_step")
-    labels = ("batch_size",)
-    settings_of = "audit.information.labels:LabelInformation"
-
-    name: Literal["label-information"] = "label-information"
-    steps: Count = 20
-    relative_step: StepSize = 0.2
-    batch_size: Count = 256
+def _key(field: Field[Any]) -> str:
+    return str(field.metadata.get("key", field.name))
 
 
-class _ReferenceSection(PlainSection):
-    decides = ("name", "width", "steps", "batch_size", "learning_rate", "search_steps", "step_size", "every")
-    settings_of = "audit.information.released.estimator:Reference"
-
-    width: Count = 64
-    steps: Count = 100
-    batch_size: Several = 128
-    learning_rate: Positive = 1e-3
-    search_steps: Count = 7
-    step_size: Positive = 0.01
-    every: Count = 20
-
-
-class ReferenceLocalSection(_ReferenceSection):
-    """See `audit.information.released.estimator.Reference`, with a value per position."""
-
-    name: Literal["ref-local"] = "ref-local"
+def _filled(defaults: Any, section: Section) -> Any:
+    """Return settings with the values of a section; fixed fields keep their defaults."""
+    values = {}
+    for field in fields(defaults):
+        if _is_fixed(field):
+            continue
+        default = getattr(defaults, field.name)
+        value = section if _is_flat(field) else getattr(section, _key(field))
+        values[field.name] = _filled(default, value) if is_dataclass(default) else value
+    return replace(defaults, **values)
 
 
-class ReferenceMeanSection(_ReferenceSection):
-    """See `audit.information.released.estimator.Reference`, with the scores averaged over positions."""
-
-    name: Literal["ref-mean"] = "ref-mean"
-
-
-class CriticSection(Section):
-    """The critic network; see `audit.information.critics.CriticShape`."""
-
-    decides = ("name", "width", "embedding", "channels", "view", "dropout", "flip")
-    settings_of = "audit.information.critics:CriticShape"
-
-    name: Annotated[str, AfterValidator(lambda name: known("critic", name, CRITICS))] = "dot-product"
-    width: Count = 128
-    embedding: Count = 32
-    channels: Count = 32
-    view: Count = 16
-    dropout: Share = 0.2
-    flip: bool = False
+def _section_fields(defaults: Any) -> dict[str, Any]:
+    """Return the fields of a section for pydantic, each an annotation and a default, in the order of the settings."""
+    found: dict[str, Any] = {}
+    for field in fields(defaults):
+        default = getattr(defaults, field.name)
+        if _is_fixed(field):
+            continue
+        if _is_flat(field):
+            found |= _section_fields(default)
+        elif is_dataclass(default):
+            kind: type = type(default)
+            nested = nested_section(kind)
+            found[_key(field)] = (nested, nested())
+        else:
+            found[_key(field)] = (_annotation(field.type), default)
+    return found
 
 
-class SearchSection(Section):
-    """How mine searches the worst case; see `audit.information.critic_descent.WorstCaseSearch`."""
-
-    decides = ("collapse_steps", "rounds", "relative_step", "critic_steps", "every", "tolerance")
-    settings_of = "audit.information.critic_descent:WorstCaseSearch"
-
-    collapse_steps: Count = 20
-    rounds: Count = 40
-    relative_step: StepSize = 0.1
-    critic_steps: Count = 5
-    every: Count = 10
-    tolerance: NotNegative = 0.02
+def _annotation(kind: Any) -> Any:
+    """Return a setting's annotation with pydantic validators: rules are checked, and floats may be fractions."""
+    base = get_args(kind)[0] if rules_of(kind) else kind
+    if get_origin(base) is tuple:
+        base = tuple[_annotation(get_args(base)[0]), ...]  # type: ignore[misc]
+    elif base is float:
+        base = Number
+    for rule in rules_of(kind):
+        base = Annotated[base, checked(rule)]
+    return base
 
 
-class MineSection(EstimatorSection):
-    """The paper's estimator; see `audit.information.critic_training.CriticTraining`."""
-
-    decides = ("name", "bound", "steps", "batch_size", "learning_rate", "weight_decay", "every", "patience",
-               "averaging", "critic", "search")  # fmt: skip
-    settings_of = "audit.information.critic_training:CriticTraining"
-
-    name: Literal["mine"] = "mine"
-    bound: Annotated[str, AfterValidator(lambda name: known("bound", name, BOUNDS))] = "infonce"
-    steps: Count = 1000
-    batch_size: Several = 256
-    learning_rate: Positive = 2e-3
-    weight_decay: NotNegative = 1e-2
-    every: Count = 10
-    patience: Count = 80
-    averaging: Share = 0.95
-    critic: CriticSection = CriticSection()
-    search: SearchSection = SearchSection()
-
-    @property
-    def shown(self) -> str:
-        """Return the estimator's name as tables show it, such as `mine-infonce`."""
-        critic = self.critic.name
-        return f"mine-{self.bound}" + (f"-{critic}" if critic != CriticSection().name else "")
-
-    def estimator(self) -> Any:
-        """Return the `audit.information.estimator.Estimator` with these settings."""
-        from audit.information.critic_descent import WorstCaseSearch
-        from audit.information.critic_training import CriticTraining
-        from audit.information.critics import CriticShape
-        from audit.information.mine import Mine
-
-        values = self.model_dump(exclude={"name", "critic", "search"})
-        training = CriticTraining(**values, shape=CriticShape(**self.critic.model_dump()))
-        return Mine(training, WorstCaseSearch(**self.search.model_dump()))
+@cache
+def nested_section(settings: type) -> type[Section]:
+    """Return the section of settings that are a mapping inside an estimator's section, such as `critic`."""
+    found = create_model(
+        f"{settings.__name__}Section", __base__=Section, __doc__=settings.__doc__, **_section_fields(settings())
+    )
+    found.decides = tuple(found.model_fields)
+    found.settings_of = f"{settings.__module__}:{settings.__name__}"
+    return found
 
 
-ESTIMATOR_SECTIONS: dict[str, type[EstimatorSection]] = {
-    "sandwich": SandwichSection,
-    "mine": MineSection,
-    "label-level": LabelLevelSection,
-    "label-information": LabelInformationSection,
-    "ref-local": ReferenceLocalSection,
-    "ref-mean": ReferenceMeanSection,
+def estimator_section(name: str, defaults: EstimatorSettings) -> type[EstimatorSection]:
+    """Return the section of an estimator, by its name and default settings."""
+    own = {"name": (Literal[name], name), **_section_fields(defaults)}
+    kind = type(defaults)
+    found = create_model(f"{kind.__name__}Section", __base__=EstimatorSection, __doc__=kind.__doc__, **own)
+    found.labels = defaults.memory_only
+    found.decides = tuple(key for key in found.model_fields if key not in found.labels)
+    found.settings_of = f"{kind.__module__}:{kind.__name__}"
+    return found
+
+
+ESTIMATOR_SECTIONS: Mapping[str, type[EstimatorSection]] = {
+    name: estimator_section(name, defaults) for name, defaults in ESTIMATOR_SETTINGS.items()
 }
 
 
 def _as_estimator(value: object) -> object:
-    """A name or a mapping with one, validated by the section of that name."""
+    """Return a name as a mapping with it; raises ValueError for an unknown name."""
     mapping = {"name": value} if isinstance(value, str) else value
     if isinstance(mapping, EstimatorSection):
         return mapping

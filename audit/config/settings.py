@@ -11,7 +11,10 @@ from audit.representation.layers import Reduction
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """Everything that decides an audit's numbers beside the model, the images and the threat model."""
+    """Everything that decides the numbers of an audit beside model, images and threat model.
+
+    Raises UsageError without a seed, or for a repeated one.
+    """
 
     estimator: Estimator = field(default_factory=Sandwich)
     attack: LabelAttack = AUDIT

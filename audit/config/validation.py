@@ -1,13 +1,13 @@
-"""Every fault of a benchmark file in one go, each with its line and column: keys, names, files, hashes, layers.
+"""Find every fault of a benchmark file, with line and column: keys, values, names, files, hashes, layers.
 
-Nothing is computed for the first four. What loading a model shows - its layers and shapes on one small batch - is
-asked for only where the keys and values are right: cells are not defined before.
+Models are loaded, to try their layers on a small batch, only if keys and values are legal: without these, cells are
+not defined. Everything before needs no torch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from audit.config.benchmark import BenchmarkConfig
 from audit.config.yaml_source import Fault, Location, Source, check_schema, read_source
@@ -15,17 +15,17 @@ from audit.errors import AuditError
 
 
 class Request(NamedTuple):
-    """What the benchmark asks of one model: to be loaded, to take these images, to have these layers."""
+    """A model of the benchmark to try: its reference, images (None: all) and layers."""
 
     ref: str
     dataset: str
     images: int | None
     layers: tuple[str, ...]
-    reduce: str
+    reduce: Literal["flatten", "mean"]
 
 
 class Finding(NamedTuple):
-    """What was wrong with one part of a request: `ref`, `dataset`, `images`, or the layer's number."""
+    """An error and the part of a request at fault: `ref`, `dataset`, `images`, or the index of a layer."""
 
     part: str | int
     error: AuditError
@@ -36,7 +36,7 @@ Attempt = Callable[[Request], Iterable[Finding]]
 
 @dataclass(frozen=True)
 class Lookups:
-    """How names are looked up, and how a model is tried on a small batch; the latter None to leave it out."""
+    """Checks of model and data set references, which raise AuditError, and the trial of a model (None: no trial)."""
 
     model: Callable[[str], None]
     dataset: Callable[[str], None]
@@ -45,7 +45,7 @@ class Lookups:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found in a file; `tried` says whether models were loaded and layers looked at."""
+    """The faults of a file; `tried` is whether models were loaded and their layers computed."""
 
     source: Source
     faults: tuple[Fault, ...]
@@ -53,38 +53,38 @@ class Verdict:
 
     @property
     def lines(self) -> list[str]:
-        """Return one line a fault, `file:line:column: where: what`."""
+        """Return one line per fault, `file:line:column: where: message`."""
         return [self.source.line(fault) for fault in self.faults]
 
     @property
     def exit_code(self) -> int:
-        """Return 0, or the gravest fault's: 2 the file, 3 something missing here, 4 refused, 5 another hash."""
+        """The largest code among the faults: 0 none, 2 the file, 3 something missing, 4 refused, 5 a hash differs."""
         return max((fault.exit_code for fault in self.faults), default=0)
 
 
 def validate(path: Path, lookups: Lookups) -> Verdict:
     """Return every fault of a benchmark file.
 
-    Raises EnvironmentFault where it cannot be read, ConfigError where it is no YAML mapping.
+    Raises EnvironmentFault for a file that cannot be read, ConfigError if it is not a YAML mapping.
     """
     source = read_source(path)
     config, faults = check_schema(source)
-    faults += _named(source, lookups)
+    faults += _name_faults(source, lookups)
     tried = config is not None and lookups.attempt is not None
     if config is not None and lookups.attempt is not None:
-        faults += _attempted(source, config, lookups.attempt, {(fault.line, fault.column) for fault in faults})
+        faults += _trial_faults(source, config, lookups.attempt, {(fault.line, fault.column) for fault in faults})
     ordered = sorted(set(faults), key=lambda fault: (fault.line, fault.column, fault.message))
     return Verdict(source, tuple(ordered), tried)
 
 
-def _named(source: Source, lookups: Lookups) -> list[Fault]:
-    """Return the faults of the model references and data sets in the file, whatever else is wrong with it."""
-    found = [_looked_up(source, place, ref, lookups.model) for place, ref in _references(source.tree)]
-    found += [_looked_up(source, place, ref, lookups.dataset) for place, ref in _data_sets(source.tree)]
+def _name_faults(source: Source, lookups: Lookups) -> list[Fault]:
+    """Return the faults of model references and data sets, whether or not keys and values are legal."""
+    found = [_lookup_fault(source, place, ref, lookups.model) for place, ref in _references(source.tree)]
+    found += [_lookup_fault(source, place, ref, lookups.dataset) for place, ref in _data_sets(source.tree)]
     return [fault for fault in found if fault is not None]
 
 
-def _looked_up(source: Source, location: Location, name: str, look_up: Callable[[str], None]) -> Fault | None:
+def _lookup_fault(source: Source, location: Location, name: str, look_up: Callable[[str], None]) -> Fault | None:
     try:
         look_up(name)
     except AuditError as error:
@@ -112,8 +112,10 @@ def _data_sets(tree: Mapping[str, Any]) -> Iterator[tuple[Location, str]]:
             yield (*location, "dataset"), part["dataset"]
 
 
-def _attempted(source: Source, config: BenchmarkConfig, attempt: Attempt, known: set[tuple[int, int]]) -> list[Fault]:
-    """Return what loading the models and looking at their layers shows, beside what names have shown already."""
+def _trial_faults(
+    source: Source, config: BenchmarkConfig, attempt: Attempt, known: set[tuple[int, int]]
+) -> list[Fault]:
+    """Return the faults that trials of the models find, except at places with a known fault."""
     faults = []
     for number, model in enumerate(config.models):
         layers = model.layers or config.layers
@@ -121,12 +123,12 @@ def _attempted(source: Source, config: BenchmarkConfig, attempt: Attempt, known:
         for part, error in attempt(Request(model.ref, dataset, images, tuple(layers), config.reduce)):
             fault = source.fault(_location(source, number, part), _sentence(error), error.exit_code)
             if (fault.line, fault.column) not in known:
-                faults.append(fault._replace(message=_about(fault, part, model.ref)))
+                faults.append(fault._replace(message=_message(fault, part, model.ref)))
     return faults
 
 
 def _location(source: Source, number: int, part: str | int) -> Location:
-    """Return the place of a reference, a data set or a layer: the model's own, else the benchmark's."""
+    """Return the location of a part of a model: its own key if it has one, else that of the benchmark."""
     entries = source.tree["models"]
     entry = entries[number] if isinstance(entries, list) else entries
     own: Location = ("models", number) if isinstance(entries, list) else ("models",)
@@ -139,8 +141,8 @@ def _location(source: Source, number: int, part: str | int) -> Location:
     return (*place, part) if isinstance(holder, list) else place
 
 
-def _about(fault: Fault, part: str | int, ref: str) -> str:
-    """A shared layer is right for one model and wrong for another: say for which."""
+def _message(fault: Fault, part: str | int, ref: str) -> str:
+    """Return the message of a fault; with the model's name if the part may be shared by several models."""
     return fault.message if part == "ref" else f"{ref}: {fault.message}"
 
 
@@ -149,5 +151,5 @@ def _sentence(error: AuditError) -> str:
 
 
 def to_rows(verdict: Verdict) -> list[dict[str, Any]]:
-    """Return the faults as plain data, for machines."""
+    """Return the faults as JSON data."""
     return [{"file": str(verdict.source.path), **fault._asdict()} for fault in verdict.faults]

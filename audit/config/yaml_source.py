@@ -1,7 +1,4 @@
-"""`benchmark.yaml` into sections. The only module that knows YAML; it reports every fault at once, with its place.
-
-Imports nothing that computes: a typo is answered before torch could be loaded.
-"""
+"""Read benchmark files: YAML into sections, and every fault with its line and column. Imports no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.reader import ReaderError
 
 from audit.config.benchmark import AttackConfig, BenchmarkConfig, ModelConfig, ThreatConfig
-from audit.config.estimators import ESTIMATOR_SECTIONS, CriticSection, SearchSection
+from audit.config.estimators import ESTIMATOR_SECTIONS
 from audit.errors import ConfigError, EnvironmentFault, suggestion
 
 _MOST_BYTES = 1_000_000
@@ -27,7 +24,7 @@ Location = tuple[str | int, ...]
 
 
 class Fault(NamedTuple):
-    """One fault of a file: where it stands, which value is meant, what is wrong with it, and the exit code it earns."""
+    """One fault of a file: line and column from 1, keys of the value, message, and exit code."""
 
     line: int
     column: int
@@ -38,30 +35,30 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A YAML file as read, before anything is checked but its form."""
+    """A parsed YAML file, not yet validated."""
 
     path: Path
     tree: CommentedMap
 
     def fault(self, location: Location, message: str, exit_code: int = 2) -> Fault:
-        """Return a fault at a place such as `("models", 2, "ref")`, or the deepest part of it that the file has."""
+        """Return a fault at a location such as `("models", 2, "ref")`, or at its deepest part that the file has."""
         line, column = _place(self.tree, location)
         return Fault(line, column, ".".join(map(str, location)), message, exit_code)
 
     def line(self, fault: Fault) -> str:
-        """Return a fault as one line that editors can follow."""
+        """Return a fault as a line `file:line:column: where: message`, a form that editors recognise."""
         where = f"{fault.where}: " if fault.where else ""
         return f"{self.path}:{fault.line}:{fault.column}: {where}{fault.message}"
 
 
 def read_source(path: Path) -> Source:
-    """Return a YAML file's content with the place of everything in it.
+    """Parse a YAML file, keeping the line and column of every value.
 
-    Raises EnvironmentFault where it cannot be read, ConfigError where it is no YAML mapping or not a plain one.
+    Raises EnvironmentFault for a file that cannot be read, ConfigError if it is not a plain YAML mapping.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise ConfigError([f"{path} is larger than {_MOST_BYTES:,} bytes: no benchmark is"])
+            raise ConfigError([f"{path} is larger than {_MOST_BYTES:,} bytes, the limit of a benchmark file"])
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise EnvironmentFault(f"cannot read {path}: {error.strerror or error}") from error
@@ -71,7 +68,7 @@ def read_source(path: Path) -> Source:
 
 
 def check_schema(source: Source) -> tuple[BenchmarkConfig | None, list[Fault]]:
-    """Return the benchmark that a file describes, or None and every fault of its keys and values, in their order."""
+    """Return the benchmark of a file, or None and the faults of its keys and values in the order of the file."""
     try:
         return BenchmarkConfig.model_validate(source.tree), []
     except ValidationError as error:
@@ -80,9 +77,9 @@ def check_schema(source: Source) -> tuple[BenchmarkConfig | None, list[Fault]]:
 
 
 def read_config(path: Path) -> BenchmarkConfig:
-    """Return the benchmark a YAML file describes.
+    """Return the benchmark of a YAML file.
 
-    Raises EnvironmentFault where it cannot be read, ConfigError naming file, line and column of every fault.
+    Raises EnvironmentFault for a file that cannot be read, ConfigError with file, line and column of every fault.
     """
     source = read_source(path)
     config, faults = check_schema(source)
@@ -92,10 +89,10 @@ def read_config(path: Path) -> BenchmarkConfig:
 
 
 def to_yaml(config: BenchmarkConfig) -> str:
-    """Return a benchmark as YAML that reads back as the same one."""
+    """Return a benchmark as YAML that reads back as the same benchmark."""
     text = StringIO()
     writer = YAML(typ="safe", pure=True)
-    writer.allow_unicode, writer.width = False, 100_000  # every character spelled so that YAML reads it back
+    writer.allow_unicode, writer.width = False, 100_000  # escapes, so that every character is read back
     writer.dump(config.model_dump(mode="json"), text)
     return text.getvalue()
 
@@ -130,7 +127,7 @@ def _parse(text: str, path: Path) -> CommentedMap:
 
 
 def _nodes(tree: CommentedMap) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """Walk the tree lazily and never past the cap: nested aliases grow exponentially."""
+    """Yield nodes and places lazily, up to the limit of nodes: nested aliases grow exponentially."""
     stack: list[tuple[Any, tuple[int, int]]] = [(tree, (0, 0))]
     seen = 0
     while stack and seen <= _MOST_NODES:
@@ -147,7 +144,7 @@ def _fault(source: Source, item: Any) -> Fault:
     location, message = tuple(item["loc"]), item["msg"].removeprefix("Value error, ")
     found = source.fault(location, message)
     if item["type"] == "model_type":
-        return found._replace(message="not a mapping with keys of its own")
+        return found._replace(message="not a mapping")
     if item["type"] == "extra_forbidden":
         near = suggestion(str(location[-1]), _legal_keys(location))
         return found._replace(where=".".join(map(str, location[:-1])), message=f"unknown key {location[-1]!r}{near}")
@@ -155,7 +152,7 @@ def _fault(source: Source, item: Any) -> Fault:
 
 
 def _place(tree: CommentedMap, location: tuple[Any, ...]) -> tuple[int, int]:
-    """Return line and column, from one, of the deepest part of the location that the file has."""
+    """Return line and column, from one, of the deepest part of a location that the file has."""
     node: Any = tree
     place = (0, 0)
     for part in location:
@@ -167,7 +164,7 @@ def _place(tree: CommentedMap, location: tuple[Any, ...]) -> tuple[int, int]:
 
 
 def _place_in(node: Any, part: Any, otherwise: tuple[int, int]) -> tuple[int, int]:
-    """Return line and column, from zero, of a part; a key merged in with `<<` has no place of its own."""
+    """Return line and column, from zero, of a part, or `otherwise` for a key merged in by `<<`."""
     places = node.lc.data or {}
     return tuple(places[part][:2]) if part in places else otherwise
 
@@ -175,10 +172,15 @@ def _place_in(node: Any, part: Any, otherwise: tuple[int, int]) -> tuple[int, in
 def _legal_keys(location: tuple[Any, ...]) -> list[str]:
     section: type[BaseModel] = BenchmarkConfig
     sections: dict[object, type[BaseModel]] = {
-        "models": ModelConfig, "threats": ThreatConfig, "critic": CriticSection, "search": SearchSection,
+        "models": ModelConfig,
+        "threats": ThreatConfig,
         "attack": AttackConfig,
-    }  # fmt: skip
+    }
     sections.update(ESTIMATOR_SECTIONS)
     for part in location[:-1]:
-        section = sections.get(part, section)
+        field = section.model_fields.get(str(part))
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+        else:
+            section = sections.get(part, section)
     return list(section.model_fields)

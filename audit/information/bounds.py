@@ -1,8 +1,7 @@
-"""Variational bounds on mutual information: from critic scores to nats.
+"""Variational bounds on mutual information, in nats, from critic scores.
 
-Every bound takes scores (N, N) whose entry [i, j] is T(x_i, z_j): the diagonal holds joint pairs. A bound's value is
-a lower bound of the MI only on samples the critic was not trained on. Where the text speaks of product pairs, they
-are all off-diagonal ones.
+Scores (N, N) have the entries [i, j] = T(x_i, z_j): joint pairs on the diagonal, product pairs off it. The values are
+lower bounds on the mutual information only on samples that the critic was not trained on.
 """
 
 from collections.abc import Callable
@@ -26,7 +25,7 @@ class Pairs(NamedTuple):
 
 
 SMILE_CLIP = 5.0
-"""Where SMILE clips the scores of product pairs: the middle of what its authors tried."""
+"""Clip of SMILE for the scores of product pairs: the middle of the values that its authors tried."""
 
 
 def donsker_varadhan(scores: Scores) -> Tensor:
@@ -38,17 +37,17 @@ def donsker_varadhan(scores: Scores) -> Tensor:
 
 
 def nwj(scores: Scores) -> Tensor:
-    """Return 1 + E_joint[T] - E_product[exp T] in nats: never above the Donsker-Varadhan value of the same scores.
+    """Return 1 + E_joint[T] - E_product[exp T] in nats, at most the Donsker-Varadhan value of the same scores.
 
-    Largest where exp T is the density ratio itself, so an offset of T costs nats.
+    It is largest if exp T is the density ratio; a constant offset of T lowers it.
 
-    Source: Nguyen, Wainwright & Jordan 2010; Poole et al. 2019, eq. 4, with its critic less one.
+    Source: Nguyen, Wainwright & Jordan 2010; Poole et al. 2019, eq. 4, with the critic reduced by one.
     """
     return 1 + scores.diagonal().mean() - _off_diagonal_log_mean_exp(scores).exp()
 
 
 def infonce(scores: Scores) -> Tensor:
-    """Return the InfoNCE value in nats; never above ln N.
+    """Return (1/N) sum_i [T_ii - ln (1/N) sum_j exp T_ij] in nats, at most ln N.
 
     Source: van den Oord et al. 2018; Poole et al. 2019, eq. 12.
     """
@@ -56,27 +55,28 @@ def infonce(scores: Scores) -> Tensor:
 
 
 def infonce_terms(scores: Scores) -> Tensor:
-    """Return each sample's contribution (N,) to the InfoNCE value, whose spread gives its standard error."""
+    """Return the terms (N,) of the InfoNCE value in nats; their deviation over sqrt(N) is its standard error."""
     return scores.diagonal() - scores.logsumexp(1) + log(len(scores))
 
 
 def smile(scores: Scores) -> Tensor:
     """Return Donsker-Varadhan with product scores clipped to +-`SMILE_CLIP`, in nats, with Jensen-Shannon's gradient.
 
-    Clipped, the value grows without limit when all scores are shifted up, so it cannot be climbed itself.
+    The clipped value itself is no objective: it grows without limit if a constant is added to all scores.
 
     Source: Song & Ermon 2020, eq. 9 and their released code.
     """
     clipped = scores.detach().clamp(-SMILE_CLIP, SMILE_CLIP)
     value = scores.detach().diagonal().mean() - _off_diagonal_log_mean_exp(clipped)
-    climbed = jensen_shannon(scores)
-    return value + (climbed - climbed.detach())
+    objective = jensen_shannon(scores)
+    return value + (objective - objective.detach())
 
 
 def jensen_shannon(scores: Scores) -> Tensor:
-    """Return twice the bound on the Jensen-Shannon divergence of joint and product pairs: an objective, not MI.
+    """Return 2 ln 2 - E_joint[softplus(-T)] - E_product[softplus(T)] in nats, an objective and no estimate of MI.
 
-    2 ln 2 - E_joint[softplus(-T)] - E_product[softplus(T)]: at most 2 ln 2, largest where exp T is the density ratio.
+    Twice a lower bound on the Jensen-Shannon divergence of joint and product pairs, at most 2 ln 2; largest if exp T is
+    the density ratio.
 
     Source: Nowozin, Cseke & Tomioka 2016; Hjelm et al. 2019, eq. 4.
     """
@@ -86,16 +86,16 @@ def jensen_shannon(scores: Scores) -> Tensor:
 
 
 def offsets(scores: Scores) -> Tensor:
-    """Return each image's ln E_product[exp T] (N,) from scores (N, M) against features it is not paired with.
+    """Return ln (1/M) sum_j exp T_ij of each image (N,), from scores (N, M) against features of other images.
 
-    A critic trained by InfoNCE has an arbitrary offset for each image. Less these it is a log density ratio, and its
-    Donsker-Varadhan value on other features means something.
+    A critic trained by InfoNCE is a log density ratio up to an arbitrary offset for each image. The Donsker-Varadhan
+    value requires that the offsets be subtracted.
     """
     return scores.logsumexp(1) - log(scores.shape[1])
 
 
 def donsker_varadhan_of(pairs: Pairs) -> Tensor:
-    """Return E_joint[T] - ln E_product[exp T] in nats, from pairs: T is free up to a constant.
+    """Return E_joint[T] - ln E_product[exp T] in nats, from pairs; it fixes T up to a constant.
 
     Source: Donsker & Varadhan 1983.
     """
@@ -103,7 +103,7 @@ def donsker_varadhan_of(pairs: Pairs) -> Tensor:
 
 
 def jensen_shannon_of(pairs: Pairs) -> Tensor:
-    """Return 2 ln 2 + E_joint[ln sigmoid T] + E_product[ln(1 - sigmoid T)] in nats, from pairs: T has no freedom.
+    """Return 2 ln 2 + E_joint[ln sigmoid T] + E_product[ln(1 - sigmoid T)] in nats, from pairs; it fixes T.
 
     Source: Nowozin, Cseke & Tomioka 2016, Table 6.
     """
@@ -111,9 +111,9 @@ def jensen_shannon_of(pairs: Pairs) -> Tensor:
 
 
 def energy_of(pairs: Pairs) -> Tensor:
-    """Return E_joint[T] - E_x[ln E_y[exp T]] in nats, from pairs: T is free up to a function of x.
+    """Return E_joint[T] - E_x[ln E_y[exp T]] in nats, from pairs; it fixes T up to a function of x.
 
-    Where the product pairs hold all K labels, this is ln K less the softmax cross-entropy.
+    If the product pairs of each x hold all K labels, this is ln K minus the softmax cross-entropy.
 
     Source: Zhu, An & Niu 2020, the energy-based objective.
     """
@@ -127,13 +127,13 @@ BOUNDS: dict[str, Bound] = {
     "nwj": nwj,
     "smile": smile,
 }
-"""Training objectives by name; the value reported is InfoNCE's, whichever trained the critic."""
+"""Training objectives by name; the reported value is the InfoNCE bound of the trained critic in every case."""
 
 
 def _off_diagonal_log_mean_exp(scores: Scores) -> Tensor:
     count = len(scores)
-    hidden = scores.masked_fill(torch.eye(count, dtype=torch.bool, device=scores.device), -torch.inf)
-    return _log_mean_exp(hidden, count * (count - 1))
+    masked = scores.masked_fill(torch.eye(count, dtype=torch.bool, device=scores.device), -torch.inf)
+    return _log_mean_exp(masked, count * (count - 1))
 
 
 def _log_mean_exp(scores: Tensor, count: int) -> Tensor:
@@ -141,5 +141,5 @@ def _log_mean_exp(scores: Tensor, count: int) -> Tensor:
 
 
 def _jensen_shannon(joint: Tensor, product: Tensor) -> Tensor:
-    """The bound from joint scores (N,) and the mean softplus of product scores ()."""
+    """Return the bound from joint scores (N,) and the mean softplus of product scores ()."""
     return 2 * log(2) - F.softplus(-joint).mean() - product

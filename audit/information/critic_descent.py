@@ -1,13 +1,13 @@
-"""Representation vulnerability: normal-case less worst-case mutual information.
+"""Representation vulnerability by a critic: normal-case minus worst-case mutual information of one split.
 
-The worst case is searched with the perturbed images as state: every round moves each image one projected step down
-the critic's value while the critic keeps learning; then the moved images are frozen and a *fresh* critic is fitted
-on them. Any set of moved images gives an upper bound of the infimum, less only the critic's own deficit.
+The worst-case search keeps the perturbed images as its state. It first moves them towards one class; then every round
+takes one projected step down the critic's value and trains the critic further. A new critic is fitted on the result.
+The information of any images inside the balls is an upper bound on the minimum; the critic's value is an upper bound
+up to the critic's own error.
 
 Source: Zhu, Zhang & Evans 2020, Definition 3.1 and section 4.1.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,62 +17,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.adversary.gradients import input_gradient
+from audit.adversary.passes import input_gradient
 from audit.adversary.threat import ThreatModel
-from audit.errors import UsageError
 from audit.information.bounds import BOUNDS
-from audit.information.critic_training import (
-    CriticTraining,
-    Splits,
-    critic_optimiser,
-    critic_step,
-    encode,
-    encode_splits,
-    fit_critic,
-)  # fmt: skip
-from audit.information.estimator import CLEAN, NOTHING_KNOWN, Known, MIEstimate, Vulnerability
+from audit.information.critic_training import critic_optimiser, critic_step, fit_critic
+from audit.information.encoding import EncodedSplits, Splits, encode
+from audit.information.estimator import CARRIED, CLEAN, COLD_START, MIEstimate, Origin, Vulnerability, WarmStart
+from audit.information.feature_merging import BatchGradient, Descent, step_sizes
+from audit.information.settings import CriticTraining, WorstCaseSearch
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Encoder, Features, Images
 
-_CARRIED, _MERGED = "carried", "merged into "
-_ANSWER = re.compile(rf"{_MERGED}(\d+)")
-_TRIAL_ANSWERS, _TRIAL_IMAGES = 10, 50
-_HEATS = ((2, 4), (4, 1))  # steps of a trial, and how many answers are left after it
-
-
-@dataclass(frozen=True)
-class WorstCaseSearch:
-    """How the images are moved: first together, then out of the critic's sight.
-
-    `collapse_steps` projected steps drive all images towards one common answer, the one that a short trial on a few
-    training images merges best: information is not convex in the images, and a local search from the clean ones
-    shuffles answers where it could merge them. Then `rounds` of one
-    step each make the critic's value small while images that gave the common answer keep giving it, with
-    `critic_steps` critic steps after each, on features just computed, which cost no pass through the network. Steps
-    start at `relative_step` x eps, four times that while collapsing, and shrink linearly to a tenth of it. Every
-    `every` rounds a fresh critic reads the images: where its validation value, in nats, fell by less than `tolerance`,
-    or has no more than that left to fall, the search ends.
-    """
-
-    collapse_steps: int = 20
-    rounds: int = 40
-    relative_step: float = 0.1
-    critic_steps: int = 5
-    every: int = 10
-    tolerance: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "critic_steps", "collapse_steps", "every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"search {name} {getattr(self, name)!r} must be at least 1")
-        if not 0 < self.relative_step <= 2:
-            raise UsageError(f"search relative_step {self.relative_step!r} is outside (0, 2]: it is a multiple of eps")
-        if not 0 <= self.tolerance < float("inf"):
-            raise UsageError(f"search tolerance {self.tolerance!r} must be at least 0 and finite: it is in nats")
+_MERGED = "merged into"  # kind of origin; its value is the target class
+_DESCENDED = "{}, hidden"
+_TRIAL_CLASSES, _TRIAL_IMAGES = 10, 50
+_TRIAL_ROUNDS = ((2, 4), (4, 1))  # steps of each round of a trial, and the number of classes left after it
 
 
 class Adversary(NamedTuple):
-    """A threat model and how hard to search inside it."""
+    """A threat model, and the settings of the worst-case search inside it."""
 
     threat: ThreatModel
     search: WorstCaseSearch
@@ -84,212 +47,230 @@ def estimate_vulnerability(
     training: CriticTraining,
     adversary: Adversary,
     seed: int,
-    known: Known = NOTHING_KNOWN,
+    warm_start: WarmStart = COLD_START,
 ) -> Vulnerability:
-    """Return normal- and worst-case MI on one split; `which` of the result counts the held-out images.
+    """Return normal- and worst-case mutual information in nats of one split; `indices` counts the held-out images.
 
-    The worst case is the smallest candidate, chosen on validation images: the images unmoved, merged, and what the
-    search made of those. At eps = 0 it is the normal case exactly. The images of `known.start`, and the `others` of
-    the result, are those for training, then those for validation (then those held out). `passes` counts
-    forward+backward passes of single images through the network, plain forwards as a half.
+    The worst case is the candidate with the smallest validation value: the clean images, those merged into one class,
+    and those after descending the critic's value. At eps = 0 both cases are equal. Images of `warm_start`, and
+    `others` of the result, are ordered training, validation (held-out). `passes` counts forward+backward passes of
+    single images; a forward pass alone counts as half. Raises InvalidModelError if a feature or a gradient is not
+    finite.
+
+    Source: Zhu, Zhang & Evans 2020, Definition 3.1.
     """
-    lab = _Laboratory(encoder, images, training, adversary, seed, known)
-    normal = known.normal or lab.fit(images)[1]
-    everything = torch.arange(len(images.test))
+    network = _CountingEncoder(encoder, training.batch_size)
+    search = _WorstCase(network, images, training, adversary, seed, warm_start)
+    normal = warm_start.normal or search.fit(images)[1]
+    indices = torch.arange(len(images.test))
     if adversary.threat.eps == 0:
-        return Vulnerability(normal, normal, images.test, everything, 0.5 * lab.total, CLEAN)
-    candidates = {CLEAN: (normal, images), **lab.moved()}
-    served = min(candidates, key=lambda name: candidates[name][0].validated)
-    worst, found = candidates[served]
-    others = torch.cat([found.train, found.validation])
-    return Vulnerability(normal, worst, found.test, everything, lab.passes, served, others)
-
-
-class _Target(NamedTuple):
-    """Where images are merged: one answer, or for layers without answers the middle of the features."""
-
-    answer: int | None
-    middle: Tensor
-    scale: Tensor
-
-
-class _Kept(NamedTuple):
-    """An answer, and which images (N,) bool must go on giving it."""
-
-    answer: int | None
-    images: Tensor
+        return Vulnerability(normal, normal, images.test, indices, 0.5 * sum(map(len, images)), CLEAN)
+    candidates = {CLEAN: (normal, images), **search.candidates()}
+    origin = min(candidates, key=lambda each: candidates[each][0].validated)
+    worst, adversarial = candidates[origin]
+    others = torch.cat([adversarial.train, adversarial.validation])
+    return Vulnerability(normal, worst, adversarial.test, indices, network.passes, origin, others)
 
 
 @dataclass
-class _Laboratory:
-    """What stays the same while one split's images are moved and critics are fitted to them."""
+class _CountingEncoder:
+    """An encoder that counts forward+backward passes of single images; a forward pass alone counts as half."""
 
     encoder: Encoder
+    batch_size: int
+    passes: float = field(default=0.0, init=False)
+
+    def encode(self, images: Images) -> Encoded:
+        """Return the encoding of images (N, C, H, W), without gradients."""
+        self.passes += 0.5 * len(images)
+        return encode(self.encoder, images, self.batch_size)
+
+
+@dataclass
+class _WorstCase:
+    """Search of the worst case of one split: candidates, each with the estimate of a critic fitted on it."""
+
+    network: _CountingEncoder
     clean: Splits
     training: CriticTraining
     adversary: Adversary
     seed: int
-    known: Known = NOTHING_KNOWN
-    passes: float = field(default=0.0, init=False)
+    warm_start: WarmStart
 
-    @property
-    def total(self) -> int:
-        return sum(len(part) for part in self.clean)
-
-    def moved(self) -> dict[str, tuple[MIEstimate, Splits]]:
-        """Return the images merged, and out of the critic's sight from there; those to start from stand first."""
-        begun, found, effort = self.clean, {}, self.adversary.search
-        if self.known.start is not None:
-            begun = Splits(*self.known.start.split([len(part) for part in self.clean]))
-            found[_CARRIED] = self.fit(begun)[1], begun
-            effort = replace(effort, collapse_steps=ceil(effort.collapse_steps / 4), rounds=ceil(effort.rounds / 4))
-        collapsed, kind = self.collapse(begun, effort.collapse_steps), f"{_MERGED}{self.target.answer}"
-        critic, best = self.fit(collapsed)
-        found[kind] = best, collapsed
-        if best.validated <= effort.tolerance:
+    def candidates(self) -> dict[Origin, tuple[MIEstimate, Splits]]:
+        """Return the warm start if there is one, the merged images, and those after descending the critic's value."""
+        start, found, search = self.clean, {}, self.adversary.search
+        if self.warm_start.images is not None:
+            start = Splits(*self.warm_start.images.split([len(part) for part in self.clean]))
+            found[CARRIED] = self.fit(start)[1], start
+            search = replace(search, collapse_steps=ceil(search.collapse_steps / 4), rounds=ceil(search.rounds / 4))
+        merging = _Merging(self.network, self.clean, self.adversary, self.warm_start)
+        merged, target = merging.run(start, search.collapse_steps), merging.target.label
+        # records show the missing class of an encoder without log-probabilities, too
+        origin = Origin(f"{_MERGED} None") if target is None else Origin(_MERGED, target)
+        critic, best = self.fit(merged)
+        found[origin] = best, merged
+        if best.validated <= search.tolerance:
             return found
-        for hidden in self.search(collapsed, critic, effort):
-            read = self.fit(hidden)[1]
-            gained = best.validated - read.validated
-            if gained > 0:
-                found[f"{kind}, hidden"], best = (read, hidden), read
-            if gained < effort.tolerance:
+        for descended in self._descend(merged, critic, target, search):
+            estimate = self.fit(descended)[1]
+            gain = best.validated - estimate.validated
+            if gain > 0:
+                found[origin.refined(_DESCENDED)], best = (estimate, descended), estimate
+            if gain < search.tolerance:
                 break
         return found
 
     def fit(self, images: Splits) -> tuple[nn.Module, MIEstimate]:
-        self.passes += 0.5 * self.total
-        encoded = encode_splits(self.encoder, images, self.training.batch_size)
+        """Return a critic fitted on images, and its held-out estimate."""
+        encoded = EncodedSplits(*map(self.network.encode, images))
         return fit_critic(images, encoded, self.training, self.seed)
 
-    @cached_property
-    def target(self) -> _Target:
-        """The answer to merge the images into.
-
-        The one that served, or that most of the images to start from give; else, of the ten likeliest, the one that a
-        short trial reaches best.
-        """
-        known = self._encoded(self.clean.train)
-        middle, scale = known.features.mean(0), known.features.std(0).clamp_min(1e-12)
-        classes = known.answers.shape[1]
-        if not classes:
-            return _Target(None, middle, scale)
-        if self.known.start is not None:
-            given = self._encoded(self.known.start).answers.argmax(1)
-            return _Target(int(given.bincount().argmax()), middle, scale)
-        if served := _ANSWER.match(self.known.served):
-            return _Target(int(served[1]), middle, scale)
-        likely = known.answers.mean(0).topk(min(_TRIAL_ANSWERS, classes)).indices.tolist()
-        return _Target(self._reached_best(likely, middle, scale), middle, scale)
-
-    def _reached_best(self, answers: list[int], middle: Tensor, scale: Tensor) -> int:
-        """Return the answer that a few images are driven to best: in two heats, the second one of the best four."""
-        few = self.clean.train[:_TRIAL_IMAGES]
-        moved = dict.fromkeys(answers, few)
-        for steps, left in _HEATS:
-            self.passes += steps * len(moved) * len(few)
-            moved = {
-                answer: self._driven(images, few, _Target(answer, middle, scale), steps)
-                for answer, images in moved.items()
-            }
-            share = {
-                answer: float(self._encoded(images).answers[:, answer].exp().mean()) for answer, images in moved.items()
-            }
-            moved = {answer: moved[answer] for answer in sorted(moved, key=lambda answer: -share[answer])[:left]}
-        return next(iter(moved))
-
-    def collapse(self, begun: Splits, steps: int) -> Splits:
-        """Return the images driven towards one answer; without answers, towards the middle of the features."""
-        self.passes += steps * self.total
-        pairs = zip(begun, self.clean, strict=True)
-        return Splits(*(self._driven(start, clean, self.target, steps) for start, clean in pairs))
-
-    def _driven(self, start: Images, clean: Images, target: _Target, steps: int) -> Images:
-        threat, moved, buffer = self.adversary.threat, start.clone(), torch.empty_like(start)
-        walls = threat.walls(clean)
-        for done in range(steps):
-            size = 4 * self._step_size(done / steps)
-            for first in range(0, len(clean), self.training.batch_size):
-                some = slice(first, first + self.training.batch_size)
-                gradient = _collapse_gradient(self.encoder, moved[some], target)
-                threat.step_into(buffer[some], moved[some], (gradient, size), *(wall[some] for wall in walls))
-            moved, buffer = buffer, moved
-        return moved
-
-    def search(self, start: Splits, critic: nn.Module, search: WorstCaseSearch) -> Iterator[Splits]:
-        """Yield, every few rounds, the images moved down the critic's value; the critic is trained along."""
+    def _descend(
+        self, start: Splits, critic: nn.Module, target: int | None, search: WorstCaseSearch
+    ) -> Iterator[Splits]:
+        """Yield the images every few rounds of descending the critic's value; the critic is trained in between."""
         threat = self.adversary.threat
-        batches, critic_batches = (
-            keyed_generator(self.seed, Purpose.MINE_SEARCH),
-            keyed_generator(self.seed, Purpose.MINE_SEARCH_CRITIC),
-        )
+        batches = keyed_generator(self.seed, Purpose.MINE_SEARCH)
+        critic_batches = keyed_generator(self.seed, Purpose.MINE_SEARCH_CRITIC)
         moved = start.map(Tensor.clone)
-        holding = [_gives(self._encoded(part).answers, self.target.answer) for part in moved]
-        known = self._encoded(moved.train).features
-        optimiser, walls = critic_optimiser(critic, self.training), [threat.walls(part) for part in self.clean]
-        for done in range(search.rounds):
-            size = self._step_size(done / search.rounds)
-            self.passes += self.total
-            for number, (part, sides) in enumerate(zip(moved, walls, strict=True)):
-                for chosen in _shuffled_batches(part, self.training.batch_size, batches):
-                    kept = _Kept(self.target.answer, holding[number][chosen])
-                    gradient, features = _hiding_gradient(self.encoder, critic, part[chosen], kept, self.training)
-                    some = part[chosen]
-                    stepped = torch.empty_like(some)
-                    threat.step_into(stepped, some, (gradient, size), *(wall[chosen] for wall in sides))
-                    part[chosen] = stepped
-                    if number == 0:
-                        known[chosen] = features
+        merged = [_predicts(self.network.encode(part).log_probs, target) for part in moved]
+        train_features = self.network.encode(moved.train).features
+        optimiser, bounds = critic_optimiser(critic, self.training), [threat.step_bounds(part) for part in self.clean]
+        sizes = step_sizes(threat.eps * self.adversary.search.relative_step, search.rounds)
+        for number, size in enumerate(sizes, 1):
+            self.network.passes += sum(map(len, self.clean))
+            for images, part_merged, part_bounds in zip(moved, merged, bounds, strict=True):
+                for index in _shuffled_batches(images, self.training.batch_size, batches):
+                    batch = images[index]
+                    held = _HeldClass(target, part_merged[index])
+                    gradient, features = _descent_gradient(self.network.encoder, critic, batch, held, self.training)
+                    stepped = torch.empty_like(batch)
+                    threat.step_into(stepped, batch, (gradient, size), *(bound[index] for bound in part_bounds))
+                    images[index] = stepped
+                    if images is moved.train:
+                        train_features[index] = features
             for _ in range(search.critic_steps):
-                critic_step(critic, optimiser, moved.train, known, self.training, critic_batches)
-            if (done + 1) % search.every == 0 or done + 1 == search.rounds:
+                critic_step(critic, optimiser, moved.train, train_features, self.training, critic_batches)
+            if number % search.every == 0 or number == search.rounds:
                 yield moved.map(Tensor.clone)
 
-    def _encoded(self, images: Images) -> Encoded:
-        self.passes += 0.5 * len(images)
-        return encode(self.encoder, images, self.training.batch_size)
 
-    def _step_size(self, progress: float) -> float:
-        return self.adversary.threat.eps * self.adversary.search.relative_step * (1 - 0.9 * progress)
+class _MergeTarget(NamedTuple):
+    """The class that images are moved to; without log-probabilities, the mean of the standardised features."""
 
-
-def _gives(answers: Tensor, wanted: int | None) -> Tensor:
-    if wanted is None:
-        return torch.zeros(len(answers), dtype=torch.bool, device=answers.device)
-    return answers.argmax(1) == wanted
+    label: int | None
+    mean: Tensor
+    deviation: Tensor
 
 
-def _collapse_gradient(encoder: Encoder, images: Images, target: _Target) -> Tensor:
+@dataclass
+class _Merging:
+    """Projected descent of all images towards one class, or without log-probabilities towards the mean features."""
+
+    network: _CountingEncoder
+    clean: Splits
+    adversary: Adversary
+    warm_start: WarmStart
+
+    def run(self, start: Splits, steps: int) -> Splits:
+        """Return the images after `steps` steps towards the target, four times as large as later ones."""
+        self.network.passes += steps * sum(map(len, self.clean))
+        pairs = zip(start, self.clean, strict=True)
+        return Splits(*(self._descend(images, clean, self.target, steps) for images, clean in pairs))
+
+    @cached_property
+    def target(self) -> _MergeTarget:
+        """The target of all images.
+
+        The most frequent class among the warm start's predictions; else the class of another seed's worst case; else
+        the one of the ten most likely classes that a trial reaches best.
+        """
+        clean = self.network.encode(self.clean.train)
+        mean, deviation = clean.features.mean(0), clean.features.std(0).clamp_min(1e-12)
+        classes = clean.log_probs.shape[1]
+        if not classes:
+            return _MergeTarget(None, mean, deviation)
+        images, origin = self.warm_start.images, self.warm_start.origin
+        if images is not None:
+            predicted = self.network.encode(images).log_probs.argmax(1)
+            return _MergeTarget(int(predicted.bincount().argmax()), mean, deviation)
+        if origin is not None and origin.kind == _MERGED and origin.value is not None:
+            return _MergeTarget(int(origin.value), mean, deviation)
+        likely = clean.log_probs.mean(0).topk(min(_TRIAL_CLASSES, classes)).indices.tolist()
+        return _MergeTarget(self._most_reachable(likely, mean, deviation), mean, deviation)
+
+    def _most_reachable(self, labels: list[int], mean: Tensor, deviation: Tensor) -> int:
+        """Return the class that a few images reach best, in rounds that keep the best classes only."""
+        clean = self.clean.train[:_TRIAL_IMAGES]
+        moved = dict.fromkeys(labels, clean)
+        for steps, left in _TRIAL_ROUNDS:
+            self.network.passes += steps * len(moved) * len(clean)
+            moved = {
+                label: self._descend(images, clean, _MergeTarget(label, mean, deviation), steps)
+                for label, images in moved.items()
+            }
+            share = {
+                label: float(self.network.encode(images).log_probs[:, label].exp().mean())
+                for label, images in moved.items()
+            }
+            moved = {label: moved[label] for label in sorted(moved, key=lambda label: -share[label])[:left]}
+        return next(iter(moved))
+
+    def _descend(self, start: Images, clean: Images, target: _MergeTarget, steps: int) -> Images:
+        threat, search = self.adversary
+        sizes = step_sizes(4 * threat.eps * search.relative_step, steps)
+
+        def next_gradient() -> BatchGradient:
+            return lambda images, _batch: _merge_gradient(self.network.encoder, images, target)
+
+        return Descent(clean, threat, sizes, self.network.batch_size).run(start, next_gradient)
+
+
+def _predicts(log_probs: Tensor, label: int | None) -> Tensor:
+    if label is None:
+        return torch.zeros(len(log_probs), dtype=torch.bool, device=log_probs.device)
+    return log_probs.argmax(1) == label
+
+
+def _merge_gradient(encoder: Encoder, images: Images, target: _MergeTarget) -> Tensor:
     leaf = images.detach().requires_grad_()
     encoded = encoder(leaf)
-    if target.answer is not None:
-        distance = -encoded.answers[:, target.answer].sum()
+    if target.label is not None:
+        distance = -encoded.log_probs[:, target.label].sum()
     else:
-        distance = ((encoded.features - target.middle) / target.scale).square().sum()
+        distance = ((encoded.features - target.mean) / target.deviation).square().sum()
     return input_gradient(distance, leaf)
 
 
-def _hiding_gradient(
-    encoder: Encoder, critic: nn.Module, images: Images, kept: _Kept, training: CriticTraining
-) -> tuple[Tensor, Features]:
-    """Return the gradient of the bound through both arguments of T(x, g(x)), and the features met on the way.
+class _HeldClass(NamedTuple):
+    """A class, and which images (N,) bool must keep it as their prediction."""
 
-    Images about to lose the common answer are pulled back to it instead.
+    label: int | None
+    images: Tensor
+
+
+def _descent_gradient(
+    encoder: Encoder, critic: nn.Module, images: Images, held: _HeldClass, training: CriticTraining
+) -> tuple[Tensor, Features]:
+    """Return the gradient of the bound through both arguments of T(x, g(x)), and the features of the images.
+
+    A penalty keeps merged images in their class.
     """
     critic.eval()
     leaf = images.detach().requires_grad_()
     encoded = encoder(leaf)
     value = BOUNDS[training.bound](critic(leaf, encoded.features)) * len(images)
-    if kept.answer is not None and kept.images.any():
-        answers = encoded.answers[kept.images]
-        others = answers.scatter(1, torch.full_like(answers[:, :1], kept.answer, dtype=torch.long), -torch.inf)
-        lead = answers[:, kept.answer] - others.amax(1)
-        # a lead of one nat is safe; below it, regaining it outweighs anything the critic may see
-        value = value + 10 * (1 - lead).clamp_min(0).sum()
+    if held.label is not None and held.images.any():
+        log_probs = encoded.log_probs[held.images]
+        others = log_probs.scatter(1, torch.full_like(log_probs[:, :1], held.label, dtype=torch.long), -torch.inf)
+        margin = log_probs[:, held.label] - others.amax(1)
+        # below a margin of one nat the penalty outweighs any change of the critic's value
+        value = value + 10 * (1 - margin).clamp_min(0).sum()
     return input_gradient(value, leaf), encoded.features.detach()
 
 
 def _shuffled_batches(images: Images, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """Random batches of nearly equal size, as indices: a pair needs others beside it, so none may be left alone."""
+    """Return random batches of nearly equal size, as indices; none has a single image, which forms no product pair."""
     pieces = max(1, min(round(len(images) / batch_size), len(images) // 2))
     return list(torch.randperm(len(images), generator=generator).to(images.device).tensor_split(pieces))

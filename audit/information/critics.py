@@ -1,7 +1,6 @@
-"""Critic networks: an image and a feature vector in, a score out, for all pairs of a batch at once."""
+"""Critic networks T(x, z): scores of all pairs of images and feature vectors of a batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -9,55 +8,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from audit.errors import UnknownNameError, UsageError
+from audit.information.settings import CriticShape
 from audit.types import Features, Images, Scores
 
 PAIRS_AT_ONCE = 2**16
-"""How many pairs the concatenated critic holds in memory at once."""
-
-
-@dataclass(frozen=True)
-class CriticShape:
-    """How large a critic is and how its view of an image is varied while it trains.
-
-    Images larger than `view` pixels are averaged down to it. `flip` mirrors half of the training batches in the
-    critic's view only: right for photographs, wrong for digits.
-    """
-
-    name: str = "dot-product"
-    width: int = 128
-    embedding: int = 32
-    channels: int = 32
-    view: int = 16
-    dropout: float = 0.2
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        if self.name not in CRITICS:
-            raise UnknownNameError("critic", self.name, CRITICS)
-        for name in ("width", "embedding", "channels", "view"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"critic {name} {getattr(self, name)!r} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"critic dropout {self.dropout!r} is outside [0, 1)")
+"""Number of pairs that the concatenated critic evaluates at once, which limits memory."""
 
 
 class DotProductCritic(nn.Module):
-    """T(x, z) = 4 <f(x), h(z)> / sqrt(d): every pair of a batch for the price of its two embeddings.
+    """T(x, z) = 4 <f(x), h(z)> / sqrt(d), whose scores of all N x M pairs need only N + M embeddings.
 
-    f sees the whole image through strided convolutions, or a vector (an image one pixel high) through dense layers;
-    h standardises each feature by the samples it is built on, so scaling a feature changes nothing. No batch norm:
-    batch statistics in a critic make single readings worthless.
+    f applies strided convolutions to the whole image, or dense layers to a vector (an image one pixel high). h
+    standardises each feature by the samples that the critic is built on, so that its unit has no effect. There is no
+    batch norm: scores would depend on the other samples of the batch.
     """
 
     def __init__(self, images: Images, features: Features, shape: CriticShape, generator: torch.Generator) -> None:
         super().__init__()
         self.of_image = _image_branch(images, shape, generator)
         self.of_feature = _VectorBranch(features, shape.width, shape.embedding)
-        # at a quarter of this, several nats were reached too slowly
+        # a scale of 1 / sqrt(d) needs too many steps to reach several nats (measured)
         self.scale = 4 / sqrt(shape.embedding)
         _initialise(self, generator)
-        _hush(self.of_image.embed, self.of_image.skip)
+        _scale_down(self.of_image.embed, self.of_image.skip)
 
     def forward(self, images: Images, features: Features) -> Scores:
         """Return scores (N, M) of images (N, C, H, W) against features (M, D)."""
@@ -66,9 +39,9 @@ class DotProductCritic(nn.Module):
 
 
 class ConcatenatedCritic(nn.Module):
-    """T(x, z) = t([f(x), h(z)]) with dense layers t on every pair: N x M times the price of one.
+    """T(x, z) = t([f(x), h(z)]) with dense layers t, evaluated for each of the N x M pairs.
 
-    The first layer of t is linear, so it is computed for images and features apart and added for pairs.
+    The first layer of t is linear: it is applied to images and features separately and added for pairs.
     """
 
     def __init__(self, images: Images, features: Features, shape: CriticShape, generator: torch.Generator) -> None:
@@ -81,13 +54,13 @@ class ConcatenatedCritic(nn.Module):
             nn.ReLU(), nn.Linear(shape.width, shape.width), nn.ReLU(), nn.Linear(shape.width, 1)
         )  # fmt: skip
         _initialise(self, generator)
-        _hush(self.rest[-1])
+        _scale_down(self.rest[-1])
 
     def forward(self, images: Images, features: Features) -> Scores:
         """Return scores (N, M) of images (N, C, H, W) against features (M, D).
 
-        Hidden values (rows, M, width) are held for `PAIRS_AT_ONCE` pairs at a time; where gradients are asked for,
-        they are computed again on the way back.
+        Hidden activations (rows, M, width) are held for `PAIRS_AT_ONCE` pairs at a time; for gradients they are
+        computed again in the backward pass.
         """
         of_image = self.first_image(self.of_image(images))
         of_feature = self.first_feature(self.of_feature(features))
@@ -120,7 +93,7 @@ class _ImageBranch(nn.Module):
         channels, height, width = view.shape[1:]
         layers: list[nn.Module] = []
         outputs = shape.channels
-        # one at least: without it the critic would be linear in the image
+        # at least one, because the skip connection alone is linear in the image
         while not layers or max(height, width) > 4:
             layers += [nn.Conv2d(channels, outputs, 3, 2, 1), nn.GroupNorm(1, outputs), nn.ReLU()]
             channels, outputs = outputs, 2 * outputs
@@ -132,26 +105,26 @@ class _ImageBranch(nn.Module):
     def forward(self, images: Images) -> Tensor:
         view = self._view(images)
         if self.training:
-            view = self._varied(view)
+            view = self._augment(view)
         pixels = (view - self.mean) / self.deviation
-        return self.embed(self._dropped(self.convolutions(pixels))) + self.skip(self._dropped(pixels.flatten(1)))
+        return self.embed(self._dropout(self.convolutions(pixels))) + self.skip(self._dropout(pixels.flatten(1)))
 
-    def _dropped(self, values: Tensor) -> Tensor:
+    def _dropout(self, values: Tensor) -> Tensor:
         if not (self.training and self._shape.dropout):
             return values
-        # our own draw: nn.Dropout takes its mask from the global generator
+        # nn.Dropout draws its mask from the global generator
         kept = torch.rand(values.shape, generator=self._generator).to(values) >= self._shape.dropout
         return values * kept / (1 - self._shape.dropout)
 
     def _view(self, images: Images) -> Tensor:
-        """What the critic sees: the image, averaged down where it is large."""
+        """Return the image, averaged down if it is larger than the view."""
         most, (height, width) = self._shape.view, images.shape[-2:]
         if max(height, width) <= most:
             return images
         return F.adaptive_avg_pool2d(images, (min(height, most), min(width, most)))
 
-    def _varied(self, view: Tensor) -> Tensor:
-        """Shift by up to a sixteenth of the view, mirror if asked to: a critic this size over-fits otherwise."""
+    def _augment(self, view: Tensor) -> Tensor:
+        """Shift the batch by up to a sixteenth of the view, and mirror it if `flip` is set, to reduce overfitting."""
         most = min(view.shape[-2:]) // 16
         if most:
             down, right = (int(s) for s in torch.randint(2 * most + 1, (2,), generator=self._generator))
@@ -163,9 +136,9 @@ class _ImageBranch(nn.Module):
 
 
 class _VectorBranch(nn.Module):
-    """Dense layers, and a linear path beside them, on vectors (N, ...) standardised by the samples it is built on.
+    """Dense layers with a linear skip connection, on vectors (N, ...) standardised by the samples it is built on.
 
-    The linear path is what a Gaussian channel needs: in 20 dimensions it halves what the critic misses.
+    The skip connection halves the error on a Gaussian channel in 20 dimensions (measured).
     """
 
     mean: Tensor
@@ -176,7 +149,7 @@ class _VectorBranch(nn.Module):
         vectors = samples.flatten(1)
         self.register_buffer("mean", vectors.mean(0))
         spread = vectors.std(0, correction=0)
-        # an entry that never varies must not be blown up to noise
+        # dividing by the deviation of a constant entry would amplify rounding errors
         self.register_buffer("deviation", torch.where(spread > 1e-7 * vectors.abs().amax(), spread, torch.inf))
         entries = vectors.shape[1]
         self.layers = nn.Sequential(nn.Linear(entries, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
@@ -184,32 +157,32 @@ class _VectorBranch(nn.Module):
         self.skip = nn.Linear(entries, embedding)
 
     def forward(self, samples: Tensor) -> Tensor:
-        entries = _tamed((samples.flatten(1) - self.mean) / self.deviation)
+        entries = _compress_outliers((samples.flatten(1) - self.mean) / self.deviation)
         return self.embed(self.layers(entries)) + self.skip(entries)
 
 
-def _tamed(entries: Tensor) -> Tensor:
-    """Grow like the logarithm beyond three deviations: one far-off sample must not decide a value."""
+def _compress_outliers(entries: Tensor) -> Tensor:
+    """Return entries that grow logarithmically beyond three deviations, to limit the influence of one sample."""
     beyond = (entries.abs() - 3).clamp_min(0)
     return entries.clamp(-3, 3) + entries.sign() * beyond.log1p()
 
 
 def _image_branch(images: Images, shape: CriticShape, generator: torch.Generator) -> "_VectorBranch | _ImageBranch":
-    """A vector has no neighbourhoods: convolutions, shifts, flips and dropout are for images of two dimensions."""
+    """Return convolutions for images, dense layers for vectors, which have no neighbourhoods to convolve or shift."""
     if images.shape[1] == images.shape[2] == 1:
         return _VectorBranch(images, shape.width, shape.embedding)
     return _ImageBranch(images, shape, generator)
 
 
 def build_critic(images: Images, features: Features, shape: CriticShape, generator: torch.Generator) -> nn.Module:
-    """Return a fresh critic on the device of the images, standardising by the samples given."""
-    # torch's layers draw weights from the global generator as they are made, before ours replace them
+    """Return a new critic on the device of the images, which standardises by the samples given."""
+    # the constructors of torch draw weights from the global generator; keyed draws replace them
     with torch.random.fork_rng(devices=[]):
         return CRITICS[shape.name](images, features, shape, generator).to(images.device)
 
 
 def _initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw every weight from our own generator, so that no global seed decides a number."""
+    """Draw every weight from the given generator, so that the global seed has no effect."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             fan_in = part.weight[0].numel()
@@ -221,8 +194,8 @@ def _initialise(module: nn.Module, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def _hush(*last: nn.Module) -> None:
-    """Let a fresh critic say next to nothing: where there is nothing to learn, that is the best it can say."""
-    for part in last:
+def _scale_down(*output: nn.Module) -> None:
+    """Reduce the weights of output layers, so that a new critic scores all pairs almost equally: no information."""
+    for part in output:
         for weight in part.parameters():
             weight.mul_(0.01)

@@ -1,11 +1,11 @@
-"""What an estimator is: a way to put a number, with its doubt, on what a representation tells of the images.
+"""Interface of the estimators: normal- and worst-case information of a representation, in nats, with standard errors.
 
 Source: Zhu, Zhang & Evans 2020, Definition 3.1 (representation vulnerability).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import hypot
 from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple
@@ -19,20 +19,56 @@ from audit.types import Encoded, Encoder, Images, Labels, Objective
 History = tuple[tuple[int, float], ...]
 """(step, nats) pairs."""
 
-CLEAN = "clean"
-"""The candidate for a worst case that no search touched: the images as they are."""
+FloorKind = Literal["predictions", "labels", "smoothed"]
 
-FloorKind = Literal["answers", "labels", "smoothed"]
+
+@dataclass(frozen=True)
+class Origin:
+    """The search that found a worst-case candidate.
+
+    `kind` and `value` name the search and its parameter, such as a number of centres, an initial noise width or a
+    target class. `refinement` is the label of a second search that started from that candidate, `{}` standing for it.
+    """
+
+    kind: str
+    value: int | float | None = None
+    refinement: str = "{}"
+
+    @property
+    def label(self) -> str:
+        """Return the text shown in records.
+
+        >>> Origin("annealed", 4.0).label, Origin("quantised", 8).refined("mean shift from {}").label
+        ('annealed 4', 'mean shift from quantised 8')
+        """
+        value = f"{self.value:g}" if isinstance(self.value, float) else self.value
+        return self.refinement.format(self.kind if value is None else f"{self.kind} {value}")
+
+    def refined(self, refinement: str) -> "Origin":
+        """Return the origin of a candidate that a second search made of this one."""
+        return replace(self, refinement=refinement)
+
+    @property
+    def unrefined(self) -> "Origin":
+        """Return the origin of the candidate that the second search started from."""
+        return replace(self, refinement="{}")
+
+
+CLEAN = Origin("clean")
+"""The clean images, which are always a candidate."""
+CARRIED = Origin("carried")
+"""The images of the warm start, without further search."""
 
 
 @dataclass(frozen=True)
 class MIEstimate:
-    """One estimate in nats, with its doubt.
+    """One estimate of an information, in nats.
 
-    `stderr` is over the `images` the value was read on; `ceiling` is what the estimator could at most have said of so
-    many images; `parts` are other readings of the same fit, by name, in nats; `validated` is the counterpart of
-    `nats` by which choices are made, so that the reported value stays untouched by them; `history` and
-    `training_history` are curves on validation and training images, empty where nothing is trained.
+    `stderr` is the standard error of `nats` over the `images` it was evaluated on. `ceiling` is the largest value that
+    the estimator can return for that many images. `parts` are other values of the same fit, in nats. `validated` is
+    the value on validation data, by which candidates are compared, so that `nats` is not biased by the choice.
+    `history` and `training_history` are the learning curves on validation and training images, empty if nothing is
+    trained.
     """
 
     nats: float
@@ -49,63 +85,60 @@ class MIEstimate:
 class Vulnerability(NamedTuple):
     """Normal- and worst-case estimates of one seed, and the worst-case images found.
 
-    `moved` (M, C, H, W) are the images the worst case was read on, `which` (M,) tells which of the subject's they are.
-    `passes` counts forward+backward passes of single images through the network, plain forwards as a half.
-    `served` names the candidate that the worst case was read on; `others` are the moved images that `which` leaves out,
-    in their order.
+    The worst case was evaluated on `adversarial` (M, C, H, W), the perturbed versions of the images with the indices
+    `indices` (M,); `others` (N - M, C, H, W) are the perturbed versions of the remaining images, in ascending order of
+    their indices. `passes` counts forward+backward passes of single images; a forward pass alone counts as half.
+    `origin` is the search that found the worst case, None if there was only one.
     """
 
     normal: MIEstimate
     worst: MIEstimate
-    moved: Images
-    which: Tensor
+    adversarial: Images
+    indices: Tensor
     passes: float
-    served: str = ""
+    origin: Origin | None = None
     others: Images | None = None
 
     @property
-    def start(self) -> Images:
-        """Return all images that were moved, in the subject's order: where another search may start."""
+    def all_adversarial(self) -> Images:
+        """Return all perturbed images (N, C, H, W) in the order of the data set, the warm start of another search."""
         if self.others is None:
-            return self.moved
-        images = self.moved.new_empty(len(self.moved) + len(self.others), *self.moved.shape[1:])
-        read = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        read[self.which] = True
-        images[self.which], images[~read] = self.moved, self.others
+            return self.adversarial
+        images = self.adversarial.new_empty(len(self.adversarial) + len(self.others), *self.adversarial.shape[1:])
+        evaluated = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        evaluated[self.indices] = True
+        images[self.indices], images[~evaluated] = self.adversarial, self.others
         return images
 
     @property
     def nats(self) -> float:
-        """Return RV: normal less worst, in nats."""
+        """Return the representation vulnerability RV = normal - worst in nats."""
         return self.normal.nats - self.worst.nats
 
     @property
     def stderr(self) -> float:
-        """Return the sampling error of RV, as if its two parts were independent (shared images make it smaller)."""
+        """Return the standard error of RV for independent estimates; shared images make the true one smaller."""
         return hypot(self.normal.stderr, self.worst.stderr)
 
 
-class Known(NamedTuple):
-    """What earlier work leaves to a search of the worst case: any of it saves passes, none of it is needed.
+class WarmStart(NamedTuple):
+    """Optional results of earlier searches that save passes.
 
-    `normal` is the normal case of this subject and seed. `start` (N, C, H, W) are the worst-case images of a smaller
-    ball, or of a layer further on: they are one candidate, and the search goes on from them with a part of its
-    steps. `served` is the `Vulnerability.served` of another seed: the search makes do with that kind of candidate.
+    `normal` is the normal case of the same inputs and seed. `images` (N, C, H, W) are the worst-case images of a
+    smaller ball or of a later layer: they are one candidate, and a shortened search continues from them. `origin` is
+    that of another seed's worst case: only searches of the same kind are run.
     """
 
     normal: MIEstimate | None = None
-    start: Images | None = None
-    served: str = ""
+    images: Images | None = None
+    origin: Origin | None = None
 
 
-NOTHING_KNOWN = Known()
+COLD_START = WarmStart()
 
 
-class Subject(NamedTuple):
-    """What an estimator is asked about: an encoder, images (N, C, H, W) and their labels (N,).
-
-    `clean` is what the encoder says of the images as they are, where that is known already.
-    """
+class EstimatorInputs(NamedTuple):
+    """An encoder, images (N, C, H, W), their labels (N,), and the encoded clean images if they are cached."""
 
     encoder: Encoder
     images: Images
@@ -115,44 +148,48 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimator(ABC):
-    """One way to estimate the normal case and the worst case inside an eps-ball.
+    """Estimator of an information I in nats: I of the clean images, and min I over images inside the eps-balls.
 
-    Members are frozen dataclasses: their fields are all that decides their numbers beside the subject and the seed.
-    `quantity` says what the nats are nats of; `ranks` whether models may be ranked by its RV; `limits_heads` whether
-    its worst case limits any head on the layer (then the Fano bounds follow from it); `floor_kind` which measurements
-    refute it: the entropy of the network's answers and its accuracy, the accuracy alone, or that of logits seen through
-    noise of the deviation `parts["noise"]`; `memory_only` names fields that bound memory and decide no number;
-    `reads_answers` is false where the subject's encoder need not give the network's answers.
+    Subclasses are frozen dataclasses whose fields, validated in `__post_init__`, determine the result together with
+    the inputs and the seed. Class attributes:
+
+    - `quantity`: the information estimated.
+    - `ranks`: whether models may be ranked by RV.
+    - `bounds_heads`: whether the worst case implies Fano bounds on every head of the layer.
+    - `floor_kind`: the measurement that bounds the estimate from below. `predictions`: accuracy and entropy of the
+      predicted classes; `labels`: the accuracy alone; `smoothed`: the accuracy of logits with Gaussian noise of
+      standard deviation `parts["noise"]`.
+    - `reads_log_probs`: whether the encoder must return log-probabilities.
+    - `memory_only`: fields that limit memory and do not affect the result.
+    - `version`: raised by hand when a change of this estimator changes its numbers; part of a cell's identity.
     """
 
     quantity: ClassVar[str]
     ranks: ClassVar[bool] = True
-    limits_heads: ClassVar[bool] = True
-    floor_kind: ClassVar[FloorKind] = "answers"
-    reads_answers: ClassVar[bool] = True
+    bounds_heads: ClassVar[bool] = True
+    floor_kind: ClassVar[FloorKind] = "predictions"
+    reads_log_probs: ClassVar[bool] = True
     memory_only: ClassVar[tuple[str, ...]] = ()
+    version: ClassVar[int] = 1
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Return the estimator as tables show it, such as `mine-infonce`."""
+        """Return the name shown in tables, such as `mine-infonce`."""
 
     @abstractmethod
-    def normal(self, subject: Subject, seed: int) -> MIEstimate:
-        """Return the estimate on the images as they are."""
+    def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:
+        """Return the estimate on the clean images."""
 
-    def objective(self, subject: Subject) -> Objective | None:  # noqa: ARG002
-        """Return what the worst case makes small, image by image, so that its gradient can be checked.
+    def objective(self, inputs: EstimatorInputs) -> Objective | None:  # noqa: ARG002
+        """Return the objective that the worst-case search minimises for each image, None if there is no such objective.
 
-        Its indices are those of the subject's images. None where an estimator has no such objective.
+        It is used to check the gradient; indices refer to the images of `inputs`.
         """
         return None
 
     @abstractmethod
     def vulnerability(
-        self, subject: Subject, threat: ThreatModel, seed: int, known: Known = NOTHING_KNOWN
+        self, inputs: EstimatorInputs, threat: ThreatModel, seed: int, warm_start: WarmStart = COLD_START
     ) -> Vulnerability:
-        """Return both cases; what is known of them already saves passes.
-
-        At eps = 0 the worst case is the normal case exactly.
-        """
+        """Return the normal and the worst case; at eps = 0 both are equal."""

@@ -1,7 +1,7 @@
-"""Moving images so that their features come together: what every worst case of a representation is made of.
+"""Projected descent in pixels that moves features together, the worst-case search of a representation.
 
-One loop takes projected steps in the pixels along a pull on the features; the pulls differ: to given targets, or to
-where the features are dense. Information is not convex in the images, so a search needs several starts.
+One loop takes projected steps; the searches differ in the direction in which features are to move: to given targets,
+or to where features are dense. Information is not convex in the images, so a search needs several starts.
 """
 
 from collections.abc import Callable
@@ -11,27 +11,59 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from audit.adversary.gradients import input_gradient
+from audit.adversary.passes import input_gradient
 from audit.adversary.threat import ThreatModel
 from audit.types import Encoder, Features, Images
 
-Pull = Callable[[Features], Features]
-"""Maps features (N, D) to the direction (N, D) that each should leave along."""
+FeatureGradient = Callable[[Features], Features]
+"""Maps features (N, D) to the gradient (N, D) of an objective with respect to them."""
+
+BatchGradient = Callable[[Images, slice], Tensor]
+"""Maps a batch of images (B, C, H, W) and its place among all images to the gradient with respect to its pixels."""
 
 
-class Moved(NamedTuple):
-    """Images (N, C, H, W), features met on the way to them (N, D), and the passes spent."""
+class Candidate(NamedTuple):
+    """Perturbed images (N, C, H, W), their features (N, D), and the forward+backward passes of single images spent."""
 
     images: Images
     features: Features
     passes: float = 0.0
 
 
-@dataclass(frozen=True)
-class Mover:
-    """An encoder, the clean images (N, C, H, W) and the ball that each may be moved in.
+def step_sizes(largest: float, steps: int, hold: float = 0.0) -> list[float]:
+    """Return `steps` sizes: `largest` for the share `hold` of them, then shrinking linearly to a tenth of it."""
+    return [largest * (1 - 0.9 * (max(0.0, step / steps - hold) / (1 - hold))) for step in range(steps)]
 
-    Steps are `relative_step` x eps for the share `hold` of them, and then shrink linearly to a tenth of it.
+
+class Descent(NamedTuple):
+    """The clean images (N, C, H, W), the ball around each, the size of each step, and the largest batch."""
+
+    clean: Images
+    threat: ThreatModel
+    sizes: list[float]
+    batch_size: int
+
+    def run(self, start: Images, next_gradient: Callable[[], BatchGradient]) -> Images:
+        """Return the images (N, C, H, W) after all projected steps; `next_gradient` is called once before each step."""
+        images, buffer = start.clone(), torch.empty_like(start)
+        bounds = self.threat.step_bounds(self.clean)
+        for size in self.sizes:
+            gradient_of = next_gradient()
+            for first in range(0, len(images), self.batch_size):
+                batch = slice(first, first + self.batch_size)
+                gradient = gradient_of(images[batch], batch)
+                descent = (gradient, size)
+                self.threat.step_into(buffer[batch], images[batch], descent, *(bound[batch] for bound in bounds))
+            images, buffer = buffer, images
+        return images
+
+
+@dataclass(frozen=True)
+class FeatureDescent:
+    """Projected descent of images along gradients given for their features.
+
+    `clean` (N, C, H, W) are the centres of the balls. The step size is `relative_step` * eps for the share `hold` of
+    the steps, then shrinks linearly to a tenth of it.
     """
 
     encoder: Encoder
@@ -41,43 +73,45 @@ class Mover:
     batch_size: int = 256
     hold: float = 0.0
 
-    def along(self, pull: Pull, start: Moved, steps: int) -> Moved:
-        """Return the images after so many projected steps along a pull, one pass an image and step.
+    def run(self, feature_gradient: FeatureGradient, start: Candidate, steps: int) -> Candidate:
+        """Return the candidate after `steps` projected steps, each of one pass an image.
 
-        The pull is computed for all images from the features met in the step before; the features returned are
-        those of the last pass, one step behind the images.
+        The gradient is computed for all images at once from the features of the step before; the features returned
+        are those of the last pass, one step behind the images.
         """
-        images, features = start.images.clone(), start.features.clone()
-        buffer, walls = torch.empty_like(images), self.threat.walls(self.clean)
-        for done in range(steps):
-            direction = pull(features)
-            shrunk = max(0.0, done / steps - self.hold) / (1 - self.hold)
-            size = self.threat.eps * self.relative_step * (1 - 0.9 * shrunk)
-            for first in range(0, len(images), self.batch_size):
-                some = slice(first, first + self.batch_size)
-                gradient, features[some] = self._gradient(images[some], direction[some])
-                self.threat.step_into(buffer[some], images[some], (gradient, size), *(wall[some] for wall in walls))
-            images, buffer = buffer, images
-        return Moved(images, features, start.passes + steps * len(images))
+        features = start.features.clone()
 
-    def _gradient(self, images: Images, direction: Features) -> tuple[Tensor, Features]:
+        def next_gradient() -> BatchGradient:
+            direction = feature_gradient(features)
+
+            def gradient_of(images: Images, batch: slice) -> Tensor:
+                gradient, features[batch] = self._pixel_gradient(images, direction[batch])
+                return gradient
+
+            return gradient_of
+
+        sizes = step_sizes(self.threat.eps * self.relative_step, steps, self.hold)
+        images = Descent(self.clean, self.threat, sizes, self.batch_size).run(start.images, next_gradient)
+        return Candidate(images, features, start.passes + steps * len(images))
+
+    def _pixel_gradient(self, images: Images, direction: Features) -> tuple[Tensor, Features]:
         leaf = images.detach().requires_grad_()
         features = self.encoder(leaf).features
         return input_gradient(features, leaf, direction), features.detach()
 
 
-def towards(targets: Features) -> Pull:
-    """Return the pull that takes each feature vector to its target: targets (N, D), or (D,) for one common target."""
+def towards(targets: Features) -> FeatureGradient:
+    """Return the gradient of |f - t|^2 / 2 for targets t (N, D), or (D,) for one common target."""
     return lambda features: features - targets
 
 
 def k_means(features: Features, count: int, generator: torch.Generator, rounds: int = 10) -> tuple[Features, Tensor]:
-    """Return `count` centres (K, D) of features (N, D) and which one is each vector's nearest (N,).
+    """Return `count` centres (K, D) of features (N, D), and the index of each vector's nearest centre (N,).
 
-    Source: Lloyd 1982, from the spread-out seeds of Arthur & Vassilvitskii 2007.
+    Source: Lloyd 1982, with the k-means++ seeding of Arthur & Vassilvitskii 2007.
     """
-    middle = features.mean(0)
-    features = features - middle  # cdist loses the distances of vectors far from zero
+    mean = features.mean(0)
+    features = features - mean  # cdist loses the distances between vectors far from zero
     first = int(torch.randint(len(features), (), generator=generator))
     centres = features[first : first + 1]
     distance = (features - centres).square().sum(1)
@@ -90,16 +124,20 @@ def k_means(features: Features, count: int, generator: torch.Generator, rounds: 
         sums = torch.zeros_like(centres).index_add_(0, nearest, features)
         sizes = nearest.bincount(minlength=len(centres)).to(features)
         centres = torch.where(sizes[:, None] > 0, sums / sizes[:, None].clamp_min(1), centres)
-    return centres + middle, torch.cdist(features, centres).argmin(1)
+    return centres + mean, torch.cdist(features, centres).argmin(1)
 
 
-def hub(mover: Mover, start: Moved, centres: Features, trial: int = 50, steps: int = 8) -> tuple[Features, float]:
-    """Return the centre (D,) that a short trial on a few images brings them nearest to, and the passes it cost."""
-    few = Mover(mover.encoder, mover.clean[:trial], mover.threat, 2 * mover.relative_step, mover.batch_size)
-    first = Moved(start.images[:trial], start.features[:trial])
-    left = []
+def most_reachable(
+    descent: FeatureDescent, start: Candidate, centres: Features, trial: int = 50, steps: int = 8
+) -> tuple[Features, float]:
+    """Return the centre (D,) with the smallest mean distance after a trial on a few images, and the passes spent."""
+    few = FeatureDescent(
+        descent.encoder, descent.clean[:trial], descent.threat, 2 * descent.relative_step, descent.batch_size
+    )
+    first = Candidate(start.images[:trial], start.features[:trial])
+    distances = []
     for centre in centres:
-        reached = few.along(towards(centre), first, steps)
-        # plain distances: squares let a few that cannot be moved decide, a median the half that sits there already
-        left.append(float((reached.features - centre).square().sum(1).sqrt().mean()))
-    return centres[left.index(min(left))], float(len(centres) * steps * len(first.images))
+        reached = few.run(towards(centre), first, steps)
+        # the mean distance: a mean square is dominated by images that cannot move, a median ignores half of them
+        distances.append(float((reached.features - centre).square().sum(1).sqrt().mean()))
+    return centres[distances.index(min(distances))], float(len(centres) * steps * len(first.images))

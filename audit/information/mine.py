@@ -1,59 +1,65 @@
-"""The paper's estimator: a critic that sees the whole image, trained on one part of the images and read on another.
+"""Estimator `mine`: mutual information between images and representation by a critic, as in the paper.
 
 Source: Zhu, Zhang & Evans 2020, section 4.1; Belghazi et al. 2018 (MINE).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from audit.adversary.threat import ThreatModel
-from audit.information.critic_descent import Adversary, WorstCaseSearch, estimate_vulnerability
-from audit.information.critic_training import (
-    CriticTraining,
-    EncodedSplits,
-    encode_clean,
-    fit_critic,
-    split_images,
-    split_indices,
+from audit.information.critic_descent import Adversary, estimate_vulnerability
+from audit.information.critic_training import fit_critic
+from audit.information.encoding import EncodedSplits, encode_clean, split_images, split_indices
+from audit.information.estimator import (
+    COLD_START,
+    Estimator,
+    EstimatorInputs,
+    MIEstimate,
+    Vulnerability,
+    WarmStart,
 )
-from audit.information.critics import CriticShape
-from audit.information.estimator import NOTHING_KNOWN, Estimator, Known, MIEstimate, Subject, Vulnerability
+from audit.information.settings import MineSettings
 from audit.types import Encoded
 
 
 @dataclass(frozen=True)
-class Mine(Estimator):
-    """A critic's held-out value, or the entropy of the network's answers where that is larger."""
+class Mine(MineSettings, Estimator):
+    """Estimate of I(X; g(X)) in nats by a critic T(x, z), evaluated on held-out images.
 
-    training: CriticTraining = field(default_factory=CriticTraining)
-    search: WorstCaseSearch = field(default_factory=WorstCaseSearch)
+    max(E_i[T(x_i, z_i) - ln (1/N) sum_j exp T(x_i, z_j)], H(argmax)), the InfoNCE bound of N held-out pairs or the
+    entropy of the predicted classes, whichever is larger; at most ln N. Images are (N, C, H, W) in [0, 1], features
+    (N, D). Half of the images train the critic, a fifth chooses its step, the rest (at least ten) is held out.
+
+    The worst case moves all three parts inside their eps-balls, first towards one class and then down the critic's
+    value; a new critic is fitted on the result. Every candidate is an upper bound on the minimum, up to the critic's
+    error.
+
+    Raises UsageError for fewer than 50 images or a setting that is not legal; InvalidModelError if a feature or a
+    gradient is not finite.
+
+    Source: Zhu, Zhang & Evans 2020, section 4.1; van den Oord et al. 2018 (InfoNCE).
+    """
 
     quantity: ClassVar[str] = "I(X; g(X))"
 
-    @property
-    def name(self) -> str:
-        """Return the estimator as tables show it, such as `mine-infonce`."""
-        critic = self.training.shape.name
-        return f"mine-{self.training.bound}" + (f"-{critic}" if critic != CriticShape.name else "")
-
-    def normal(self, subject: Subject, seed: int) -> MIEstimate:
-        """Return the held-out value on the images as they are."""
-        parts = split_indices(len(subject.images), seed)
-        known = encode_clean(subject, self.training.batch_size)
-        encoded = EncodedSplits(*(Encoded(*(said[part.to(said.device)] for said in known)) for part in parts))
-        return fit_critic(split_images(subject.images, seed), encoded, self.training, seed)[1]
+    def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:
+        """Return the held-out value on the clean images."""
+        parts = split_indices(len(inputs.images), seed)
+        clean = encode_clean(inputs, self.training.batch_size)
+        encoded = EncodedSplits(*(Encoded(*(each[part.to(each.device)] for each in clean)) for part in parts))
+        return fit_critic(split_images(inputs.images, seed), encoded, self.training, seed)[1]
 
     def vulnerability(
-        self, subject: Subject, threat: ThreatModel, seed: int, known: Known = NOTHING_KNOWN
+        self, inputs: EstimatorInputs, threat: ThreatModel, seed: int, warm_start: WarmStart = COLD_START
     ) -> Vulnerability:
-        """Return both cases; the worst-case images are those of the held-out part."""
-        images, adversary = split_images(subject.images, seed), Adversary(threat, self.search)
-        parts = split_indices(len(subject.images), seed)
+        """Return both cases; the adversarial images are those of the held-out part."""
+        images, adversary = split_images(inputs.images, seed), Adversary(threat, self.search)
+        parts = split_indices(len(inputs.images), seed)
         order = torch.cat([*parts])
-        if known.start is not None:
-            known = known._replace(start=known.start[order])
-        found = estimate_vulnerability(subject.encoder, images, self.training, adversary, seed, known)
+        if warm_start.images is not None:
+            warm_start = warm_start._replace(images=warm_start.images[order])
+        found = estimate_vulnerability(inputs.encoder, images, self.training, adversary, seed, warm_start)
         others = None if found.others is None else found.others[order[: -len(parts.test)].argsort()]
-        return found._replace(which=parts.test, others=others)
+        return found._replace(indices=parts.test, others=others)

@@ -1,7 +1,6 @@
-"""Probes: small heads fitted on frozen features, and what their cross-fitted log loss proves about labels."""
+"""Probes: small heads fitted on frozen features, whose cross-fitted log loss bounds the label information."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 
@@ -9,22 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audit.information.settings import ProbeTraining
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Features, Labels
 
 
-@dataclass(frozen=True)
-class ProbeTraining:
-    """How probes are fitted: over `folds`, with an L2 `penalty` on the weights per sample."""
-
-    folds: int = 5
-    penalty: float = 1.0
-    hidden: int = 64
-    steps: int = 200
-
-
 class Probe(nn.Module):
-    """A linear head, or one with a hidden layer, on features standardised by those it was fitted on."""
+    """A linear head (`hidden` 0) or one with a hidden layer, on features standardised by the training samples."""
 
     mean: Tensor
     deviation: Tensor
@@ -33,7 +23,7 @@ class Probe(nn.Module):
         super().__init__()
         self.register_buffer("mean", features.mean(0))
         spread = features.std(0, correction=0)
-        # a feature that never varies must not be blown up to noise
+        # dividing by the deviation of a constant feature would amplify rounding errors
         self.register_buffer("deviation", torch.where(spread > 1e-7 * features.abs().amax(0), spread, torch.inf))
         widths = [features.shape[1], *([hidden] if hidden else []), classes]
         with torch.random.fork_rng(devices=[]):
@@ -57,7 +47,7 @@ class Probe(nn.Module):
 
 
 def fit_linear(features: Features, labels: Labels, classes: int, training: ProbeTraining) -> Probe:
-    """Return the logistic regression that minimises log loss plus the L2 penalty, by L-BFGS."""
+    """Return the logistic regression that minimises log loss + `penalty` / 2N * |weights|^2, fitted by L-BFGS."""
     probe = Probe(features, classes, 0, keyed_generator(0, Purpose.PROBE_WEIGHTS))
     optimiser = torch.optim.LBFGS(probe.parameters(), max_iter=training.steps, line_search_fn="strong_wolfe")
     weight = training.penalty / (2 * len(features))
@@ -75,7 +65,7 @@ def fit_linear(features: Features, labels: Labels, classes: int, training: Probe
 
 
 def fit_hidden(features: Features, labels: Labels, classes: int, training: ProbeTraining) -> Probe:
-    """Return a probe with one hidden layer, by AdamW on all samples at once."""
+    """Return a probe with one hidden layer, fitted by AdamW on full batches with a linearly decreasing rate."""
     probe = Probe(features, classes, training.hidden, keyed_generator(0, Purpose.PROBE_WEIGHTS))
     optimiser = torch.optim.AdamW(probe.parameters(), 1e-2, weight_decay=0.1)
     with torch.enable_grad():
@@ -93,9 +83,11 @@ FITS: dict[str, Callable[[Features, Labels, int, ProbeTraining], Probe]] = {"lin
 
 @torch.no_grad()
 def label_terms(features: Features, labels: Labels, seed: int, training: ProbeTraining, kind: str) -> Tensor:
-    """Return every sample's part (N,) in H(Y) - log loss of a cross-fitted probe, in nats.
+    """Return the terms (N,) of H(Y) minus the log loss of a cross-fitted probe, in nats.
 
-    The mean is, in expectation, at most I(Y; Z): a log loss is at least H(Y | Z).
+    In expectation their mean is at most I(Y; Z), because the expected log loss is at least H(Y | Z).
+
+    Source: Barber & Agakov 2003, the variational lower bound on mutual information.
     """
     _, labels = labels.unique(return_inverse=True)
     classes = int(labels.max()) + 1
@@ -107,5 +99,5 @@ def label_terms(features: Features, labels: Labels, seed: int, training: ProbeTr
         kept[held_out] = False
         probe = FITS[kind](features[kept], labels[kept], classes, training)
         loss[held_out] = F.cross_entropy(probe(features[held_out]), labels[held_out], reduction="none")
-    # float logits can be absurd on unseen data: no sample costs more than a certain miss
+    # logits may be arbitrarily large on unseen samples: the log loss of one sample is limited to ln 10^6
     return surprise - loss.clamp_max(log(1e6))

@@ -1,7 +1,7 @@
-"""Critic-free mutual information of a noise-smoothed representation, Z = g(X) + N(0, s^2): nothing is trained.
+"""Estimator `sandwich`: information of a noise-smoothed representation Z = g(X) + N(0, s^2 I), without a critic.
 
-On n images the smoothed features are a mixture of n Gaussians, whose information about the image is known between
-two guaranteed bounds and, by drawing from the mixture, nearly exactly.
+The smoothed features of n images are a mixture of n Gaussians. Its information about the image lies between two proven
+bounds and is estimated by sampling from the mixture.
 
 Source: Kolchinsky & Tracey 2017, "Estimating Mixture Entropy with Pairwise Distances", eqs. 10 and 13.
 """
@@ -15,216 +15,211 @@ import torch
 from torch import Tensor
 
 from audit.adversary.threat import ThreatModel
-from audit.errors import UsageError
-from audit.information.critic_training import encode, encode_clean
+from audit.flags import FlagCode, flag
+from audit.information.encoding import encode, encode_clean
 from audit.information.estimator import (
+    CARRIED,
     CLEAN,
-    NOTHING_KNOWN,
+    COLD_START,
     Estimator,
+    EstimatorInputs,
     FloorKind,
-    Known,
     MIEstimate,
-    Subject,
+    Origin,
     Vulnerability,
+    WarmStart,
 )
-from audit.information.feature_merging import Moved, Mover, hub, k_means, towards
-from audit.information.gaussian_mixture import exponents, guaranteed_pair, mean_shift, plug_in_terms, precise
+from audit.information.feature_merging import Candidate, FeatureDescent, k_means, most_reachable, towards
+from audit.information.gaussian_mixture import guaranteed_bounds, in_float64, log_kernel, mean_shift, plug_in_terms
+from audit.information.settings import SandwichSettings
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Features, Images, Judged, Objective
+from audit.types import Features, Images, Objective, ObjectiveValue
 
-_CARRIED, _SHIFTED = "carried", "mean shift from "
-_CARRIED_STEPS = 0.9  # of a search from scratch: what eight layers for the price of three leave room for
-_WIDE = 0.7  # of a search: by then the noise is itself again, and steps begin to shrink
-_VARIES = 1e-6  # of the largest feature: less deviation is rounding
+_HUB = Origin("hub")
+_MEAN_SHIFT, _ANNEALED = "mean shift from {}", "{}, annealed"
+_WARM_START_SHARE = 0.9  # of the annealing steps from scratch: eight layers then cost less than three from scratch
+_ANNEALED_SHARE = 0.7  # of the steps; the noise then has its final width, and step sizes begin to shrink
+_ROUNDING = 1e-6  # deviations below this share of the largest feature are rounding errors
 
 
 @dataclass(frozen=True)
-class Sandwich(Estimator):
-    """The plug-in value of the smoothed representation; its worst case merges features by mean shift.
+class Sandwich(SandwichSettings, Estimator):
+    """Plug-in estimate of I(X; g(X) + s E), E ~ N(0, I), in nats: the information of a uniformly drawn image.
 
-    `noise` is s in layer standard deviations (root mean square over features, on the clean images), or in feature
-    units where `absolute`. A search starts wide: it is drawn to where features are dense under `widths` times the noise
-    to begin with, which shrinks to the noise itself, in `annealing_steps` steps. Beside that, images go to the nearest
-    of `quantisers` centres each or to one hub in `start_steps` steps, and from the best of these on by mean shift in
-    `steps` more. `draws` noise draws give the value. `batch_size` bounds memory and decides nothing else.
+    (1/n) sum_i E[ln(n exp(-|z - f_i|^2 / 2s^2) / sum_j exp(-|z - f_j|^2 / 2s^2))] with z = f_i + s E, sampled with
+    `draws` draws; at most ln n. Images are (n, C, H, W), features f (n, D). s is `noise` times the root mean square
+    deviation of the clean features, or `noise` itself if `absolute`. `parts` hold the plug-in value without each draw's
+    own image (`plug_in_upper`), proven bounds (`guaranteed_lower`, `guaranteed_upper`) and s (`noise`).
+
+    The worst case is the smallest of several candidates: mean shift, the gradient descent of the mixture's entropy,
+    from k-means centres and from one common hub, and annealed from a wider kernel.
+
+    Raises UsageError for a setting that is not legal; InvalidModelError if a feature or a gradient is not finite.
+
+    Source: Kolchinsky & Tracey 2017, eqs. 10 and 13 (bounds); Zhu, Zhang & Evans 2020, Definition 3.1.
     """
-
-    noise: float = 0.5
-    absolute: bool = False
-    steps: int = 30
-    start_steps: int = 10
-    relative_step: float = 0.2
-    quantisers: tuple[int, ...] = (2, 8, 32)
-    widths: tuple[float, ...] = (4.0, 8.0)
-    annealing_steps: int = 40
-    draws: int = 4
-    batch_size: int = 256
 
     quantity: ClassVar[str] = "I(X; g(X) + noise)"
     floor_kind: ClassVar[FloorKind] = "smoothed"
-    reads_answers: ClassVar[bool] = False
-    memory_only: ClassVar[tuple[str, ...]] = ("batch_size",)
+    reads_log_probs: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "start_steps", "annealing_steps", "draws", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"sandwich {name} {getattr(self, name)!r} must be at least 1")
-        if not 0 < self.noise < float("inf"):
-            raise UsageError(f"sandwich noise {self.noise!r} must be above 0 and finite")
-        if not 0 < self.relative_step <= 2:
-            raise UsageError(f"sandwich relative_step {self.relative_step!r} is outside (0, 2]: a multiple of eps")
-        if any(count < 1 for count in self.quantisers):
-            raise UsageError(f"sandwich quantisers {self.quantisers!r} must have at least 1 centre each")
-        if not all(1 <= width < float("inf") for width in self.widths):
-            raise UsageError(f"sandwich widths {self.widths!r} must be at least 1 and finite: multiples of the noise")
+    def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:
+        """Return the plug-in value on the clean images."""
+        features = encode_clean(inputs, self.batch_size).features
+        return self._estimate(features, self.scale(features), seed)
 
-    @property
-    def name(self) -> str:
-        """Return the estimator as tables show it."""
-        return "sandwich"
+    def objective(self, inputs: EstimatorInputs) -> Objective | None:
+        """Return each image's term ln(n - 1) - ln sum_{j != i} exp(-|f_i - f_j|^2 / 2s^2) of the upper bound, in nats.
 
-    def normal(self, subject: Subject, seed: int) -> MIEstimate:
-        """Return the plug-in value on the images as they are."""
-        features = encode_clean(subject, self.batch_size).features
-        return self._read(features, self.scale(features), seed)
-
-    def objective(self, subject: Subject) -> Objective | None:
-        """Return an image's row of the upper guaranteed bound beside all other images, in nats: its own is left out.
-
-        It is small where the image's features lie among those of others. None where features hardly vary.
+        The f_j are clean features. None if features vary by rounding errors only.
         """
-        clean = encode_clean(subject, self.batch_size).features
-        if not float(clean.var(0, correction=0).mean().sqrt()) > _VARIES * float(clean.abs().max()):
+        clean = encode_clean(inputs, self.batch_size).features
+        if not float(clean.var(0, correction=0).mean().sqrt()) > _ROUNDING * float(clean.abs().max()):
             return None
-        middle, scale = clean.mean(0), self.scale(clean)
-        rows = precise((clean - middle) / scale)
+        mean, scale = clean.mean(0), self.scale(clean)
+        rows = in_float64((clean - mean) / scale)
 
-        def objective(images: Images, index: Tensor) -> Judged:
-            features = precise((subject.encoder(images).features - middle) / scale)
-            powers = exponents(features, rows, 1.0).scatter(1, index[:, None], -torch.inf)
+        def objective(images: Images, index: Tensor) -> ObjectiveValue:
+            features = in_float64((inputs.encoder(images).features - mean) / scale)
+            powers = log_kernel(features, rows, 1.0).scatter(1, index[:, None], -torch.inf)
             value = log(len(rows) - 1) - powers.logsumexp(1)
-            return Judged(value.to(images), torch.zeros_like(index, dtype=torch.bool))
+            return ObjectiveValue(value.to(images), torch.zeros_like(index, dtype=torch.bool))
 
         return objective
 
     def vulnerability(
-        self, subject: Subject, threat: ThreatModel, seed: int, known: Known = NOTHING_KNOWN
+        self, inputs: EstimatorInputs, threat: ThreatModel, seed: int, warm_start: WarmStart = COLD_START
     ) -> Vulnerability:
-        """Return both cases; the worst is the smallest candidate, chosen by other noise draws than it is read with."""
-        clean = encode_clean(subject, self.batch_size).features
-        scale, which = self.scale(clean), torch.arange(len(clean))
-        normal = known.normal or self._read(clean, scale, seed)
-        unmoved = Moved(subject.images, clean, 0.5 * len(clean))
+        """Return both cases; candidates are compared by other noise draws than the reported value."""
+        features = encode_clean(inputs, self.batch_size).features
+        scale, indices = self.scale(features), torch.arange(len(features))
+        normal = warm_start.normal or self._estimate(features, scale, seed)
+        clean = Candidate(inputs.images, features, 0.5 * len(features))
         if threat.eps == 0:
-            return Vulnerability(normal, normal, unmoved.images, which, unmoved.passes)
-        mover = Mover(subject.encoder, subject.images, threat, self.relative_step, self.batch_size)
-        search = _Search(self, mover, unmoved, scale, seed)
-        candidates = search.carried(known.start) if known.start is not None else search.candidates(known.served)
-        served = min(candidates, key=lambda name: search.value(candidates[name]))
-        found = candidates[served]
-        worst = self._read(found.features, scale, seed)
-        return Vulnerability(normal, worst, found.images, which, unmoved.passes + search.passes, served)
+            return Vulnerability(normal, normal, clean.images, indices, clean.passes)
+        descent = FeatureDescent(inputs.encoder, inputs.images, threat, self.relative_step, self.batch_size)
+        search = _CandidateSearch(self, descent, clean, scale, seed)
+        if warm_start.images is not None:
+            candidates = search.continued(warm_start.images)
+        else:
+            candidates = search.candidates(warm_start.origin)
+        origin = min(candidates, key=lambda each: search.value(candidates[each]))
+        found = candidates[origin]
+        worst = self._estimate(found.features, scale, seed)
+        return Vulnerability(normal, worst, found.images, indices, clean.passes + search.passes, origin)
 
     def scale(self, features: Features) -> float:
-        """Return s in feature units; where features vary by rounding alone, one so large that they tell nothing."""
+        """Return s in feature units; if features vary by rounding errors only, one that hides the variation."""
         if self.absolute:
             return self.noise
         deviation, largest = float(features.var(0, correction=0).mean().sqrt()), float(features.abs().max())
-        return self.noise * deviation if deviation > _VARIES * largest else max(1.0, largest)
+        return self.noise * deviation if deviation > _ROUNDING * largest else max(1.0, largest)
 
-    def _read(self, features: Features, scale: float, seed: int) -> MIEstimate:
+    def _estimate(self, features: Features, scale: float, seed: int) -> MIEstimate:
         scaled = (features - features.mean(0)) / scale
         lower, upper = plug_in_terms(scaled, keyed_generator(seed, Purpose.SANDWICH_READING), self.draws)
-        chosen_by = plug_in_terms(scaled, keyed_generator(seed, Purpose.SANDWICH_CHOICE), self.draws)[0]
-        bounds, value, above = guaranteed_pair(scaled), float(lower.mean()), float(upper.mean())
+        validation = plug_in_terms(scaled, keyed_generator(seed, Purpose.SANDWICH_CHOICE), self.draws)[0]
+        bounds, value, above = guaranteed_bounds(scaled), float(lower.mean()), float(upper.mean())
         flags = []
         if above - value > 0.2:
-            flags.append(f"saturated: the plug-in pair is {above - value:.1f} nats apart: more images would say more")
+            gap = f"the plug-in pair is {above - value:.1f} nats apart: more images would raise the estimate"
+            flags.append(flag(FlagCode.SATURATED, gap))
         return MIEstimate(
-            nats=value, stderr=float(lower.std()) / sqrt(len(lower)), images=len(lower), ceiling=log(len(lower)),
-            validated=float(chosen_by.mean()),
-            parts={"plug_in_upper": above, "guaranteed_lower": bounds.lower, "guaranteed_upper": bounds.upper,
-                   "noise": scale},
+            nats=value,
+            stderr=float(lower.std()) / sqrt(len(lower)),
+            images=len(lower),
+            ceiling=log(len(lower)),
+            validated=float(validation.mean()),
+            parts={
+                "plug_in_upper": above,
+                "guaranteed_lower": bounds.lower,
+                "guaranteed_upper": bounds.upper,
+                "noise": scale,
+            },
             flags=tuple(flags),
-        )  # fmt: skip
+        )
 
 
-class _Search:
-    """The candidates of one worst-case search, by name."""
+class _CandidateSearch:
+    """The candidates of one worst-case search by origin, with the passes spent."""
 
-    def __init__(self, settings: Sandwich, mover: Mover, unmoved: Moved, scale: float, seed: int) -> None:
-        self.settings, self.mover, self.unmoved, self.scale, self.seed = settings, mover, unmoved, scale, seed
+    def __init__(self, settings: Sandwich, descent: FeatureDescent, clean: Candidate, scale: float, seed: int) -> None:
+        self.settings, self.descent, self.clean, self.scale, self.seed = settings, descent, clean, scale, seed
         self.passes = 0.0
 
-    def candidates(self, served: str = "") -> dict[str, Moved]:
-        """Return the clean images and where every kind of search takes them; of one kind, where that served."""
+    def candidates(self, origin: Origin | None = None) -> dict[Origin, Candidate]:
+        """Return the clean images and the result of every search, or only of the kind of `origin`."""
         settings = self.settings
-        quantised = {f"quantised {count}": partial(self._quantised, count) for count in settings.quantisers}
-        starts = quantised | {"hub": self._hub}
-        annealed = {f"annealed {width:g}": partial(self._annealed_clean, width) for width in settings.widths}
-        wanted = served.removeprefix(_SHIFTED)
+        quantised = {Origin("quantised", count): partial(self._quantised, count) for count in settings.quantisers}
+        starts = quantised | {_HUB: self._hub}
+        annealed = {Origin("annealed", width): partial(self._annealed_clean, width) for width in settings.widths}
+        wanted = origin.unrefined if origin is not None else None
         if wanted in starts | annealed:
-            starts = {name: make for name, make in starts.items() if name == wanted}
-            annealed = {name: make for name, make in annealed.items() if name == wanted}
-        elif served == CLEAN:  # where nothing served, one kind is enough to see whether that is so here
+            starts = {each: search for each, search in starts.items() if each == wanted}
+            annealed = {each: search for each, search in annealed.items() if each == wanted}
+        elif origin == CLEAN:  # no search improved on the clean images: one kind suffices to confirm it for this seed
             starts, annealed = {}, dict(list(annealed.items())[-1:])
-        found = {CLEAN: self.unmoved, **{name: make() for name, make in (starts | annealed).items()}}
+        found = {CLEAN: self.clean, **{each: search() for each, search in (starts | annealed).items()}}
         if starts:
-            best = min(starts, key=lambda name: self.value(found[name]))
-            found[_SHIFTED + best] = self._shifted(found[best], [1.0] * settings.steps, self.mover)
+            best = min(starts, key=lambda each: self.value(found[each]))
+            found[best.refined(_MEAN_SHIFT)] = self._shifted(found[best], [1.0] * settings.steps, self.descent)
         return found
 
-    def carried(self, images: Images) -> dict[str, Moved]:
-        """Return the worst-case images of a smaller ball or a later layer, and where one annealing takes them."""
-        start, settings = self._fresh(images), self.settings
-        steps, width = ceil(_CARRIED_STEPS * settings.annealing_steps), min(settings.widths, default=1.0)
+    def continued(self, images: Images) -> dict[Origin, Candidate]:
+        """Return the clean images, the warm start, and the result of one annealing from there."""
+        start, settings = self._encoded(images), self.settings
+        steps, width = ceil(_WARM_START_SHARE * settings.annealing_steps), min(settings.widths, default=1.0)
         annealed = self._annealed(start, width, steps, settings.relative_step / 2)
-        return {CLEAN: self.unmoved, _CARRIED: start, f"{_CARRIED}, annealed": annealed}
+        return {CLEAN: self.clean, CARRIED: start, CARRIED.refined(_ANNEALED): annealed}
 
-    def _quantised(self, count: int) -> Moved:
+    def _quantised(self, count: int) -> Candidate:
+        """Move every image's features towards the nearest of `count` k-means centres."""
         centres, nearest = k_means(
-            self.unmoved.features, count, keyed_generator(self.seed, Purpose.SANDWICH_CENTRES, count)
+            self.clean.features, count, keyed_generator(self.seed, Purpose.SANDWICH_CENTRES, count)
         )
         steps = self.settings.start_steps
-        return self._fresh(self.mover.along(towards(centres[nearest]), self.unmoved, steps).images, steps)
+        return self._encoded(self.descent.run(towards(centres[nearest]), self.clean, steps).images, steps)
 
-    def _hub(self) -> Moved:
-        """Return all images driven to one place: the one of a few that a short trial reaches best."""
-        clean, steps = self.unmoved, self.settings.start_steps
+    def _hub(self) -> Candidate:
+        """Move all features towards one centre, the one that a trial on a few images reaches best."""
+        clean, steps = self.clean, self.settings.start_steps
         centres, _ = k_means(clean.features, 6, keyed_generator(self.seed, Purpose.SANDWICH_CENTRES, 1))
-        common, cost = hub(self.mover, clean, torch.cat([clean.features.mean(0, keepdim=True), centres]))
-        self.passes += cost
-        mover = replace(self.mover, relative_step=2 * self.mover.relative_step)
-        return self._fresh(mover.along(towards(common), clean, steps).images, steps)
+        centres = torch.cat([clean.features.mean(0, keepdim=True), centres])
+        common, passes = most_reachable(self.descent, clean, centres)
+        self.passes += passes
+        descent = replace(self.descent, relative_step=2 * self.descent.relative_step)
+        return self._encoded(descent.run(towards(common), clean, steps).images, steps)
 
-    def _annealed_clean(self, width: float) -> Moved:
-        # wide at the start is far to go at the end: smaller steps get nearer (measured on three networks)
+    def _annealed_clean(self, width: float) -> Candidate:
+        # a wide kernel merges distant features, which smaller steps bring closer (measured on three networks)
         step = self.settings.relative_step * min(1.0, 4 / width)
-        return self._annealed(self.unmoved, width, self.settings.annealing_steps, step)
+        return self._annealed(self.clean, width, self.settings.annealing_steps, step)
 
-    def _annealed(self, start: Moved, width: float, steps: int, relative_step: float) -> Moved:
-        mover = replace(self.mover, relative_step=relative_step, hold=_WIDE)
+    def _annealed(self, start: Candidate, width: float, steps: int, relative_step: float) -> Candidate:
+        """Take mean-shift steps while the kernel shrinks from `width` times the noise to the noise."""
+        descent = replace(self.descent, relative_step=relative_step, hold=_ANNEALED_SHARE)
         last = max(1, steps - 1)
-        return self._shifted(start, [width ** max(0.0, 1 - k / last / _WIDE) for k in range(steps)], mover)
+        widths = [width ** max(0.0, 1 - k / last / _ANNEALED_SHARE) for k in range(steps)]
+        return self._shifted(start, widths, descent)
 
-    def _shifted(self, start: Moved, widths: list[float], mover: Mover) -> Moved:
-        """Return where mean shift takes a start, one step for each width of the noise."""
+    def _shifted(self, start: Candidate, widths: list[float], descent: FeatureDescent) -> Candidate:
+        """Take one mean-shift step with each width of the kernel, in units of the noise."""
         draws, scales = keyed_generator(self.seed, Purpose.SANDWICH_SEARCH), iter(widths)
 
-        def pull(features: Features) -> Features:
+        def feature_gradient(features: Features) -> Features:
             return mean_shift((features - features.mean(0)) / (next(scales) * self.scale), draws, 1)
 
-        reached = mover.along(pull, start, len(widths))
-        return self._fresh(reached.images, len(widths))
+        reached = descent.run(feature_gradient, start, len(widths))
+        return self._encoded(reached.images, len(widths))
 
-    def value(self, candidate: Moved) -> float:
-        """Return the plug-in value by draws that no reported number uses."""
+    def value(self, candidate: Candidate) -> float:
+        """Return the plug-in value from noise draws that no reported value uses."""
         scaled = (candidate.features - candidate.features.mean(0)) / self.scale
         terms, _ = plug_in_terms(scaled, keyed_generator(self.seed, Purpose.SANDWICH_CHOICE), self.settings.draws)
         return float(terms.mean())
 
-    def _fresh(self, images: Tensor, steps: float = 0.0) -> Moved:
-        features = encode(self.mover.encoder, images, self.settings.batch_size).features
+    def _encoded(self, images: Tensor, steps: float = 0.0) -> Candidate:
+        features = encode(self.descent.encoder, images, self.settings.batch_size).features
         passes = (steps + 0.5) * len(images)
-        self.passes += passes  # also of starts that are dropped
-        return Moved(images, features, passes)
+        self.passes += passes  # also of candidates that are not chosen
+        return Candidate(images, features, passes)

@@ -1,7 +1,8 @@
-"""Features that are computed once: kept on disk, and read back without being loaded.
+"""Content-addressed cache of clean activations, in memory-mapped safetensors files.
 
-A file is safetensors: `features` (N, D) and `answers` (N, K). So it takes 4 (D + K) bytes an image in float32: 50,000
-images of a layer with 16,384 features take 3.3 GB. Nothing is refused or deleted here; whose folder it is deletes it.
+A file holds the features (N, D) and log-probabilities (N, K) of one layer, 4 (D + K) bytes an image in float32: 50,000
+images of a layer with 16,384 features take 3.3 GB. There is no size limit and no eviction; the owner of the folder
+deletes it.
 """
 
 import json
@@ -20,60 +21,61 @@ from torch import Tensor
 from audit.storage import digest
 from audit.types import Encoded
 
-_HEADER = 512  # bytes kept free for the header, which is known last: also aligns what follows
+_HEADER = 512  # bytes reserved for the header, which is written last; a multiple of the alignment of tensors
 _CPU = torch.device("cpu")
+_FEATURES, _LOG_PROBS = Encoded._fields
 _Batch = Mapping[str, Encoded]
 
 
-class FeatureStore:
-    """What layers say of clean images, one file each under a folder, named by the hash of what decides it.
+class ActivationCache:
+    """Cache of encoded clean images, one file for each layer, named by the hash of its key and the kind of device.
 
-    Features on the CPU are mapped from their file: memory holds what is looked at, and a file may be larger than it;
-    another kind of device has files of its own, and gets copies. What is cut short or foreign is computed again, bytes
-    that changed inside a file are not noticed. Without a folder, or where it cannot be written to, the store keeps all.
+    On the CPU, tensors are memory-mapped and loaded on access. Truncated or foreign files are computed again; flipped
+    bits inside a file are not detected. Without a folder, or where it is not writable, values are kept in memory.
     """
 
     def __init__(self, folder: Path | None, device: torch.device = _CPU) -> None:
         self.folder, self.device = folder, device
-        self._held: dict[str, Encoded] = {}
+        self._in_memory: dict[str, Encoded] = {}
 
     def get(self, key: Mapping[str, Any], compute: Callable[[], Encoded]) -> Encoded:
-        """Return what is kept under `key` (JSON data: network, images, layer, reduction), else computed and kept."""
+        """Return the value cached under `key` (JSON data: network, images, layer, reduction), computed on a miss."""
         return self.get_all({"": key}, lambda missing: ({layer: compute()} for layer in missing))[""]
 
     def get_all(
         self, keys: Mapping[str, Mapping[str, Any]], compute: Callable[[Sequence[str]], Iterable[_Batch]]
     ) -> dict[str, Encoded]:
-        """Return what is kept under each layer's key; `compute` is told the layers that are missing, if any are.
+        """Return the values cached under each layer's key; `compute` yields those of the missing layers in batches.
 
-        It gives them in batches, as `encode_layers` does: the features of each batch go to the disk before the next
-        one is asked for. It is called again where the disk fails.
+        Each batch is written before the next one is computed, as by `encode_layers`. If writing fails, `compute` is
+        called a second time and its values are kept in memory.
         """
         names = {layer: digest({**key, "device": self.device.type}) for layer, key in keys.items()}
         found = self._found(names)
         missing = {layer: name for layer, name in names.items() if layer not in found}
         if missing and self.folder is not None:
-            with suppress(OSError):  # a full disk costs time, and memory
+            with suppress(OSError):  # disk full or read-only: kept in memory instead
                 _write(self.folder, missing, compute(list(missing)))
             found |= self._found(missing)
         unwritten = [layer for layer in names if layer not in found]
         batches = list(compute(unwritten)) if unwritten else []
         for layer in unwritten:
-            parts = zip(*(batch[layer] for batch in batches), strict=True)
-            found[layer] = self._held[names[layer]] = Encoded(*(torch.cat(each).to(self.device) for each in parts))
+            tensors = zip(*(batch[layer] for batch in batches), strict=True)
+            value = Encoded(*(torch.cat(each).to(self.device) for each in tensors))
+            found[layer] = self._in_memory[names[layer]] = value
         return {layer: found[layer] for layer in names}
 
     def _found(self, names: Mapping[str, str]) -> dict[str, Encoded]:
-        return {layer: kept for layer, name in names.items() if (kept := self._read(name)) is not None}
+        return {layer: value for layer, name in names.items() if (value := self._read(name)) is not None}
 
     def _read(self, name: str) -> Encoded | None:
-        if name in self._held or self.folder is None:
-            return self._held.get(name)
+        if name in self._in_memory or self.folder is None:
+            return self._in_memory.get(name)
         path = self.folder / f"{name}.safetensors"
         try:
             with safe_open(os.fspath(path), framework="pt") as file:
-                mapped = [file.get_tensor(part) for part in Encoded._fields]
-        except Exception:  # not there, torn or foreign: computing it again is always right
+                mapped = [file.get_tensor(field) for field in Encoded._fields]
+        except Exception:  # missing, truncated or foreign: computed again
             with suppress(OSError):
                 path.unlink()
             return None
@@ -81,46 +83,50 @@ class FeatureStore:
 
 
 def _write(folder: Path, names: Mapping[str, str], batches: Iterable[_Batch]) -> None:
-    with ExitStack() as opened:
-        files = {layer: _Growing(folder / f"{name}.safetensors", opened) for layer, name in names.items()}
+    with ExitStack() as stack:
+        writers = {layer: _BatchWriter(folder / f"{name}.safetensors", stack) for layer, name in names.items()}
         for batch in batches:
-            for layer, file in files.items():
-                file.add(batch[layer])
-        for file in files.values():
-            file.finish()
+            for layer, writer in writers.items():
+                writer.add(batch[layer])
+        for writer in writers.values():
+            writer.finish()
 
 
-class _Growing:
-    """A file that takes features batch by batch and has its name once it is whole; the answers wait in memory."""
+class _BatchWriter:
+    """Writes one safetensors file batch by batch, under a temporary name until it is complete.
 
-    def __init__(self, path: Path, opened: ExitStack) -> None:
+    Features are written at once; log-probabilities are collected in memory and written last.
+    """
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, self._temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:60]}.")
-        opened.callback(Path(self._temporary).unlink, missing_ok=True)
-        self._path, self._file = path, opened.enter_context(os.fdopen(handle, "wb"))
+        stack.callback(Path(self._temporary).unlink, missing_ok=True)
+        self._path, self._file = path, stack.enter_context(os.fdopen(handle, "wb"))
         self._file.write(bytes(_HEADER))
-        self._parts: dict[str, dict[str, Any]] = {}
-        self._answers: list[Tensor] = []
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._log_probs: list[Tensor] = []
 
     def add(self, batch: Encoded) -> None:
-        self._append("features", batch.features)
-        self._answers.append(batch.answers.cpu())
+        features, log_probs = batch
+        self._append(_FEATURES, features)
+        self._log_probs.append(log_probs.cpu())
 
     def finish(self) -> None:
-        self._append("answers", torch.cat(self._answers))
+        self._append(_LOG_PROBS, torch.cat(self._log_probs))
         self._file.seek(0)
-        self._file.write((_HEADER - 8).to_bytes(8, "little") + json.dumps(self._parts).encode().ljust(_HEADER - 8))
+        self._file.write((_HEADER - 8).to_bytes(8, "little") + json.dumps(self._entries).encode().ljust(_HEADER - 8))
         self._file.flush()
         os.fsync(self._file.fileno())
         Path(self._temporary).chmod(0o644)
         os.replace(self._temporary, self._path)
 
     def _append(self, name: str, rows: Tensor) -> None:
-        # safetensors has the bytes and the name of their type; its own header goes
+        # safetensors supplies the bytes and the name of their type; its header is discarded
         saved = safetensors.torch.save({name: rows.detach().cpu().contiguous()})
         start, begin = 8 + int.from_bytes(saved[:8], "little"), self._file.tell() - _HEADER
         self._file.write(memoryview(saved)[start:])
-        fresh = {"dtype": json.loads(saved[8:start])[name]["dtype"], "shape": [0, rows.shape[1]]}
-        part = self._parts.setdefault(name, {**fresh, "data_offsets": [begin, begin]})
-        part["shape"][0] += len(rows)
-        part["data_offsets"][1] = self._file.tell() - _HEADER
+        empty = {"dtype": json.loads(saved[8:start])[name]["dtype"], "shape": [0, rows.shape[1]]}
+        entry = self._entries.setdefault(name, {**empty, "data_offsets": [begin, begin]})
+        entry["shape"][0] += len(rows)
+        entry["data_offsets"][1] = self._file.tell() - _HEADER

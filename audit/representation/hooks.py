@@ -1,8 +1,8 @@
-"""Forward passes that are read at named layers, and left as soon as nothing more is wanted of them.
+"""Forward hooks that record the outputs of named layers and leave the forward pass at the last of them.
 
-The first pass runs to its end, because only the whole of it shows how often a layer is called. Later ones are left
-inside the hook that sees the last wanted call, by an exception that is no `Exception`: networks that catch those do
-not catch it, and one that does all the same is run to its end from then on.
+The first pass of a model runs to its end, because only a complete pass shows how often each layer is called. Later
+passes are left inside the hook of the last recorded call, by a `BaseException`: networks that catch `Exception` do not
+catch it, and a network that catches it all the same is run to its end from then on.
 """
 
 from collections import Counter
@@ -20,169 +20,176 @@ PSEUDO_LAYERS = ("input", "penultimate", "logits")
 
 
 @dataclass(frozen=True)
-class Place:
-    """What the name of a layer says; `module` is the path from the model's root, which a wrapper makes longer."""
+class LayerSpec:
+    """A parsed layer name `<path>[@call][#index]`.
 
-    layer: str
+    `module` is the module's path from the root of the model; it is longer than `path` where a wrapper surrounds the
+    network.
+    """
+
+    name: str
     path: str
     module: str
     call: int | None
     index: int | None
 
 
-class Stop(NamedTuple):
-    """One call of a module (by its path from the root, counted from 0), at its output or, `entering`, at its input."""
+class HookPoint(NamedTuple):
+    """One call of a module (path from the root, calls counted from 0): its output, or its input if `is_input`."""
 
     module: str
     call: int
-    entering: bool = False
+    is_input: bool = False
 
 
-class Reader:
-    """The tensors that a model shows at some places, of one forward pass each time.
+class LayerReader:
+    """Records the outputs of some layers of a model, in one forward pass for each batch.
 
-    It remembers where the places are, once for training and once for evaluation. A network that calls its layers now
-    more, now less often is read at the calls that the first pass had; where one does not come, all is asked anew.
+    Hook points are located in the first pass, separately for training and evaluation mode. Where a later pass misses
+    one of them, because the network calls its layers another number of times, they are located again.
     """
 
-    def __init__(self, places: Sequence[Place]) -> None:
-        self.places = tuple(places)
-        self._stops: dict[bool, tuple[Stop | None, ...]] = {}
-        self._may_leave = all(place.path != "logits" for place in places)
+    def __init__(self, specs: Sequence[LayerSpec]) -> None:
+        self.specs = tuple(specs)
+        self._points: dict[bool, tuple[HookPoint | None, ...]] = {}
+        self._exits_early = all(spec.path != "logits" for spec in self.specs)
 
     def read(self, model: nn.Module, images: Images) -> tuple[Tensor, ...]:
-        """Return one tensor a place, first axis N, of images (N, C, H, W), by the shortest pass that gives them.
+        """Return one tensor (N, ...) a layer for images (N, C, H, W), leaving the forward pass as early as possible.
 
-        Raises UsageError for places that the pass does not have, or that hold no single tensor.
+        Raises UsageError for a layer or call that the forward pass lacks, or whose output is not one tensor.
         """
-        if all(place.path == "input" for place in self.places):
-            return (images,) * len(self.places)
-        return self._read(model, images, self._may_leave)[0]
+        if all(spec.path == "input" for spec in self.specs):
+            return (images,) * len(self.specs)
+        return self._read(model, images, self._exits_early)[0]
 
-    def read_through(self, model: nn.Module, images: Images) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return what `read` does and, of the same pass, what the model returns."""
-        return self._read(model, images, may_leave=False)
+    def read_with_output(self, model: nn.Module, images: Images) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return the tensors of `read` and the model's output, from one complete forward pass."""
+        return self._read(model, images, exits_early=False)
 
-    def _read(self, model: nn.Module, images: Images, may_leave: bool) -> tuple[tuple[Tensor, ...], Tensor]:
-        stops = self._stops.get(model.training)
-        if stops is not None:
-            visit = _Visit([stop for stop in stops if stop is not None], may_leave)
-            output = visit.run(model, images)
-            if visit.complete:
-                seen = [None if stop is None else visit.seen[stop] for stop in stops]
-                return self._tensors(seen, images, output), output
-            self._may_leave = self._may_leave and not visit.asked_to_leave
-        survey = _Survey(self.places)
+    def _read(self, model: nn.Module, images: Images, exits_early: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+        points = self._points.get(model.training)
+        if points is not None:
+            recording = _PointRecording([point for point in points if point is not None], exits_early)
+            output = recording.run(model, images)
+            if recording.complete:
+                values = [None if point is None else recording.values[point] for point in points]
+                return self._select(values, images, output), output
+            self._exits_early = self._exits_early and not recording.exit_raised
+        survey = _CallSurvey(self.specs)
         output = survey.run(model, images)
-        found = [survey.find(place) for place in self.places]
-        self._stops[model.training] = tuple(stop for stop, _ in found)
-        return self._tensors([value for _, value in found], images, output), output
+        located = [survey.locate(spec) for spec in self.specs]
+        self._points[model.training] = tuple(point for point, _ in located)
+        return self._select([value for _, value in located], images, output), output
 
-    def _tensors(self, seen: Sequence[object], images: Images, output: Tensor) -> tuple[Tensor, ...]:
+    def _select(self, values: Sequence[object], images: Images, output: Tensor) -> tuple[Tensor, ...]:
         ends = {"input": images, "logits": output}
-        values = [ends.get(place.path, value) for place, value in zip(self.places, seen, strict=True)]
-        return tuple(one_tensor(value, place) for place, value in zip(self.places, values, strict=True))
+        return tuple(
+            select_tensor(ends.get(spec.path, value), spec) for spec, value in zip(self.specs, values, strict=True)
+        )
 
 
-class _Survey:
-    """A whole forward pass, with every call of the layers it is asked for and the last call of a linear layer."""
+class _CallSurvey:
+    """A complete forward pass that records every call of some layers, and the input of the last linear layer."""
 
-    def __init__(self, places: Sequence[Place]) -> None:
-        self.calls: dict[str, list[object]] = {p.module: [] for p in places if p.path not in PSEUDO_LAYERS}
-        self.linear: tuple[Stop, Tensor] | None = None
-        self._entered: Counter[str] = Counter()
-        self._wants_linear = any(place.path == "penultimate" for place in places)
+    def __init__(self, specs: Sequence[LayerSpec]) -> None:
+        self.outputs: dict[str, list[object]] = {s.module: [] for s in specs if s.path not in PSEUDO_LAYERS}
+        self.last_linear: tuple[HookPoint, Tensor] | None = None
+        self._linear_calls: Counter[str] = Counter()
+        self._records_linear = any(spec.path == "penultimate" for spec in specs)
 
     def run(self, model: nn.Module, images: Images) -> Tensor:
         handles = [
             model.get_submodule(name).register_forward_hook(
-                # clone at once: a later in-place operation must not change what we saw
-                lambda _module, _inputs, output, calls=calls: calls.append(_cloned(output))
+                # cloned at once: a later in-place operation must not change the recorded value
+                lambda _module, _inputs, output, outputs=outputs: outputs.append(_clone(output))
             )
-            for name, calls in self.calls.items()
+            for name, outputs in self.outputs.items()
         ]
-        for name, module in model.named_modules() if self._wants_linear else ():
+        for name, module in model.named_modules() if self._records_linear else ():
             if is_linear(module):
-                handles.append(module.register_forward_pre_hook(lambda _m, args, name=name: self._enter(name, args[0])))
-        return run_and_remove(model, images, handles)
+                handles.append(
+                    module.register_forward_pre_hook(lambda _m, args, name=name: self._record_linear(name, args[0]))
+                )
+        return run_and_remove_hooks(model, images, handles)
 
-    def find(self, place: Place) -> tuple[Stop | None, object]:
-        """Return which call a place is, and what was seen there; neither for the two ends of the network."""
-        if place.path == "penultimate":
-            if self.linear is None:
+    def locate(self, spec: LayerSpec) -> tuple[HookPoint | None, object]:
+        """Return the hook point of a layer and its recorded value; (None, None) for `input` and `logits`."""
+        if spec.path == "penultimate":
+            if self.last_linear is None:
                 raise UsageError(
                     "layer 'penultimate' needs a model whose forward ends in a linear layer; name a module instead"
                 )
-            return self.linear
-        if place.path in PSEUDO_LAYERS:
+            return self.last_linear
+        if spec.path in PSEUDO_LAYERS:
             return None, None
-        calls = self.calls[place.module]
-        number = _call_number(place, len(calls))
-        return Stop(place.module, number), calls[number]
+        outputs = self.outputs[spec.module]
+        call = _resolve_call(spec, len(outputs))
+        return HookPoint(spec.module, call), outputs[call]
 
-    def _enter(self, name: str, value: Tensor) -> None:
-        self.linear = Stop(name, self._entered[name], entering=True), value.clone()
-        self._entered[name] += 1
+    def _record_linear(self, name: str, value: Tensor) -> None:
+        self.last_linear = HookPoint(name, self._linear_calls[name], is_input=True), value.clone()
+        self._linear_calls[name] += 1
 
 
-class _Left(BaseException):
-    """Ends a forward pass from inside, for the visit that raised it and no other: representations may be nested."""
+class _EarlyExit(BaseException):
+    """Ends a forward pass; only the recording that raised it catches it, since representations may be nested."""
 
-    def __init__(self, visit: "_Visit") -> None:
+    def __init__(self, recording: "_PointRecording") -> None:
         super().__init__()
-        self.visit = visit
+        self.recording = recording
 
 
-class _Visit:
-    """A forward pass that is read at known calls and, where it may be left, goes no further than the last of them."""
+class _PointRecording:
+    """A forward pass that records known hook points and, if `exits_early`, stops at the last of them."""
 
-    def __init__(self, stops: Sequence[Stop], may_leave: bool) -> None:
-        self.wanted = frozenset(stops)
-        self.seen: dict[Stop, object] = {}
-        self.asked_to_leave = False
+    def __init__(self, points: Sequence[HookPoint], exits_early: bool) -> None:
+        self.points = frozenset(points)
+        self.values: dict[HookPoint, object] = {}
+        self.exit_raised = False
         self.complete = False
-        self._may_leave = may_leave
+        self._exits_early = exits_early
         self._calls: Counter[tuple[str, bool]] = Counter()
 
     def run(self, model: nn.Module, images: Images) -> Tensor:
-        """Return the model's output, an empty tensor where the pass was left."""
-        handles = [self._hook(model, *key) for key in {(stop.module, stop.entering) for stop in self.wanted}]
-        nothing = images.new_empty(0)
+        """Return the model's output; an empty tensor after an early exit."""
+        handles = [self._register(model, *key) for key in {(point.module, point.is_input) for point in self.points}]
+        no_output = images.new_empty(0)
         try:
-            output = run_and_remove(model, images, handles)
-        except _Left as left:
+            output = run_and_remove_hooks(model, images, handles)
+        except _EarlyExit as early_exit:
             # not kept: its traceback holds every activation of the pass
-            if left.visit is not self:
+            if early_exit.recording is not self:
                 raise
             self.complete = True
-            return nothing
+            return no_output
         except Exception:
-            if not self.asked_to_leave:
+            if not self.exit_raised:
                 raise
-            return nothing  # the network made an error of its own out of ours
-        self.complete = not self.asked_to_leave and len(self.seen) == len(self.wanted)
+            return no_output  # the network replaced the early exit by an exception of its own
+        self.complete = not self.exit_raised and len(self.values) == len(self.points)
         return output
 
-    def _hook(self, model: nn.Module, name: str, entering: bool) -> RemovableHandle:
+    def _register(self, model: nn.Module, name: str, is_input: bool) -> RemovableHandle:
         module = model.get_submodule(name)
-        if entering:
-            return module.register_forward_pre_hook(lambda _module, args: self._see(name, True, args[0]))
-        return module.register_forward_hook(lambda _module, _inputs, output: self._see(name, False, output))
+        if is_input:
+            return module.register_forward_pre_hook(lambda _module, args: self._record(name, True, args[0]))
+        return module.register_forward_hook(lambda _module, _inputs, output: self._record(name, False, output))
 
-    def _see(self, name: str, entering: bool, value: object) -> None:
-        stop = Stop(name, self._calls[name, entering], entering)
-        self._calls[name, entering] += 1
-        if stop not in self.wanted or self.asked_to_leave:
+    def _record(self, name: str, is_input: bool, value: object) -> None:
+        point = HookPoint(name, self._calls[name, is_input], is_input)
+        self._calls[name, is_input] += 1
+        if point not in self.points or self.exit_raised:
             return
-        self.asked_to_leave = self._may_leave and len(self.seen) == len(self.wanted) - 1
-        # only what still runs can overwrite it
-        self.seen[stop] = value if self.asked_to_leave else _cloned(value)
-        if self.asked_to_leave:
-            raise _Left(self)
+        self.exit_raised = self._exits_early and len(self.values) == len(self.points) - 1
+        # after an early exit no later operation can overwrite the value
+        self.values[point] = value if self.exit_raised else _clone(value)
+        if self.exit_raised:
+            raise _EarlyExit(self)
 
 
-def run_and_remove(model: nn.Module, images: Images, handles: Sequence[RemovableHandle]) -> Tensor:
-    """Return what a model returns for images (N, C, H, W); the hooks come off whatever happens."""
+def run_and_remove_hooks(model: nn.Module, images: Images, handles: Sequence[RemovableHandle]) -> Tensor:
+    """Return the model's output for images (N, C, H, W); remove the hooks even if the forward pass raises."""
     try:
         output: Tensor = model(images)
     finally:
@@ -192,13 +199,13 @@ def run_and_remove(model: nn.Module, images: Images, handles: Sequence[Removable
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module is what classifiers end in: a linear layer or a 1x1 convolution."""
+    """Return whether a module may be the last layer of a classifier: a linear layer or a 1x1 convolution."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
 
 
-def one_tensor(output: object, place: Place) -> Tensor:
-    """Return the one tensor that a place means of a layer's output; raises UsageError where there is not one."""
-    layer, index = place.layer, place.index
+def select_tensor(output: object, spec: LayerSpec) -> Tensor:
+    """Return the tensor that `spec` selects from a layer's output; raises UsageError if it does not select one."""
+    layer, index = spec.name, spec.index
     if isinstance(output, Tensor):
         if index is not None:
             raise UsageError(f"layer {layer!r} returns one tensor: leave out #{index}")
@@ -207,34 +214,34 @@ def one_tensor(output: object, place: Place) -> Tensor:
         tensors = [i for i, part in enumerate(output) if isinstance(part, Tensor)]
         if index is None:
             raise UsageError(
-                f"layer {layer!r} returns {len(output)} values: say which, such as {layer}#{(tensors or [0])[0]}"
+                f"layer {layer!r} returns {len(output)} values: select one, such as {layer}#{(tensors or [0])[0]}"
             )
         if -len(output) <= index < len(output) and isinstance(output[index], Tensor):
-            chosen: Tensor = output[index]
-            return chosen
+            selected: Tensor = output[index]
+            return selected
         raise UsageError(f"layer {layer!r}: output {index} is not a tensor; tensors are at {tensors}")
     raise UsageError(f"layer {layer!r} returns a {type(output).__name__}, not a tensor")
 
 
-def _call_number(place: Place, count: int) -> int:
-    layer, path, call = place.layer, place.path, place.call
+def _resolve_call(spec: LayerSpec, count: int) -> int:
+    layer, path, call = spec.name, spec.path, spec.call
     if not count:
         raise UsageError(f"layer {layer!r} is never called in a forward pass (a fused path may bypass it)")
     if call is None:
         if count > 1:
             raise UsageError(
                 f"layer {layer!r} is called {count} times in a forward pass: "
-                f"say which, from {path}@0 to {path}@{count - 1} or {path}@-1"
+                f"select a call, from {path}@0 to {path}@{count - 1} or {path}@-1"
             )
         return 0
     if not -count <= call < count:
-        raise UsageError(f"layer {layer!r} asks for call {call}, but there are only {count}")
+        raise UsageError(f"layer {layer!r} selects call {call}, but a forward pass has only {count}")
     return call % count
 
 
-def _cloned(output: object) -> object:
+def _clone(output: object) -> object:
     if isinstance(output, Tensor):
         return output.clone()
     if isinstance(output, tuple | list):
-        return tuple(_cloned(part) for part in output)
+        return tuple(_clone(part) for part in output)
     return output

@@ -1,8 +1,8 @@
-"""Any named layer of any module as a representation g, with the hook rules that stock models need.
+"""The activations of any named layer of a model as a representation of its images.
 
-A naive hook reads tensors that a later in-place operation overwrites, misses layers that are called several
-times or not at all, stays behind after an error, and lets the network run on for nothing. `taps.py` knows better;
-this module gives names to layers and makes vectors of what they return.
+A layer is `input`, `penultimate`, `logits` or `<module.path>[@call][#index]`. `hooks.py` records the activations: it
+copies them before in-place operations overwrite them, distinguishes repeated calls, removes its hooks after errors and
+leaves the forward pass early. This module parses layer names and reduces activations to vectors.
 """
 
 import re
@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from audit.errors import UnknownNameError, UsageError
-from audit.representation.hooks import PSEUDO_LAYERS, Place, Reader, run_and_remove
+from audit.representation.hooks import PSEUDO_LAYERS, LayerReader, LayerSpec, run_and_remove_hooks
 from audit.types import Encoded, Features, Images
 
 Reduction = Literal["flatten", "mean"]
-_SPELLING = re.compile(r"(?P<path>[^@#]+)(@(?P<call>-?\d+))?(#(?P<index>-?\d+))?")
+_LAYER_NAME = re.compile(r"(?P<path>[^@#]+)(@(?P<call>-?\d+))?(#(?P<index>-?\d+))?")
 
 
 class LayerInfo(NamedTuple):
-    """One line of `rvaudit layers`: the layer, its output per image, and what a hook must know of it.
+    """One row of `rvaudit layers`.
 
-    `calls` is 0 for a layer that one forward pass never calls; `outputs` counts the values it returns, tensors or
-    not, so more than one means that `#index` is needed; `shape` is the first tensor's, without the batch axis.
+    `shape` is that of the layer's first output tensor, without the batch axis, and `dimension` its product. `calls` is
+    the number of calls in one forward pass; a layer with several needs `@call`. `outputs` is the number of values that
+    the layer returns, tensors or not; with several it needs `#index`. `overwritten` tells whether a later in-place
+    operation changes the output.
     """
 
     name: str
@@ -40,12 +42,12 @@ class LayerInfo(NamedTuple):
 class Representation(nn.Module):
     """The map from images (N, C, H, W) to the features (N, D) of one named layer of a model.
 
-    `layer` is `input`, `penultimate`, `logits` or `<module.path>[@call][#index]`. `reduce` says how maps and
-    token sequences become vectors: `flatten` keeps everything, `mean` averages all positions but the channel
-    (the first axis of maps, the last of token sequences). Gradients reach the images. The first use runs the whole
-    network; later ones leave it at the layer, so what comes after is not run. Raises UnknownNameError
-    for an unknown layer or reduction, UsageError where the layer is called several times, never, returns several
-    tensors, or returns one whose first axis is not the images (windows or tokens, say).
+    `reduce` maps activations to vectors: `flatten` keeps every position, `mean` averages over all axes but the channel
+    (the first axis of maps, the last of token sequences). Gradients reach the images. The first call runs the whole
+    network; later calls leave the forward pass at the layer.
+
+    Raises UnknownNameError for an unknown layer or reduction, and UsageError for a layer that is never called, is
+    called several times, returns several tensors, or returns a tensor whose first axis is not the batch.
     """
 
     def __init__(self, model: nn.Module, layer: str, reduce: Reduction = "flatten") -> None:
@@ -55,128 +57,129 @@ class Representation(nn.Module):
         self.reduce = reduce
         if reduce not in ("flatten", "mean"):
             raise UnknownNameError("reduction", reduce, ("flatten", "mean"))
-        self.place = _place(model, layer)
-        self._reader = Reader([self.place])
-        self._carries_answer: bool | None = None
+        self.spec = _parse_layer(model, layer)
+        self._reader = LayerReader([self.spec])
+        self._encodes_log_probs: bool | None = None
 
     def forward(self, images: Images) -> Features:
         """Return the features (N, D) of images (N, C, H, W)."""
-        (tapped,) = self._reader.read(self.model, images)
-        return self.vectors(tapped, images)
+        (activations,) = self._reader.read(self.model, images)
+        return self.to_features(activations, images)
 
     def encode_features(self, images: Images) -> Encoded:
-        """Return the features (N, D) and no answers (N, 0), for estimators that need none."""
-        return _unanswered(self(images))
+        """Return the features (N, D) with empty log-probabilities (N, 0), for estimators that need none."""
+        return _without_log_probs(self(images))
 
     def encode(self, images: Images) -> Encoded:
-        """Return, from one forward pass, the features (N, D) and the network's log-probabilities (N, K).
+        """Return the features (N, D) and the network's log-probabilities (N, K), from one forward pass.
 
-        K is zero where `carries_answer` is false: such a layer says nothing of what the network answers.
+        K is 0 unless the logits are a function of the features (`determines_logits`).
         """
-        if not self.answers(images[:1]):
+        if not self.encodes_log_probs(images[:1]):
             return self.encode_features(images)
-        (tapped,), output = self._reader.read_through(self.model, images)
-        return Encoded(self.vectors(tapped, images), output.log_softmax(1))
+        (activations,), logits = self._reader.read_with_output(self.model, images)
+        return Encoded(self.to_features(activations, images), logits.log_softmax(1))
 
-    def answers(self, images: Images) -> bool:
-        """Return `carries_answer` as it was measured first."""
-        if self._carries_answer is None:
-            self._carries_answer = self.carries_answer(images)
-        return self._carries_answer
+    def encodes_log_probs(self, images: Images) -> bool:
+        """Return whether `encode` includes log-probabilities: the first result of `determines_logits`."""
+        if self._encodes_log_probs is None:
+            self._encodes_log_probs = self.determines_logits(images)
+        return self._encodes_log_probs
 
-    def carries_answer(self, images: Images) -> bool:
-        """Return whether the image reaches the network's answer through this layer alone.
+    def determines_logits(self, images: Images) -> bool:
+        """Return whether the logits are a function of the features, so that they carry no further information.
 
-        Then the answer is a function of the features, and what it tells of the image they tell too. Measured: with
-        the layer's output detached, no gradient of the answer is left at the image. Averages never carry it.
+        They are if every path from the images to the logits passes through the layer: the gradient of the logits with
+        respect to `images` is zero once the layer's output is detached. Averages over positions never determine them.
         """
         if self.reduce == "mean" and self._reader.read(self.model, images)[0].dim() > 2:
-            return False  # the answer is a function of all positions, not of their average
-        if self.place.path in PSEUDO_LAYERS:
+            return False  # the logits depend on every position, not on the average alone
+        if self.spec.path in PSEUDO_LAYERS:
             return True
-        call, calls = self.place.call, list[None]()
+        call, calls = self.spec.call, list[None]()
 
         def detach(_module: nn.Module, _inputs: object, output: object) -> object:
             calls.append(None)
-            chosen = call is None or call < 0 or call == len(calls) - 1
-            return _detached(output, self.place.index) if chosen else output
+            selected = call is None or call < 0 or call == len(calls) - 1
+            return _detach(output, self.spec.index) if selected else output
 
         leaf = images.detach().clone().requires_grad_()
-        handle = self.model.get_submodule(self.place.module).register_forward_hook(detach)
+        handle = self.model.get_submodule(self.spec.module).register_forward_hook(detach)
         with torch.enable_grad():
-            logits = run_and_remove(self.model, leaf, [handle])
+            logits = run_and_remove_hooks(self.model, leaf, [handle])
             if not logits.requires_grad:
                 return True
             weights = torch.arange(1.0, logits.numel() + 1, device=logits.device).view_as(logits)
             (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)
         return gradient is None or not bool(gradient.any())
 
-    def vectors(self, tapped: Tensor, images: Images) -> Features:
-        """Return the features (N, D) that the layer's output (N, ...) for images (N, C, H, W) makes."""
-        vectors = _to_vectors(tapped, self.reduce)
-        if len(vectors) != len(images):
+    def to_features(self, activations: Tensor, images: Images) -> Features:
+        """Return the features (N, D) of the layer's activations (N, ...) for images (N, C, H, W)."""
+        features = _to_vectors(activations, self.reduce)
+        if len(features) != len(images):
             raise UsageError(
-                f"layer {self.layer!r} returns the shape {tuple(tapped.shape)} for {len(images)} images: "
-                "its first axis is not the images, so it is no representation of them"
+                f"layer {self.layer!r} returns the shape {tuple(activations.shape)} for {len(images)} images: "
+                "its first axis must be the batch"
             )
-        return vectors
+        return features
 
 
 def encode_layers(
-    encoders: Sequence[Representation], images: Images, batch_size: int, *, answers: bool = True
+    encoders: Sequence[Representation], images: Images, batch_size: int, *, with_log_probs: bool = True
 ) -> Iterator[dict[str, Encoded]]:
-    """Yield, batch by batch and without gradients, what each layer of one model encodes: one forward pass a batch.
+    """Yield the encodings of several layers of one model, batch by batch: one forward pass a batch, without gradients.
 
-    The values are those of `Representation.encode`, or with `answers` off of `encode_features`; then the pass is left
-    at the last of the layers. Raises UsageError for a batch size under 1, for representations of several models and
-    for a layer that is there twice.
+    The values are those of `Representation.encode`, or of `encode_features` if `with_log_probs` is False; then every
+    pass is left at the last of the layers. Raises UsageError for a batch size below 1, for representations of several
+    models, and for a layer that occurs twice.
     """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size!r} of the images to encode must be at least 1")
     if len({id(each.model) for each in encoders}) > 1:
-        raise UsageError("layers are read from one forward pass: all representations must be of one model")
+        raise UsageError("layers encoded in one forward pass must belong to one model")
     names = [each.layer for each in encoders]
-    if twice := next((name for name in names if names.count(name) > 1), ""):
-        raise UsageError(f"layer {twice!r} is asked for twice: once is enough, with one reduction")
+    if repeated := next((name for name in names if names.count(name) > 1), ""):
+        raise UsageError(f"layer {repeated!r} occurs twice: encode each layer once, with one reduction")
     if not encoders:
         return
-    model, reader = encoders[0].model, Reader([each.place for each in encoders])
-    answering = {each.layer for each in encoders if answers and each.answers(images[:1])}
+    model, reader = encoders[0].model, LayerReader([each.spec for each in encoders])
+    determining = {each.layer for each in encoders if with_log_probs and each.encodes_log_probs(images[:1])}
     for batch in images.split(batch_size):
         with torch.no_grad():
-            if answering:
-                tapped, output = reader.read_through(model, batch)
-                spoken = output.log_softmax(1)
+            if determining:
+                activations, logits = reader.read_with_output(model, batch)
+                log_probs = logits.log_softmax(1)
             else:
-                tapped, spoken = reader.read(model, batch), batch.new_empty(0)
-            found = {each.layer: each.vectors(value, batch) for each, value in zip(encoders, tapped, strict=True)}
+                activations, log_probs = reader.read(model, batch), batch.new_empty(0)
+            features = {
+                each.layer: each.to_features(value, batch) for each, value in zip(encoders, activations, strict=True)
+            }
         yield {
-            layer: Encoded(features, spoken) if layer in answering else _unanswered(features)
-            for layer, features in found.items()
+            layer: Encoded(values, log_probs) if layer in determining else _without_log_probs(values)
+            for layer, values in features.items()
         }
 
 
 def features_of_layers(
     network: nn.Module, layers: Sequence[str], images: Images, batch_size: int, reduce: Reduction = "flatten"
 ) -> dict[str, Features]:
-    """Return the features (N, D) of each layer for images (N, C, H, W), without gradients, from one pass over them.
+    """Return the features (N, D) of each layer for images (N, C, H, W), without gradients, in one pass for each batch.
 
-    They are those of `Representation`, and it raises what that does. It holds all of them: N times the sum of the
-    layers' dimensions.
+    Values and errors are those of `Representation`. Memory holds the features of all layers.
     """
     encoders = [Representation(network, layer, reduce) for layer in dict.fromkeys(layers)]
-    parts = list(encode_layers(encoders, images, batch_size, answers=False))
-    return {each.layer: torch.cat([part[each.layer].features for part in parts]) for each in encoders}
+    batches = list(encode_layers(encoders, images, batch_size, with_log_probs=False))
+    return {each.layer: torch.cat([batch[each.layer].features for batch in batches]) for each in encoders}
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Return every layer name a user may type: the three that always exist, then the modules' paths."""
-    return [*PSEUDO_LAYERS, *(name for name, _ in _unwrapped(model).named_modules() if name)]
+    """Return every legal layer name: `input`, `penultimate` and `logits`, then the paths of the modules."""
+    return [*PSEUDO_LAYERS, *(name for name, _ in _inner_network(model).named_modules() if name)]
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
-    """Return a submodule by its dotted path; raises UnknownNameError with the nearest paths."""
-    modules = dict(_unwrapped(model).named_modules())
+    """Return a submodule by its dotted path; raises UnknownNameError, with the nearest paths, if there is none."""
+    modules = dict(_inner_network(model).named_modules())
     if path not in modules or not path:
         raise UnknownNameError("layer", path, layer_names(model))
     return modules[path]
@@ -184,25 +187,25 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
 
 @torch.no_grad()
 def describe_layers(model: nn.Module, images: Images) -> list[LayerInfo]:
-    """Return what one forward pass of `images` shows of every layer, in the model's own order."""
-    seen: dict[str, list[object]] = {}
-    kinds = {name: module for name, module in _unwrapped(model).named_modules() if name}
-    handles = []
-    for name, module in kinds.items():
-        calls: list[object] = seen.setdefault(name, [])
-        handles.append(module.register_forward_hook(lambda _m, _i, out, calls=calls: calls.append(_stamped(out))))
-    logits = run_and_remove(model, images, handles)
-    rows = [_describe(name, type(kinds[name]).__name__, list(calls)) for name, calls in seen.items()]
-    ends: list[tuple[str, list[object]]] = [
-        ("input", [_stamped(images)]),
-        ("penultimate", _penultimate_calls(model, images)),
-        ("logits", [_stamped(logits)]),
+    """Return the calls and outputs of every layer in one forward pass of images (N, C, H, W), in the model's order."""
+    modules = {name: module for name, module in _inner_network(model).named_modules() if name}
+    outputs: dict[str, list[_Output]] = {name: [] for name in modules}
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, seen=outputs[name]: seen.append(_with_versions(output)))
+        for name, module in modules.items()
     ]
-    return [_describe(name, "", calls) for name, calls in ends] + rows
+    logits = run_and_remove_hooks(model, images, handles)
+    rows = [_describe(name, type(modules[name]).__name__, calls) for name, calls in outputs.items()]
+    pseudo = {
+        "input": [_with_versions(images)],
+        "penultimate": _penultimate_output(model, images),
+        "logits": [_with_versions(logits)],
+    }
+    return [*(_describe(name, "", calls) for name, calls in pseudo.items()), *rows]
 
 
-def _place(model: nn.Module, layer: str) -> Place:
-    match = _SPELLING.fullmatch(layer.strip())
+def _parse_layer(model: nn.Module, layer: str) -> LayerSpec:
+    match = _LAYER_NAME.fullmatch(layer.strip())
     if match is None:
         raise UsageError(
             f"layer {layer!r} is not of the form <module.path>[@call][#index], input, penultimate or logits"
@@ -214,57 +217,62 @@ def _place(model: nn.Module, layer: str) -> Place:
     if path not in PSEUDO_LAYERS:
         find_module(model, path)
     elif call is not None or (index is not None and path != "logits"):
-        raise UsageError(f"layer {layer!r}: {path} is one tensor of one forward pass, leave out @ and #")
-    return Place(layer, path, path if _unwrapped(model) is model else f"network.{path}", call, index)
+        raise UsageError(f"layer {layer!r}: {path} is a single tensor, leave out @ and #")
+    return LayerSpec(layer, path, path if _inner_network(model) is model else f"network.{path}", call, index)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """A wrapper (normalisation, say) whose one child is called `network` is transparent to layer names."""
+def _inner_network(model: nn.Module) -> nn.Module:
+    """Return the network inside a wrapper, such as a normalisation, whose only child is called `network`."""
     children = dict(model.named_children())
-    # a network that merely has a part of this name keeps its other parts in sight
+    # a model with further children beside `network` is no wrapper
     return children["network"] if children.keys() == {"network"} else model
 
 
-def _penultimate_calls(model: nn.Module, images: Images) -> list[object]:
-    try:
-        return [_stamped(*Reader([_place(model, "penultimate")]).read(model, images))]
-    except UsageError:
-        return []
-
-
-def _unanswered(features: Features) -> Encoded:
+def _without_log_probs(features: Features) -> Encoded:
     return Encoded(features, features.new_empty(len(features), 0))
 
 
-def _detached(output: object, index: int | None) -> object:
+def _detach(output: object, index: int | None) -> object:
     if isinstance(output, Tensor):
         return output.detach()
     if isinstance(output, tuple | list) and index is not None:
-        return tuple(_detached(part, None) if i == index % len(output) else part for i, part in enumerate(output))
+        return tuple(_detach(part, None) if i == index % len(output) else part for i, part in enumerate(output))
     return output
 
 
-class _Stamped(NamedTuple):
+class _Output(NamedTuple):
+    """The tensors of one output, their version counters when it was returned, and its number of values."""
+
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
     values: int
 
 
-def _stamped(output: object) -> _Stamped:
-    parts = output if isinstance(output, tuple | list) else (output,)
-    tensors = tuple(part for part in parts if isinstance(part, Tensor))
-    return _Stamped(tensors, tuple(tensor._version for tensor in tensors), len(parts))
+def _with_versions(output: object) -> _Output:
+    values = output if isinstance(output, tuple | list) else (output,)
+    tensors = tuple(value for value in values if isinstance(value, Tensor))
+    return _Output(tensors, tuple(tensor._version for tensor in tensors), len(values))
 
 
-def _describe(name: str, kind: str, calls: list[object]) -> LayerInfo:
-    stamps = [call for call in calls if isinstance(call, _Stamped) and call.tensors]
-    if not stamps:
+def _penultimate_output(model: nn.Module, images: Images) -> list[_Output]:
+    try:
+        return [_with_versions(*LayerReader([_parse_layer(model, "penultimate")]).read(model, images))]
+    except UsageError:
+        return []
+
+
+def _describe(name: str, kind: str, calls: Sequence[_Output]) -> LayerInfo:
+    outputs = [call for call in calls if call.tensors]
+    if not outputs:
         return LayerInfo(name, kind, (), 0, len(calls), False, 0)
-    first = stamps[0].tensors[0]
-    # torch counts in-place writes per storage: a higher count than at return time means it was overwritten
-    overwritten = any(t._version != version for s in stamps for t, version in zip(s.tensors, s.versions, strict=True))
-    shape = tuple(first.shape[1:])
-    return LayerInfo(name, kind, shape, prod(shape), len(calls), overwritten, stamps[0].values)
+    shape = tuple(outputs[0].tensors[0].shape[1:])
+    # an in-place operation increases the version counter that all views of a storage share
+    overwritten = any(
+        tensor._version != version
+        for output in outputs
+        for tensor, version in zip(output.tensors, output.versions, strict=True)
+    )
+    return LayerInfo(name, kind, shape, prod(shape), len(calls), overwritten, outputs[0].values)
 
 
 def _to_vectors(features: Tensor, reduce: Reduction) -> Features:

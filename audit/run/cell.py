@@ -1,18 +1,29 @@
-"""From the sections of a benchmark to cells: one thing to audit each."""
+"""Cells of a benchmark: what they are, the order in which they are computed, and their warm starts.
 
-from dataclasses import dataclass
+Warm starts: a worst-case search within a larger ball starts from the result for the next smaller ball at the same
+layer. At the smallest radius it starts from the result for the next later layer, because images that collide at a
+layer collide at every later one. The chain of warm starts is part of what decides a cell's numbers.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 
 from audit.adversary.threat import ThreatModel, threat_model
 from audit.config.benchmark import BenchmarkConfig
 from audit.config.settings import AuditSettings
-from audit.config.yaml_source import read_config as read_config
+from model_zoo.lookup import expand_ref
+
+_NAMED_DEPTHS = {"input": 0, "penultimate": 2, "logits": 3}
+_INNER_DEPTH = 1
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to audit: a model at a layer under a threat model, on the first `images` images of a data set.
+    """One audit of a benchmark: a model at a layer under a threat model, on the first `images` images of a data set.
 
-    The search of its worst case starts from the images that are worst for `after`, where there is such a cell.
+    The worst-case search starts from the worst-case images of `after`, if there is such a cell.
     """
 
     ref: str
@@ -26,7 +37,7 @@ class Cell:
 
 
 def cells(config: BenchmarkConfig) -> list[Cell]:
-    """Return a benchmark's cells, all of one model together."""
+    """Return the cells of a benchmark, all cells of a model together; patterns of references stay as they are."""
     settings = dict(zip((section.shown for section in config.estimators), config.settings(), strict=True))
     return [
         Cell(
@@ -40,3 +51,66 @@ def cells(config: BenchmarkConfig) -> list[Cell]:
         )
         for planned in config.planned()
     ]
+
+
+def expand(config: BenchmarkConfig) -> list[Cell]:
+    """Return the cells of a benchmark with patterns such as `bundled:digits-*` expanded, and with their warm starts.
+
+    The cells of one model stay together, so that it is loaded and attacked once. Raises UnknownNameError for a pattern
+    without a match.
+    """
+    found = [replace(cell, ref=ref) for cell in cells(config) for ref in expand_ref(cell.ref)]
+    first = {cell.ref: number for number, cell in reversed(list(enumerate(found)))}
+    return with_warm_starts(sorted(found, key=lambda cell: first[cell.ref]))
+
+
+def with_warm_starts(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells, each with the cell that its search starts from, in the same order.
+
+    At the smallest radius a layer starts from the next later layer, as far as names tell; a larger radius starts from
+    the next smaller one at the same layer. Models, images, norms, estimators and attacks never share searches.
+    """
+    found = list(cells)
+    for group in search_groups(cells):
+        smallest: dict[str, Cell] = {}
+        searched = [number for number in group if cells[number].threat.eps > 0]
+        for (_, norm), radii in groupby(searched, key=lambda number: (cells[number].layer, cells[number].threat.norm)):
+            first, *larger = radii
+            found[first] = replace(cells[first], after=smallest.get(norm))
+            for lower, higher in pairwise([first, *larger]):
+                found[higher] = replace(cells[higher], after=found[lower])
+            smallest[norm] = found[first]
+    return found
+
+
+def search_groups(cells: Sequence[Cell]) -> list[list[int]]:
+    """Return the numbers of the cells in groups that share results or warm starts, in the order of computation."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for number, cell in enumerate(cells):
+        groups.setdefault((cell.ref, cell.name, cell.dataset, cell.images, cell.settings), []).append(number)
+    for group in groups.values():
+        group.sort(key=lambda number: (cells[number].threat.norm, cells[number].threat.eps))
+        group.sort(key=lambda number: _depth(cells[number].layer), reverse=True)
+    return list(groups.values())
+
+
+def warm_start_path(cell: Cell) -> list[list[object]]:
+    """Return layer and radius of every cell in the chain of warm starts before a cell, the first one first."""
+    return [*warm_start_path(cell.after), [cell.after.layer, cell.after.threat.eps]] if cell.after else []
+
+
+def module_path(layer: str) -> str:
+    """Return the module path of a layer's name, without call and output numbers.
+
+    >>> module_path("features.3@1#0")
+    'features.3'
+    """
+    return re.split("[@#]", layer)[0]
+
+
+def _depth(layer: str) -> tuple[object, ...]:
+    """Return a key that sorts layers in the order of execution, as far as names tell, and is unique for each layer."""
+    path = module_path(layer)
+    tokens = [(0, int(token)) if token.isdigit() else (1, token) for token in re.findall(r"\d+|[^\d.]+", path)]
+    # (2,) sorts after each token: a stage ends after its parts
+    return _NAMED_DEPTHS.get(path, _INNER_DEPTH), *tokens, (2,), layer

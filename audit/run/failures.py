@@ -1,30 +1,20 @@
-"""What a cell's record says beside its measurements: a failure with its reason, a certificate, the machine."""
+"""Records of cells that could not be computed."""
 
-import platform
-from dataclasses import replace
-from importlib.metadata import version
+from collections.abc import Sequence
 
-import torch
-
-from audit.certificate.layers import LayerCertificate
-from audit.errors import AuditError
+from audit.adversary.attack_checks import Check
+from audit.errors import AuditError, EnvironmentFault
 from audit.records import AuditRecord
 from audit.run.cell import Cell
-from audit.storage import digest
+from audit.run.identity import failure_id
 
 
-def failed_id(cell: Cell) -> str:
-    """Return the id of a cell's failure: its weights or images may be what cannot be had, so names stand for them."""
-    place = (cell.ref, cell.dataset, cell.images, cell.layer, cell.threat.norm, cell.threat.eps)
-    return digest({"failed": [*place, repr(cell.settings)]})
-
-
-def failure(cell: Cell, error: BaseException) -> AuditRecord:
-    """Return the record of a cell that could not be measured, with the reason in a sentence."""
+def failure(cell: Cell, error: BaseException, checks: Sequence[Check] = ()) -> AuditRecord:
+    """Return the record of a cell that could not be computed, with the reason and the sanity checks made before."""
     first = next(iter(str(error).splitlines()), "")
     reason = first if isinstance(error, AuditError) else f"{type(error).__name__}: {first}".removesuffix(": ")
     return AuditRecord(
-        cell_id=failed_id(cell),
+        cell_id=failure_id(cell),
         model=cell.name or cell.ref,
         source=cell.ref.partition(":")[0],
         family="unknown",
@@ -41,27 +31,12 @@ def failure(cell: Cell, error: BaseException) -> AuditRecord:
         images=cell.images or 0,
         status="failed",
         reason=reason,
+        checks=tuple(check._asdict() for check in checks),
         details={"error": type(error).__name__, "exit_code": getattr(error, "exit_code", 1)},
     )
 
 
-def with_certificate(record: AuditRecord, found: LayerCertificate) -> AuditRecord:
-    """Return a record with a certificate of its layer beside the estimates."""
-    return replace(
-        record,
-        certified_bound=found.certified_bound,
-        certified_bound_population=found.certified_bound_population,
-        certified_tier=found.certified_tier if found.certified_bound is not None else "",
-        best_head=found.best_head or "",
-        best_head_accuracy=found.best_head_accuracy,
-        flags=(*record.flags, *(flag.replace("weak attack", "weak_attack") for flag in found.flags)),
-        passes=(record.passes or 0) + found.passes + found.attack_passes,
-        details={**record.details, "certificate": found.to_dict()},
-    )
-
-
-def provenance(device: torch.device) -> dict[str, str]:
-    """Return the versions and the hardware that a record was made with."""
-    packages = ("rvaudit", "torch", "torchvision", "timm", "robustbench", "numpy")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"python": platform.python_version(), "device": hardware, **{name: version(name) for name in packages}}
+def worker_failure(cell: Cell, ending: str) -> AuditRecord:
+    """Return the record of a cell whose worker died more often than it is retried; `ending` is how it last died."""
+    message = f"its worker died repeatedly, perhaps out of memory ({ending})"
+    return failure(cell, EnvironmentFault(message))

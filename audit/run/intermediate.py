@@ -1,93 +1,114 @@
-"""Parts of cells that are done while their cells are not: kept in the run folder, so that a killed run has them back.
+"""Results kept for later: in memory for the next cells, and in the run folder, so that a run resumes inside a cell.
 
-A file is safetensors: tensors, and in the header JSON that names the types it is made of. Reading one runs no code.
+A stored result is a safetensors file: tensors, and in the header JSON that names the types of the values. Reading it
+runs no code.
 """
 
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from audit.adversary.accuracy import Accuracy, Siege
-from audit.adversary.attack_checks import Check
-from audit.adversary.robustness import Robustness
-from audit.certificate.layers import LayerCertificate
-from audit.certificate.near_collisions import CurvePoint
 from audit.errors import EnvironmentFault
-from audit.information.estimator import MIEstimate, Vulnerability
-from audit.proportion import Proportion
 from audit.storage import digest, write_atomically
 
-SECONDS = 20.0  # a part that took longer is kept
+MIN_SECONDS = 20.0  # results that took less are not kept
 FOLDER, _HOUR = "partial", 3600
 _TEMPORARY = re.compile(r"\.[0-9a-f]{60}\..{8}")  # as `write_atomically` names them
-_TYPES: dict[str, type] = {
-    made.__name__: made
-    for made in (
-        Robustness,
-        Accuracy,
-        Proportion,
-        Siege,
-        Check,
-        Vulnerability,
-        MIEstimate,
-        LayerCertificate,
-        CurvePoint,
-    )
-}
-_Part = TypeVar("_Part")
+_Result = TypeVar("_Result")
+_Key = TypeVar("_Key", bound=Hashable)
+Types = Mapping[str, type]
+"""The named tuples and dataclasses that a file may hold, by class name."""
 
 
-class Parts:
-    """The parts under one run folder, one file each, named by the hash of what decides it.
+def types_by_name(types: Sequence[type]) -> Types:
+    """Return named tuples and dataclasses by their names."""
+    return {each.__name__: each for each in types}
 
-    Without a folder, or where the folder is not on this machine, nothing is kept and everything is computed.
+
+class Memo(Generic[_Key, _Result]):
+    """Values by key, computed on first use; with `slots`, only so many are kept.
+
+    The oldest value is dropped before a new one is computed, so that both never take memory at once.
     """
 
-    def __init__(self, folder: Path | None, device: torch.device) -> None:
-        self.run, self.device = folder, device
+    def __init__(self, slots: int | None = None) -> None:
+        self._slots = slots
+        self._values: dict[_Key, _Result] = {}
 
-    def get(self, key: Mapping[str, Any], compute: Callable[[], _Part], cell_id: str = "") -> _Part:
-        """Return a part: the one that is kept under `key`, else computed now, and kept if that took long.
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
 
-        `key` is everything that decides the part, as JSON data. Another kind of device makes another part, so that a
-        resumed run equals one that was left alone. A part that only one cell needs goes when that cell is done.
+    def __iter__(self) -> Iterator[_Result]:
+        return iter(list(self._values.values()))
+
+    def get(self, key: _Key, compute: Callable[[], _Result]) -> _Result:
+        """Return the value of a key, computed if it is not there."""
+        if key not in self._values:
+            while self._slots is not None and len(self._values) >= self._slots:
+                del self._values[next(iter(self._values))]
+            self._values[key] = compute()
+        return self._values[key]
+
+
+class IntermediateResults:
+    """The intermediate results of one run folder, one file each, named by the digest of what decides it.
+
+    Nothing is kept without a folder, or if the folder is not on this machine.
+    """
+
+    def __init__(self, folder: Path | None, device: torch.device, types: Types) -> None:
+        self._run, self._device, self._types = folder, device, types
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the results; None where nothing is kept."""
+        return self._run / FOLDER if self._run is not None and self._run.is_dir() else None
+
+    def get(self, identity: Mapping[str, Any], compute: Callable[[], _Result], cell_id: str = "") -> _Result:
+        """Return the result stored under an identity, else compute it, and store it if that took long.
+
+        `identity` is everything that decides the result, as JSON data; each type of device has results of its own, so
+        that a resumed run equals an undisturbed one. A result that only one cell uses carries its `cell_id`, and is
+        deleted with `clear(cell_id)`.
         """
-        if self.run is None or not self.run.is_dir():
+        if self.folder is None:
             return compute()
-        path = self.run / FOLDER / cell_id / f"{digest({**key, 'device': self.device.type})}.safetensors"
+        path = self.folder / cell_id / f"{digest({**identity, 'device': self._device.type})}.safetensors"
         if path.exists():
             try:
-                return unpacked(path, self.device)
-            except Exception:  # torn, foreign or of another version: computing it again is always right
+                stored: _Result = read_result(path, self._types, self._device)
+            except Exception:  # truncated, foreign or of another version: computing it again is always right
                 path.unlink(missing_ok=True)
+            else:
+                return stored
         started = time.monotonic()
-        part = compute()
-        if time.monotonic() - started > SECONDS:
-            # a full disk, or an estimator of other types than ours, costs time and not the part
+        result = compute()
+        if time.monotonic() - started > MIN_SECONDS:
+            # a full disk, or an estimator with result types of its own, costs time and not the result
             with suppress(EnvironmentFault, TypeError):
-                write_atomically(path, packed(part))
-        return part
+                write_atomically(path, to_bytes(result, self._types))
+        return result
 
-    def forget(self, cell_id: str = "") -> None:
-        """Delete the parts that only one cell needs, or all of them."""
-        if self.run is not None:
-            rmtree(self.run / FOLDER / cell_id, ignore_errors=True)
+    def clear(self, cell_id: str = "") -> None:
+        """Delete the results that only one cell uses, or all of them."""
+        if self._run is not None:
+            rmtree(self._run / FOLDER / cell_id, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of writes that were killed in a run folder; those of the last hour may be at work."""
+def remove_stale_files(folder: Path) -> None:
+    """Delete temporary files that killed writes left in a run folder more than an hour ago; younger may be in use."""
     for part in ("cells", FOLDER):
         for path in (folder / part).rglob(".*"):
             with suppress(OSError):  # another process was faster, or the folder is read-only
@@ -95,51 +116,57 @@ def remove_leftovers(folder: Path) -> None:
                     path.unlink()
 
 
-def packed(part: object) -> bytes:
-    """Return a value made of our types, tuples, mappings, tensors and plain data as the bytes of a file."""
+def to_bytes(result: object, types: Types) -> bytes:
+    """Return the file content of a value made of the given types, tuples, mappings, tensors and plain JSON data.
+
+    Raises TypeError for a value of another type.
+    """
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_plain(part, tensors))
+    tree = json.dumps(_to_json(result, tensors, types))
     return safetensors.torch.save(
         {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, {"part": tree}
     )
 
 
-def unpacked(path: Path, device: torch.device) -> Any:
-    """Return the value that a file of `packed` holds, what was not on the CPU on a device.
+def read_result(path: Path, types: Types, device: torch.device) -> Any:
+    """Return the value of a file that `to_bytes` made; tensors that were not on the CPU go to the device.
 
-    Raises whatever its damage leads to for other files.
+    Raises exceptions of any kind for a damaged file.
     """
     with safe_open(os.fspath(path), framework="pt") as file:
-        return _built(json.loads((file.metadata() or {})["part"]), file, device)
+
+        def from_json(tree: Any) -> Any:
+            if not isinstance(tree, dict):
+                return tree
+            if "tensor" in tree:
+                found = file.get_tensor(tree["tensor"]).clone()  # independent of the file, which may be deleted
+                return found if tree["on"] == "cpu" else found.to(device)
+            if "mapping" in tree:
+                return {name: from_json(each) for name, each in tree["mapping"]}
+            if "tuple" in tree:
+                return tuple(from_json(each) for each in tree["tuple"])
+            return _instance(types[tree["type"]], [from_json(each) for each in tree["values"]])
+
+        return from_json(json.loads((file.metadata() or {})["part"]))
 
 
-def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _to_json(value: Any, tensors: dict[str, Tensor], types: Types) -> Any:
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value
         return {"tensor": name, "on": value.device.type}
     if isinstance(value, Mapping):
-        return {"mapping": [[name, _plain(each, tensors)] for name, each in value.items()]}
-    if type(value).__name__ in _TYPES:
+        return {"mapping": [[name, _to_json(each, tensors, types)] for name, each in value.items()]}
+    if type(value).__name__ in types:
         names = [known.name for known in fields(value)] if is_dataclass(value) else value._fields
-        return {"type": type(value).__name__, "values": [_plain(getattr(value, name), tensors) for name in names]}
+        values = [_to_json(getattr(value, name), tensors, types) for name in names]
+        return {"type": type(value).__name__, "values": values}
     if isinstance(value, tuple):
-        return {"tuple": [_plain(each, tensors) for each in value]}
+        return {"tuple": [_to_json(each, tensors, types) for each in value]}
     return value
 
 
-def _built(plain: Any, file: Any, device: torch.device) -> Any:
-    if not isinstance(plain, dict):
-        return plain
-    if "tensor" in plain:
-        found = file.get_tensor(plain["tensor"]).clone()  # of its own: the file may go
-        return found if plain["on"] == "cpu" else found.to(device)
-    if "mapping" in plain:
-        return {name: _built(each, file, device) for name, each in plain["mapping"]}
-    if "tuple" in plain:
-        return tuple(_built(each, file, device) for each in plain["tuple"])
-    made = _TYPES[plain["type"]]
-    values = (_built(each, file, device) for each in plain["values"])
+def _instance(made: type, values: list[Any]) -> Any:
     if not is_dataclass(made):
         return made(*values)
     return made(**dict(zip((known.name for known in fields(made)), values, strict=True)))

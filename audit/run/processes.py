@@ -1,74 +1,78 @@
-"""Cells computed by several processes of this machine, whole models each, to the records of a single process.
+"""Executor of several processes on this machine: each computes whole models, with the records of a single process.
 
-The cores are divided among the processes. Float sums in another number of threads differ in their last digits (2e-5
-nats were met), as they do between machines. Threads that wait leave their core to others at once, and freed memory is
-kept for the next tensor instead of being given back and asked for again, which was a fifth of the time.
+The cores are divided among the processes. Sums of floats in another number of threads differ in their last digits
+(measured: 2e-5 nats), as they do between machines. Waiting threads release their core at once, and freed memory is
+kept for the next tensor: returning it to the system and requesting it again took a fifth of the time.
 """
 
 import multiprocessing
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import torch
 
-from audit.errors import AuditError, EnvironmentFault, UsageError
-from audit.records import AuditRecord, RecordStore
+from audit.errors import EnvironmentFault, UsageError
+from audit.records import RecordStore
 from audit.run.cell import Cell
-from audit.run.cell_runner import RunOptions, Watcher, Workbench
-from audit.run.failures import failure
-from audit.run.intermediate import remove_leftovers
-from audit.run.warm_starts import sharing
-from audit.run.worker import Desk, Done, Message, Ready, Stage, Taken, Task, work
+from audit.run.failures import worker_failure
+from audit.run.loading import RunOptions, device_of, model_bytes
+from audit.run.run_loop import Finished, Workload
+from audit.run.worker import Done, Job, Locked, Message, Ready, StageStarted, WorkerSetup, start
 
-_FOR_SHARING = {
+_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
-    "MALLOC_MMAP_THRESHOLD_": str(2**28),  # glibc's: tensors under 256 MiB come from memory that is kept,
+    "MALLOC_MMAP_THRESHOLD_": str(2**28),  # glibc: tensors under 256 MiB come from memory that is kept,
     "MALLOC_TRIM_THRESHOLD_": str(2**29),  # up to 512 MiB of it
 }
-_PATIENCE = 5.0  # seconds that a process has to end when asked
+_END_SECONDS = 5.0  # before a process that was asked to end is killed
+_SHORT_RUN = 3000  # images of all cells: a shorter run is over before another process has started
+_PROCESS_BYTES = 0.6e9  # of a process with torch, without a model
 
 
 @dataclass(frozen=True)
-class Jobs:
-    """How many processes share a run, and how often a cell is tried again when its process died."""
+class Processes:
+    """The number of processes that share a run, and how often a cell is retried after its process died."""
 
     count: int
     retries: int = 3
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise UsageError(f"jobs {self.count!r} must be at least 1: so many processes share a run")
+            raise UsageError(f"jobs {self.count!r} must be at least 1: it is the number of processes")
+
+    def execute(self, work: Workload) -> Generator[Finished, None, None]:
+        """Compute the unfinished cells; see `Executor`.
+
+        All cells of a model go to one process, which loads and attacks it once. A process that dies is replaced, and
+        its cell is retried. Other runs may work in the same folder.
+        """
+        queue = _JobQueue(work, self)
+        try:
+            yield from queue.results()
+        finally:
+            queue.close()
 
 
-def run_in_jobs(
-    todo: Sequence[Cell], folder: Path, options: RunOptions, watcher: Watcher, jobs: Jobs
-) -> list[AuditRecord]:
-    """Audit every cell that has no record yet and return all records, in the order of the cells.
+def fitting_processes(cells: Sequence[Cell], options: RunOptions) -> int:
+    """Return the default number of processes: one a core, as far as half of the free memory holds their models.
 
-    The cells of one model go to one process, which loads and attacks it once; models go out in their order. A process
-    that dies is replaced, and the cell that it was at is tried again. Locks and files are those of `benchmark.run`, so
-    other runs may work in the same folder. Raises EnvironmentFault where no process can be started or the folder
-    cannot be written to.
+    One for a GPU, for a single model, and for a short run.
     """
-    remove_leftovers(folder)
-    threads = max(1, torch.get_num_threads() // jobs.count)
-    office = _Office(todo, Desk(list(todo), folder.resolve(), options, threads), watcher, jobs)
-    try:
-        office.oversee()
-    finally:
-        office.close()
-    rmtree(folder / ".locks", ignore_errors=True)  # every cell has its record: nobody waits any more
-    if all(record.valid for record in office.records.values()):
-        office.bench.parts.forget()
-    return [office.records[number] for number in range(len(todo))]
+    images = sum(cell.images or _SHORT_RUN for cell in cells)
+    if images < _SHORT_RUN or device_of(options.device).type != "cpu":
+        return 1
+    models = {(cell.ref, cell.dataset) for cell in cells}
+    if len(models) < 2 or cores() < 2:
+        return 1
+    largest = max(model_bytes(ref, dataset, options) for ref, dataset in sorted(models))
+    return max(1, min(cores(), int(free_bytes() / 2 / (_PROCESS_BYTES + largest))))
 
 
 def cores() -> int:
@@ -77,159 +81,156 @@ def cores() -> int:
 
 
 def free_bytes() -> int:
-    """Return how much memory new processes may take: what Linux says is available, elsewhere what no one holds."""
+    """Return the memory in bytes that new processes may take: available memory on Linux, elsewhere unused memory."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def died(cell: Cell, how: str) -> AuditRecord:
-    """Return the record of a cell whose process died more often than it may be tried again."""
-    return failure(cell, EnvironmentFault(f"its worker died again and again, perhaps for want of memory ({how})"))
-
-
 @dataclass
-class _Worker:
-    """A process, the line to it, its task (none: it is starting or has nothing to do) and the cell it is at."""
+class _Process:
+    """A worker process with its pipe, its job (None: starting or idle) and the number of its current cell."""
 
     process: Any
-    line: Connection
-    task: Task | None = None
-    at: int | None = None
+    pipe: Connection
+    job: Job | None = None
+    cell: int | None = None
     ready: bool = False
 
 
-class _Office:
-    """Hands out the models of a run, hears what comes of them, and replaces processes that die."""
+class _JobQueue:
+    """Distributes the models of a run to worker processes, and replaces processes that die."""
 
-    def __init__(self, todo: Sequence[Cell], desk: Desk, watcher: Watcher, jobs: Jobs) -> None:
-        self.todo, self.desk, self.watcher, self.jobs = todo, desk, watcher, jobs
-        self.bench, self.store = Workbench(desk.options, watcher, desk.folder), RecordStore(desk.folder)
-        self.records: dict[int, AuditRecord] = {}
-        self.workers: list[_Worker] = []
-        self.deaths: Counter[int | None] = Counter()
-        self.queue = deque(Task(groups) for groups in self._models())
+    def __init__(self, work: Workload, settings: Processes) -> None:
+        threads = max(1, torch.get_num_threads() // settings.count)
+        self._work, self._settings = work, settings
+        self._setup = WorkerSetup(work.cells, work.folder, work.options, threads)
+        self._finished = set(work.known)
+        self._workers: list[_Process] = []
+        self._deaths: Counter[int | None] = Counter()
+        models: dict[tuple[str, str], list[Sequence[int]]] = {}
+        for group in work.groups:
+            first = work.cells[group[0]]
+            models.setdefault((first.ref, first.dataset), []).append(group)
+        self._jobs = deque(Job(groups) for groups in models.values())
 
-    def _models(self) -> list[list[list[int]]]:
-        """Return the groups of each model; a group whose cells all have records is told of at once."""
-        models: dict[tuple[str, str], list[list[int]]] = {}
-        for group in sharing(self.todo):
-            if all(self._known(self.todo[number]) for number in group):
-                for number in group:
-                    self.records[number] = self.bench.record(self.todo[number], self.store)
-            else:
-                first = self.todo[group[0]]
-                models.setdefault((first.ref, first.dataset), []).append(group)
-        return list(models.values())
-
-    def _known(self, cell: Cell) -> bool:
-        try:
-            found = self.store.read(self.bench.cell_id(cell))
-        except AuditError:  # the process that computes the cell will say it
-            return False
-        return found is not None and found.valid
-
-    def oversee(self) -> None:
-        """Return when every cell has its record."""
-        while len(self.records) < len(self.todo):
-            self._staff()
-            lines = {worker.line: worker for worker in self.workers}
-            for line in wait(list(lines)):
-                worker = lines[line]  # type: ignore[index]
+    def results(self) -> Iterator[Finished]:
+        """Yield every cell once it has its record."""
+        while len(self._finished) < len(self._work.cells):
+            self._assign()
+            pipes = {worker.pipe: worker for worker in self._workers}
+            for pipe in wait(list(pipes)):
+                worker = pipes[pipe]  # type: ignore[index]
                 try:
-                    message: Message = worker.line.recv()
+                    message: Message = worker.pipe.recv()
                 except (EOFError, OSError):
-                    self._lost(worker)
+                    found = self._replace(worker)
                 else:
-                    self._hear(worker, message)
+                    found = self._handle(worker, message)
+                if found is not None and found.number not in self._finished:
+                    self._finished.add(found.number)
+                    yield found
 
     def close(self) -> None:
-        """End all processes: what they were at has no record, and is done by the next run."""
-        for worker in self.workers:
+        """End all processes; their current cells have no records and are left to the next run."""
+        for worker in self._workers:
             worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join(_PATIENCE)
+        for worker in self._workers:
+            worker.process.join(_END_SECONDS)
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
             worker.process.close()
-            worker.line.close()
-        self.workers.clear()
+            worker.pipe.close()
+        self._workers.clear()
 
-    def _staff(self) -> None:
-        """Give tasks to those who ask, and start as many processes as the rest is worth."""
-        for worker in self.workers:
-            if worker.ready and self.queue:
-                worker.task, worker.at, worker.ready = self.queue.popleft(), None, False
-                with suppress(OSError):  # it may be dead: the end of its line is heard of next
-                    worker.line.send(worker.task._replace(skipped=frozenset(self._given_up())))
-        starting = sum(worker.task is None for worker in self.workers)
-        room = self.jobs.count - len(self.workers)
-        for _ in range(min(room, len(self.queue) - starting)):
-            self.workers.append(_started(self.desk))
+    def _assign(self) -> None:
+        """Give jobs to idle workers, and start as many processes as there are further jobs."""
+        failed = {number for number, count in self._deaths.items() if number is not None and self._too_often(count)}
+        for worker in self._workers:
+            if worker.ready and self._jobs:
+                worker.job, worker.cell, worker.ready = self._jobs.popleft(), None, False
+                with suppress(OSError):  # a dead worker: the end of its pipe is read next
+                    worker.pipe.send(worker.job._replace(skipped=self._work.known | failed))
+        starting = sum(worker.job is None for worker in self._workers)
+        room = self._settings.count - len(self._workers)
+        for _ in range(min(room, len(self._jobs) - starting)):
+            self._workers.append(_started(self._setup))
 
-    def _given_up(self) -> list[int]:
-        return [number for number, count in self.deaths.items() if number is not None and count > self.jobs.retries]
+    def _too_often(self, deaths: int) -> bool:
+        return deaths > self._settings.retries
 
-    def _hear(self, worker: _Worker, message: Message) -> None:
+    def _handle(self, worker: _Process, message: Message) -> Finished | None:
         match message:
             case Ready():
-                worker.task, worker.at, worker.ready = None, None, True
-            case Stage(number, stage):
-                worker.at = number
-                self.watcher.stage(self.todo[number], stage)
+                worker.job, worker.cell, worker.ready = None, None, True
+            case StageStarted(number, stage):
+                worker.cell = number
+                self._work.on_stage(self._work.cells[number], stage)
             case Done(number, record, known):
-                if number not in self.records:
-                    self.watcher.done(record, known)
-                self.records[number] = record
-            case Taken(group):
-                assert worker.task is not None
-                worker.task.groups.remove(group)
-                self.queue.append(Task([group], patient=True))
+                return Finished(number, record, known)
+            case Locked(group):
+                assert worker.job is not None
+                worker.job.groups.remove(group)
+                self._jobs.append(Job([group], wait=True))
             case EnvironmentFault():
                 raise message
+        return None
 
-    def _lost(self, worker: _Worker) -> None:
-        """Put back what a process that died has not done; a cell that killed too many has failed."""
-        self.workers.remove(worker)
+    def _replace(self, worker: _Process) -> Finished | None:
+        """Queue the rest of a dead worker's job again; return its cell as failed if that killed too many workers."""
+        self._workers.remove(worker)
         worker.process.join()
-        how = _ending(worker.process.exitcode)
+        ending = _ending(worker.process.exitcode)
         worker.process.close()
-        worker.line.close()
-        left = [group for group in worker.task.groups if self._open(group)] if worker.task else []
-        at = worker.at if worker.at is not None else next((n for group in left for n in self._open(group)), None)
-        self.deaths[at] += 1
-        if self.deaths[at] > self.jobs.retries:
-            if at is None:
-                raise EnvironmentFault(f"processes that should share the run end at once ({how}): use --jobs 1")
-            self.records[at] = self.bench.keep(died(self.todo[at], how), self.todo[at], self.store)
-            left = [group for group in left if self._open(group)]
-        if left and worker.task:
-            self.queue.appendleft(Task(left, worker.task.patient))
+        worker.pipe.close()
+        left = self._left(worker)
+        current = (
+            worker.cell if worker.cell is not None else next((n for group in left for n in self._open(group)), None)
+        )
+        self._deaths[current] += 1
+        found = None
+        if self._too_often(self._deaths[current]):
+            if current is None:
+                raise EnvironmentFault(f"worker processes end as soon as they start ({ending}): use --jobs 1")
+            found = self._failed(current, ending)
+            left = [group for group in left if set(self._open(group)) - {current}]
+        if left and worker.job:
+            self._jobs.appendleft(Job(left, worker.job.wait))
+        return found
 
-    def _open(self, group: list[int]) -> list[int]:
-        return [number for number in group if number not in self.records]
+    def _failed(self, number: int, ending: str) -> Finished:
+        cell = self._work.cells[number]
+        record = worker_failure(cell, ending)
+        self._work.runner.save(record, cell, RecordStore(self._work.folder))
+        return Finished(number, record)
+
+    def _left(self, worker: _Process) -> list[Sequence[int]]:
+        return [group for group in worker.job.groups if self._open(group)] if worker.job else []
+
+    def _open(self, group: Sequence[int]) -> list[int]:
+        return [number for number in group if number not in self._finished]
 
 
 def _ending(code: int | None) -> str:
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
-def _started(desk: Desk) -> _Worker:
+def _started(setup: WorkerSetup) -> _Process:
     spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=work, args=(theirs, desk), daemon=True)
-    with _set_for_sharing():
+    own, other = spawn.Pipe()
+    process = spawn.Process(target=start, args=(other, setup), daemon=True)
+    with _sharing_environment():
         process.start()
-    theirs.close()  # the process alone holds it now: the line ends when it does
-    return _Worker(process, ours)
+    other.close()  # only the process holds it now: the pipe ends with the process
+    return _Process(process, own)
 
 
 @contextmanager
-def _set_for_sharing() -> Iterator[None]:
-    """Set what processes started meanwhile read once, unless the user has: how threads wait, and memory is kept."""
-    added = {name: value for name, value in _FOR_SHARING.items() if name not in os.environ}
+def _sharing_environment() -> Iterator[None]:
+    """Set the environment that processes read at their start, except what the user has set."""
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield

@@ -1,9 +1,9 @@
-"""Cells computed on a Ray cluster instead of in this process, to the same records."""
+"""Executor on a Ray cluster, with the records of a single process."""
 
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -13,17 +13,17 @@ from typing import Any
 from audit.errors import EnvironmentFault
 from audit.records import AuditRecord, RecordStore
 from audit.run.cell import Cell
-from audit.run.cell_runner import RunOptions, Watcher, Workbench
-from audit.run.intermediate import remove_leftovers
-from audit.run.processes import died
-from audit.run.warm_starts import sharing
+from audit.run.cell_runner import CellRunner
+from audit.run.failures import worker_failure
+from audit.run.loading import RunOptions
+from audit.run.run_loop import Finished, Workload
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """A Ray cluster: its address (none: one on this machine), what a cell needs, and how often it is tried again.
+class RayCluster:
+    """A Ray cluster: its address (None: one on this machine), the GPUs of a task, and how often a task is retried.
 
-    `workers` bounds a cluster on this machine to so many processes.
+    `workers` limits the processes of a cluster on this machine.
     """
 
     address: str | None = None
@@ -31,61 +31,54 @@ class Cluster:
     gpus_per_cell: float = 0.0
     retries: int = 3
 
+    def execute(self, work: Workload) -> Generator[Finished, None, None]:
+        """Compute the unfinished cells; see `Executor`.
 
-def run_on_ray(
-    todo: Sequence[Cell], folder: Path, options: RunOptions, watcher: Watcher, cluster: Cluster | None = None
-) -> list[AuditRecord]:
-    """Audit every cell that has no record yet and return all records in the order of the cells.
+        A task is the cells that share a search. Records are stored by this process, so workers need no common folder
+        for them; weights and data must have the same paths everywhere. Tasks start model by model.
+        Raises EnvironmentFault where Ray is not installed or the cluster cannot be reached.
+        """
+        ray = self._connect()
+        try:
+            task = ray.remote(num_cpus=1, num_gpus=self.gpus_per_cell, max_retries=self.retries)(_compute)
+            open_groups = [work.unfinished(group) for group in work.groups]
+            running = {
+                task.remote([work.cells[number] for number in group], work.options, work.folder): group
+                for group in open_groups
+            }
+            store = RecordStore(work.folder)
+            while running:
+                (done, *_), _ = ray.wait(list(running), num_returns=1)
+                group = running.pop(done)
+                cells = [work.cells[number] for number in group]
+                for number, cell, record in zip(group, cells, _results(ray, done, cells), strict=True):
+                    work.runner.save(record, cell, store)
+                    yield Finished(number, record)
+        finally:
+            ray.shutdown()
 
-    A task is the cells that share a search. Records are written here as they come, so workers need no common folder
-    for them; weights and data must lie under the same paths everywhere. A worker that dies is replaced and its task
-    tried again. Tasks go out model after model, so the first models are finished first.
-    Raises EnvironmentFault where Ray is not installed or the cluster cannot be reached.
-    """
-    remove_leftovers(folder)
-    bench, store = Workbench(options, watcher, folder), RecordStore(folder)
-    ids = [bench.cell_id(cell) for cell in todo]
-    records = {n: bench.record(cell, store) for n, cell in enumerate(todo) if store.path(ids[n]).exists()}
-    cluster = cluster or Cluster()
-    ray = _connected(cluster)
-    try:
-        task = ray.remote(num_cpus=1, num_gpus=cluster.gpus_per_cell, max_retries=cluster.retries)(_computed)
-        left = [[number for number in group if number not in records] for group in sharing(todo)]
-        out = {task.remote([todo[n] for n in group], options, folder.resolve()): group for group in left if group}
-        while out:
-            (done, *_), _ = ray.wait(list(out), num_returns=1)
-            group = out.pop(done)
-            for number, record in zip(group, _answer(ray, done, [todo[n] for n in group]), strict=True):
-                records[number] = bench.keep(record, todo[number], store)
-    finally:
-        ray.shutdown()
-    if all(record.valid for record in records.values()):
-        bench.parts.forget()
-    return [records[number] for number in range(len(todo))]
-
-
-def _connected(cluster: Cluster) -> Any:
-    try:
-        ray = import_module("ray")
-    except ImportError as error:
-        raise EnvironmentFault("ray is not installed: pip install 'rvaudit[ray]'") from error
-    if cluster.address:
-        _knock(cluster.address)
-    local = {} if cluster.address else {"num_cpus": cluster.workers, "include_dashboard": False}
-    ended = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EnvironmentFault(f"no Ray cluster at {cluster.address or 'this machine'}: {error}") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, ended)  # Ray takes the signal for itself, and exits with another code
-    return ray
+    def _connect(self) -> Any:
+        try:
+            ray = import_module("ray")
+        except ImportError as error:
+            raise EnvironmentFault("ray is not installed: pip install 'rvaudit[ray]'") from error
+        if self.address:
+            _check_reachable(self.address)
+        local = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
+        ended = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address=self.address, log_to_driver=False, logging_level="ERROR", **local)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise EnvironmentFault(f"no Ray cluster at {self.address or 'this machine'}: {error}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ended)  # Ray replaces the handler and exits with another code
+        return ray
 
 
-def _knock(address: str) -> None:
-    """Raise EnvironmentFault where nobody listens: Ray itself tries for minutes."""
+def _check_reachable(address: str) -> None:
+    """Raise EnvironmentFault if nothing listens at an address: Ray itself tries for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not port.isdigit():  # `auto`, or a name that Ray knows
+    if not port.isdigit():  # `auto`, or a name that Ray resolves
         return
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -93,22 +86,22 @@ def _knock(address: str) -> None:
         raise EnvironmentFault(f"no Ray cluster at {address}: {error.strerror or error}") from error
 
 
-def _computed(cells: Sequence[Cell], options: RunOptions, folder: Path) -> list[AuditRecord]:
-    bench = _bench(options, folder)
-    bench.follow(cells)
-    return [bench.compute(cell) for cell in cells]
+def _compute(cells: Sequence[Cell], options: RunOptions, folder: Path) -> list[AuditRecord]:
+    runner = _runner(options, folder)
+    runner.begin_group(cells)
+    return [runner.compute(cell) for cell in cells]
 
 
 @cache
-def _bench(options: RunOptions, folder: Path) -> Workbench:
-    """A worker keeps its last model and what attacks found of it: the next cell is often the same model's."""
-    return Workbench(options, Watcher(), folder)
+def _runner(options: RunOptions, folder: Path) -> CellRunner:
+    """Return the runner of this worker: it keeps the last model, which the next task often uses again."""
+    return CellRunner(options, folder)
 
 
-def _answer(ray: Any, done: Any, cells: Sequence[Cell]) -> list[AuditRecord]:
-    """Return a finished task's records; those of the failure where its worker died too often."""
+def _results(ray: Any, task: Any, cells: Sequence[Cell]) -> list[AuditRecord]:
+    """Return the records of a finished task; records of failures if its worker died too often."""
     try:
-        records: list[AuditRecord] = ray.get(done)
+        records: list[AuditRecord] = ray.get(task)
     except ray.exceptions.RayError as error:
-        return [died(cell, type(error).__name__) for cell in cells]
+        return [worker_failure(cell, type(error).__name__) for cell in cells]
     return records

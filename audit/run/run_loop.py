@@ -1,44 +1,94 @@
-"""A benchmark's cells in, records out: what is there is not computed again, and nothing that is there is lost."""
+"""Run the cells of a benchmark in a folder: finished cells are skipped, and an executor computes the others."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from shutil import rmtree
-
-from filelock import FileLock, Timeout
+from typing import NamedTuple, Protocol
 
 from audit.config.benchmark import BenchmarkConfig
-from audit.errors import EnvironmentFault, UsageError
+from audit.errors import AuditError, UsageError
 from audit.records import AuditRecord, RecordStore
-from audit.run.cell import Cell, cells
-from audit.run.cell_runner import RunOptions, Watcher, Workbench
-from audit.run.intermediate import remove_leftovers
-from audit.run.warm_starts import climbed, sharing
+from audit.run.cell import Cell, search_groups
+from audit.run.cell_runner import CellRunner, OnStage
+from audit.run.intermediate import remove_stale_files
+from audit.run.loading import RunOptions
+from audit.run.locks import lock, remove_locks
 from audit.storage import digest, write_atomically
-from model_zoo.lookup import expand_ref
-
-_LOCKS, _TRIES = ".locks", 10
 
 
-def expand(config: BenchmarkConfig) -> list[Cell]:
-    """Return the benchmark's cells with patterns such as `bundled:digits-*` replaced by the models they match.
+@dataclass(frozen=True)
+class Watcher:
+    """Callbacks of a run: the start of a stage of a cell, and a record with whether it was there before the run."""
 
-    The cells of one model stay together: it is loaded and attacked once.
-    """
-    found = [replace(cell, ref=ref) for cell in cells(config) for ref in expand_ref(cell.ref)]
-    first = {cell.ref: number for number, cell in reversed(list(enumerate(found)))}
-    return climbed(sorted(found, key=lambda cell: first[cell.ref]))
+    stage: OnStage = lambda _cell, _stage: None
+    done: Callable[[AuditRecord, bool], None] = lambda _record, _known: None
+
+
+class Finished(NamedTuple):
+    """A cell by its number, its stored record, and whether another run had stored it."""
+
+    number: int
+    record: AuditRecord
+    known: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """The cells of a run, of which groups that share searches are left; `known` cells have records already."""
+
+    cells: Sequence[Cell]
+    groups: Sequence[Sequence[int]]
+    known: frozenset[int]
+    folder: Path
+    options: RunOptions
+    on_stage: OnStage
+    runner: CellRunner
+
+    def unfinished(self, group: Sequence[int]) -> list[int]:
+        """Return the numbers of a group's cells without a record."""
+        return [number for number in group if number not in self.known]
+
+
+class Executor(Protocol):
+    """Computes cells: in this process, in several processes, or on a cluster."""
+
+    def execute(self, work: Workload) -> Generator[Finished, None, None]:
+        """Compute the unfinished cells of every group, store their records, and yield them as they come.
+
+        A failure becomes a record. Raises EnvironmentFault where records cannot be stored or nothing can be computed.
+        """
+        ...
+
+
+class InProcess:
+    """Computes cells in this process; groups that another run computes are left for the end and awaited."""
+
+    def execute(self, work: Workload) -> Generator[Finished, None, None]:
+        """Compute the unfinished cells; see `Executor`."""
+        store, runner, waiting = RecordStore(work.folder), work.runner, work.groups
+        for wait in (False, True):
+            skipped = []
+            for group in waiting:
+                with lock(work.folder, runner.cell_id(work.cells[group[0]]), wait=wait) as held:
+                    if not held:
+                        skipped.append(group)
+                        continue
+                    numbers = work.unfinished(group)
+                    runner.begin_group([work.cells[number] for number in numbers])
+                    for number in numbers:
+                        yield Finished(number, *runner.record(work.cells[number], store))
+            waiting = skipped
 
 
 def claim(folder: Path, config: BenchmarkConfig, text: str) -> None:
-    """Make a run folder this benchmark's own; raises UsageError where it holds results of another one.
+    """Reserve a run folder for a benchmark; raises UsageError if it holds results of another one.
 
-    A folder in which nothing has succeeded yet is taken over: a corrected typo needs no new folder.
+    A folder without a single valid record is taken over, so that a corrected typo needs no new folder.
     """
     stamp, copy = folder / "run.sha256", folder / "benchmark.yaml"
-    mine = digest(config.canonical())
-    if stamp.exists() and stamp.read_text().strip() != mine:
+    own = digest(config.canonical())
+    if stamp.exists() and stamp.read_text().strip() != own:
         old = list(RecordStore(folder))
         if any(record.valid for record in old):
             message = f"{folder} holds a run of another configuration (its {copy.name})"
@@ -46,66 +96,49 @@ def claim(folder: Path, config: BenchmarkConfig, text: str) -> None:
         for record in old:
             RecordStore(folder).path(record.cell_id).unlink()
     write_atomically(copy, text)
-    write_atomically(stamp, mine + "\n")
+    write_atomically(stamp, own + "\n")
 
 
 def run(
-    todo: Sequence[Cell], folder: Path, options: RunOptions | None = None, watcher: Watcher | None = None
+    cells: Sequence[Cell],
+    folder: Path,
+    options: RunOptions | None = None,
+    watcher: Watcher | None = None,
+    executor: Executor | None = None,
 ) -> list[AuditRecord]:
-    """Audit every cell that has no record yet and return all records, in the order of the cells.
+    """Evaluate every cell without a valid record, and return the records of all cells in their order.
 
-    One model's failure never stops the others: it becomes a record with the reason, and is tried again next time.
-    Several processes may work in one folder: cells that share a search are one process's, and those that another one
-    is at are left for the end, and waited for.
+    A failure becomes a record with its reason, never stops other cells, and is tried again by the next run. Raises
+    EnvironmentFault if the folder cannot be written to or the executor cannot compute.
     """
-    remove_leftovers(folder)
-    bench = Workbench(options or RunOptions(), watcher or Watcher(), folder)
-    store, records = RecordStore(folder), dict[int, AuditRecord]()
-    waiting = sharing(todo)
-    for patience in (False, True):
-        left = []
-        for group in waiting:
-            with one_at_a_time(folder, bench.cell_id(todo[group[0]]), wait=patience) as mine:
-                if not mine:
-                    left.append(group)
-                    continue
-                bench.follow([todo[number] for number in group])
-                records |= {number: bench.record(todo[number], store) for number in group}
-        waiting = left
-    rmtree(folder / _LOCKS, ignore_errors=True)  # every cell has its record: nobody waits any more
+    options, watcher, executor = options or RunOptions(), watcher or Watcher(), executor or InProcess()
+    remove_stale_files(folder)
+    runner = CellRunner(options, folder, watcher.stage)
+    records = _stored_records(cells, runner, RecordStore(folder))
+    for record in records.values():
+        watcher.done(record, True)
+    groups = [group for group in search_groups(cells) if any(number not in records for number in group)]
+    work = Workload(cells, groups, frozenset(records), folder.resolve(), options, watcher.stage, runner)
+    with closing(executor.execute(work)) as finished:  # closed at once: locks must not outlive an exception
+        for number, record, known in finished:
+            watcher.done(record, known)
+            records[number] = record
+    remove_locks(folder)
     if all(record.valid for record in records.values()):
-        bench.parts.forget()
-    return [records[number] for number in range(len(todo))]
+        runner.intermediate.clear()
+    return [records[number] for number in range(len(cells))]
 
 
-@contextmanager
-def one_at_a_time(folder: Path, cell_id: str, *, wait: bool) -> Iterator[bool]:
-    """Hold a cell against other processes while the block runs, and tell whether it is held.
-
-    The lock dies with its process. Where a file system has none, a cell may be computed twice, to the same end.
-    Raises EnvironmentFault where the folder cannot be written to.
-    """
-    lock = FileLock(folder / _LOCKS / cell_id)
-    held = _taken(lock, wait=wait)
-    try:
-        yield held
-    finally:
-        lock.release()
-
-
-def _taken(lock: FileLock, *, wait: bool) -> bool:
-    place = Path(lock.lock_file).parent
-    for _ in range(_TRIES):
+def _stored_records(cells: Sequence[Cell], runner: CellRunner, store: RecordStore) -> dict[int, AuditRecord]:
+    """Return the valid records of a folder by the numbers of their cells, in the order of computation."""
+    found: dict[int, AuditRecord] = {}
+    if not store.holds_records():
+        return found
+    for number in (number for group in search_groups(cells) for number in group):
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            return False
-        except NotImplementedError:
-            return True
-        except (FileNotFoundError, FileExistsError):  # another process was done just now, and took the folder away
+            record = runner.stored(cells[number], store)
+        except AuditError:  # reported by the record of the failure
             continue
-        except OSError as error:
-            raise EnvironmentFault(f"cannot write to {place.parent}: {error.strerror or error}") from error
-        return True
-    raise EnvironmentFault(f"cannot write to {place.parent}: {place.name} is taken away again and again")
+        if record is not None:
+            found[number] = record
+    return found

@@ -1,103 +1,98 @@
-"""Which search starts where another one ended: radii from small to large, layers from the last to the first.
+"""Warm starts at run time: whether one layer precedes another, and worst cases kept for the searches that use them."""
 
-What a ball allows a larger ball allows. What merges at a layer merges at every later one, so images that are worst for
-a layer are the first to try at the layers before it. A cell follows one other at most, and that is a part of what
-decides its numbers.
-"""
-
-import re
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import groupby, pairwise
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from audit.errors import UnknownNameError
+from audit.information.estimator import Vulnerability
 from audit.representation.hooks import is_linear
 from audit.representation.layers import find_module
-from audit.run.cell import Cell
+from audit.run.cell import module_path
+from audit.run.intermediate import IntermediateResults
+from audit.run.layer_audit import EstimateCache
 from audit.types import Images
 
-_PLACES = {"input": 0, "penultimate": 2, "logits": 3}
-_INSIDE = 1
+_NAMED_LAYERS = ("input", "penultimate", "logits")
 
 
-def climbed(cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells, each with the one that its search follows; in their order.
+class SearchResults:
+    """Worst cases by cell id and seed, kept until the last cell that starts from them is finished."""
 
-    At the smallest radius a layer follows the one behind it, as far as names tell; a larger radius follows the next
-    smaller one at its layer. Models, images, norms, estimators and attacks never follow each other.
-    """
-    found = list(cells)
-    for group in sharing(cells):
-        roots: dict[str, Cell] = {}
-        searched = [number for number in group if cells[number].threat.eps > 0]
-        for (_, norm), rungs in groupby(searched, key=lambda number: (cells[number].layer, cells[number].threat.norm)):
-            first, *larger = rungs
-            found[first] = replace(cells[first], after=roots.get(norm))
-            for lower, higher in pairwise([first, *larger]):
-                found[higher] = replace(cells[higher], after=found[lower])
-            roots[norm] = found[first]
-    return found
+    def __init__(self, predecessors: Iterable[str] = ()) -> None:
+        """Take the cell id of the predecessor of every cell that has one, as often as it is a predecessor."""
+        self._uses = Counter(predecessors)
+        self._found: dict[str, dict[int, Vulnerability]] = {}
 
+    def __len__(self) -> int:
+        return len(self._found)
 
-def sharing(cells: Sequence[Cell]) -> list[list[int]]:
-    """Return the numbers of the cells in groups that share cases or searches, in the order to compute them in."""
-    groups: dict[str, list[int]] = {}
-    for number, cell in enumerate(cells):
-        key = repr((cell.ref, cell.name, cell.dataset, cell.images, cell.settings))
-        groups.setdefault(key, []).append(number)
-    for group in groups.values():
-        group.sort(key=lambda number: (cells[number].threat.norm, cells[number].threat.eps))
-        group.sort(key=lambda number: _depth(cells[number].layer), reverse=True)
-    return list(groups.values())
+    def needed(self, cell_id: str) -> bool:
+        """Return whether an unfinished cell starts from this one."""
+        return self._uses[cell_id] > 0
 
+    def get(self, cell_id: str) -> dict[int, Vulnerability]:
+        """Return the worst cases of a cell by seed, as far as they are known."""
+        return self._found.get(cell_id, {})
 
-def path(cell: Cell) -> list[list[object]]:
-    """Return the layers and radii that a cell's search comes from, the first one first."""
-    return [*path(cell.after), [cell.after.layer, cell.after.threat.eps]] if cell.after else []
+    def add(self, cell_id: str, found: dict[int, Vulnerability]) -> None:
+        """Keep worst cases of a cell, by seed."""
+        self._found.setdefault(cell_id, {}).update(found)
+
+    def cache(self, cell_id: str, intermediate: IntermediateResults) -> EstimateCache:
+        """Return the cache of a cell's worst cases; those that later cells need outlive the cell's record on disk."""
+
+        def cached(seed: int, compute: Callable[[], Any], /) -> Any:
+            needed = self.needed(cell_id)
+            part = {"part": "worst", "cell": cell_id, "seed": seed}
+            found = intermediate.get(part, compute, "" if needed else cell_id)
+            if needed:
+                self.add(cell_id, {seed: found})
+            return found
+
+        return cached
+
+    def release(self, cell_id: str) -> None:
+        """Count one use as finished, and drop the worst cases after the last one."""
+        self._uses[cell_id] -= 1
+        if self._uses[cell_id] <= 0:
+            self._found.pop(cell_id, None)
 
 
 @torch.no_grad()
 def runs_before(network: nn.Module, layer: str, later: str, images: Images) -> bool:
-    """Return whether one forward pass of images (N, C, H, W) leaves a layer before a later one, or it is the same."""
+    """Return whether a forward pass of images (N, C, H, W) computes a layer before another one, or both are the same.
+
+    False for two calls of one module, whose order is not determined, and for layers that the network does not have.
+    """
     if layer in (later, "input") or later == "logits":
         return True
-    if _module(layer) == _module(later):
-        return False  # two calls of one module: which is which is not worth finding out
-    seen: list[str] = []
+    if module_path(layer) == module_path(later):
+        return False
+    order: list[str] = []
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
         for name in (layer, later):
-            handles += _noted(network, name, seen)
+            handles += _record_calls(network, name, order)
         network(images)
-    except UnknownNameError:  # whose record says it
+    except UnknownNameError:  # reported in the record of that layer's own cell
         return False
     finally:
         for handle in handles:
             handle.remove()
-    last = {name: number for number, name in enumerate(seen)}
-    return last.get(layer, len(seen)) < last.get(later, -1)
+    last = {name: number for number, name in enumerate(order)}
+    return last.get(layer, len(order)) < last.get(later, -1)
 
 
-def _noted(network: nn.Module, layer: str, seen: list[str]) -> list[torch.utils.hooks.RemovableHandle]:
+def _record_calls(network: nn.Module, layer: str, order: list[str]) -> list[torch.utils.hooks.RemovableHandle]:
+    """Append the layer's name to `order` whenever a forward pass reaches it; return the hooks."""
     if layer == "penultimate":
         linear = [part for part in network.modules() if is_linear(part)]
-        return [part.register_forward_pre_hook(lambda _module, _inputs: seen.append(layer)) for part in linear]
-    if layer in _PLACES:
+        return [part.register_forward_pre_hook(lambda _module, _inputs: order.append(layer)) for part in linear]
+    if layer in _NAMED_LAYERS:
         return []
-    module = find_module(network, _module(layer))
-    return [module.register_forward_hook(lambda _module, _inputs, _output: seen.append(layer))]
-
-
-def _module(layer: str) -> str:
-    """Return a layer's name without the call and the output that it means."""
-    return re.split("[@#]", layer)[0]
-
-
-def _depth(layer: str) -> tuple[object, ...]:
-    """Return a key that sorts layers as a network runs through them, as far as names tell; never the same for two."""
-    path = _module(layer)
-    tokens = [(0, int(token)) if token.isdigit() else (1, token) for token in re.findall(r"\d+|[^\d.]+", path)]
-    return _PLACES.get(path, _INSIDE), *tokens, (2,), layer  # a stage ends after its parts: (2,) is beyond each token
+    module = find_module(network, module_path(layer))
+    return [module.register_forward_hook(lambda _module, _inputs, _output: order.append(layer))]

@@ -1,9 +1,10 @@
-"""What a process does that shares a run with others: it asks for tasks, computes them, and tells of each step."""
+"""Worker process of a run: it requests jobs over a pipe, computes their cells, and reports each step."""
 
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -13,78 +14,81 @@ import torch
 from audit.errors import EnvironmentFault
 from audit.records import AuditRecord, RecordStore
 from audit.run.cell import Cell
-from audit.run.cell_runner import RunOptions, Watcher, Workbench
-from audit.run.run_loop import one_at_a_time
+from audit.run.cell_runner import CellRunner
+from audit.run.loading import RunOptions
+from audit.run.locks import lock
 
 
-class Desk(NamedTuple):
-    """What a process needs to know once."""
+class WorkerSetup(NamedTuple):
+    """The settings of a worker: all cells of the run, its folder, options, and the number of threads."""
 
-    cells: list[Cell]
+    cells: Sequence[Cell]
     folder: Path
     options: RunOptions
     threads: int
 
 
-class Task(NamedTuple):
-    """Groups of cells that share a search, by their numbers; whether to wait for those that another run is at; and
-    the cells that killed too many processes."""
+class Job(NamedTuple):
+    """Groups of cells that share a search, by their numbers, for one worker.
 
-    groups: list[list[int]]
-    patient: bool = False
+    `wait` for groups that another run computes; `skipped` cells have records, or killed too many workers.
+    """
+
+    groups: list[Sequence[int]]
+    wait: bool = False
     skipped: frozenset[int] = frozenset()
 
 
-class Stage(NamedTuple):
-    """A cell has come to a stage."""
+class StageStarted(NamedTuple):
+    """A cell has reached a stage."""
 
     number: int
     stage: str
 
 
 class Done(NamedTuple):
-    """A cell has its record; `known` where it was there already."""
+    """A cell has its record; `known` if another run stored it."""
 
     number: int
     record: AuditRecord
     known: bool
 
 
-class Taken(NamedTuple):
-    """Another run is at a group of cells."""
+class Locked(NamedTuple):
+    """Another run computes a group of cells."""
 
-    group: list[int]
+    group: Sequence[int]
 
 
 class Ready(NamedTuple):
-    """A process asks for its next task."""
+    """The worker requests a job."""
 
 
-Message = Stage | Done | Taken | Ready | EnvironmentFault
+Message = StageStarted | Done | Locked | Ready | EnvironmentFault
 
 
-def work(line: Connection, desk: Desk) -> None:
-    """Serve the run that started this process, for as long as that one lives."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one ends us
+def start(pipe: Connection, setup: WorkerSetup) -> None:
+    """Serve the process that started this one until that one ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(desk.threads)
-    serve(line, desk)
+    torch.set_num_threads(setup.threads)
+    serve(pipe, setup)
 
 
-def serve(line: Connection, desk: Desk) -> None:
-    """Compute tasks as they come, until the line ends."""
-    clerk = _Clerk(line, desk)
+def serve(pipe: Connection, setup: WorkerSetup) -> None:
+    """Compute jobs as they come, until the pipe is closed."""
+    worker = _Worker(pipe, setup)
     while True:
-        clerk.tell(Ready())
+        worker.send(Ready())
         try:
-            task: Task = line.recv()
-        except (EOFError, OSError):  # a line with something unread on it is reset
+            job: Job = pipe.recv()
+        except (EOFError, OSError):  # a pipe with unread messages is reset
             return
         try:
-            for group in task.groups:
-                clerk.compute(group, task)
+            for group in job.groups:
+                worker.compute(group, job)
         except EnvironmentFault as fault:
-            clerk.tell(fault)
+            worker.send(fault)
 
 
 def _end_with_parent() -> None:
@@ -94,36 +98,33 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-class _Clerk:
-    """One process's workbench, which tells of what it does."""
+class _Worker:
+    """Cell runner of one process, connected to the parent by a pipe."""
 
-    def __init__(self, line: Connection, desk: Desk) -> None:
-        self.line, self.desk, self.at = line, desk, 0
-        watcher = Watcher(self._at_stage, self._done)
-        self.bench, self.store = Workbench(desk.options, watcher, desk.folder), RecordStore(desk.folder)
+    def __init__(self, pipe: Connection, setup: WorkerSetup) -> None:
+        self._pipe, self._setup, self._current = pipe, setup, 0
+        self._runner = CellRunner(setup.options, setup.folder, self._on_stage)
+        self._store = RecordStore(setup.folder)
 
-    def compute(self, group: list[int], task: Task) -> None:
-        """Compute the cells of a group, or tell that another run is at them."""
-        cells = [self.desk.cells[number] for number in group]
-        with one_at_a_time(self.desk.folder, self.bench.cell_id(cells[0]), wait=task.patient) as mine:
-            if not mine:
-                self.tell(Taken(group))
+    def compute(self, group: Sequence[int], job: Job) -> None:
+        """Compute the cells of a group, unless another run holds its lock."""
+        cells = self._setup.cells
+        numbers = [number for number in group if number not in job.skipped]
+        with lock(self._setup.folder, self._runner.cell_id(cells[group[0]]), wait=job.wait) as held:
+            if not held:
+                self.send(Locked(group))
                 return
-            self.bench.follow(cells)
-            for number in group:
-                if number not in task.skipped:
-                    self.at = number
-                    self.bench.record(self.desk.cells[number], self.store)
+            self._runner.begin_group([cells[number] for number in numbers])
+            for number in numbers:
+                self._current = number
+                self.send(Done(number, *self._runner.record(cells[number], self._store)))
 
-    def tell(self, message: Message) -> None:
-        """Send a message; where nobody hears it any more, end."""
+    def send(self, message: Message) -> None:
+        """Send a message to the parent; end this process if there is no parent."""
         try:
-            self.line.send(message)
+            self._pipe.send(message)
         except OSError:
             os._exit(1)  # an exception would become the record of a failure
 
-    def _at_stage(self, _cell: Cell, stage: str) -> None:
-        self.tell(Stage(self.at, stage))
-
-    def _done(self, record: AuditRecord, known: bool) -> None:
-        self.tell(Done(self.at, record, known))
+    def _on_stage(self, _cell: Cell, stage: str) -> None:
+        self.send(StageStarted(self._current, stage))

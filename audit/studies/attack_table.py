@@ -1,4 +1,4 @@
-"""One classifier under the attacks of a published table, with what an adaptive attack and the checks make of each."""
+"""Rows of a published attack table for one classifier, each attack compared with an adaptive attack and checked."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,33 +7,45 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from audit.adversary.label_attack import AUDIT, LabelAttack
-from audit.adversary.minimum_norm import DDN, CarliniWagner, Nearest, carlini_wagner, ddn
-from audit.adversary.robustness import Alone, Target, alone, climb
+from audit.adversary.minimum_norm import DDN, CarliniWagner, MinimumNormResult, carlini_wagner, ddn
+from audit.adversary.robustness import TargetModel, measure_eps_curve
+from audit.adversary.single_attacks import SingleAttackResult, run_attack
 from audit.adversary.threat import L2, Linf, ThreatModel
 from audit.config.settings import AuditSettings
 from audit.errors import UsageError
+from audit.flags import FlagCode, code_of
 from audit.information.sandwich import Sandwich
 from audit.proportion import Proportion, wilson
-from audit.run.layer_audit import LayerAudit, assemble
-from audit.studies.adaptive import Adaptive, Crafted, Nearby, adaptive, believed, craft, excess, failed_checks, right
+from audit.run.assembly import summarise
+from audit.run.layer_audit import LayerAudit
+from audit.studies.adaptive_attack import (
+    AdaptiveResult,
+    OtherAttacks,
+    TransferImages,
+    adaptive_attack,
+    correct_mask,
+    craft_transfer_images,
+    describe_failed_checks,
+    excess_broken,
+    judge_single_attack,
+)
 
-_SINGLE = ("fgsm", "pgd")
-_MULTIPLES = (0.5, 1.0, 1.5, 2.0, 10 / 3)  # of the smallest radius, for the curve and check 18
+_SINGLE_ATTACKS = ("fgsm", "pgd")
+_CURVE_MULTIPLES = (0.5, 1.0, 1.5, 2.0, 10 / 3)  # of the smallest radius, for the accuracy curve
 
 Progress = Callable[[str], None]
 
 
-def _nobody(_stage: str) -> None:
-    """Hear nothing."""
+def _no_progress(_stage: str) -> None:
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
-class TableSettings:
-    """What the table asks: radii in l-inf and one in l2, and how many images the costly attacks take.
+class AttackTableSettings:
+    """Radii of the table (l-inf, and one in l2) and the number of images of costly attacks.
 
-    Published attacks and transfer run on all images given, the adaptive attack and the radii of the curve on the
-    first `attack_images`. Slow attacks (Carlini & Wagner, DDN, Square by itself) and the sandwich take the first
-    `slow_images`.
+    Published and transfer attacks run on all images, the adaptive attack and the accuracy curve on the first
+    `attack_images`, slow attacks (Carlini & Wagner, DDN, Square alone) and the sandwich on the first `slow_images`.
     """
 
     radii: tuple[float, ...] = (0.15, 0.3)
@@ -45,25 +57,25 @@ class TableSettings:
 
     @property
     def name(self) -> str:
-        """Return everything that decides the rows, in words."""
+        """All settings that determine the rows, as a string for their identity."""
         attack = f"{self.attack.name}, version {self.attack.version}"
         return f"{self.radii} {self.l2} {attack} {self.attack_images} {self.slow_images} {self.nearest}"
 
     def __post_init__(self) -> None:
         if not self.radii:
-            raise UsageError("radii () must be at least one: a table without a radius has no rows")
+            raise UsageError("radii () is empty; give at least one l-inf radius")
         for name in ("attack_images", "slow_images"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)!r} must be at least 1")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: an attack at a radius with its accuracy, or a layer with its nats.
+class AttackRow:
+    """One row of the table: the accuracy under an attack at a radius, or the information of a layer in nats.
 
-    `access` is "white", "black" or "none"; `excess` the share of images that the adaptive attack breaks beyond a
-    single one. `trusted` says whether the checks let a claim rest on the number, and `verdict` why. `accuracy_bound`
-    is Theorem 3.4's ceiling, an estimated bound.
+    `access` is "white", "black" or "none"; `excess` is the fraction of images that the adaptive attack breaks beyond a
+    single attack. `trusted` is whether the checks support the number, `verdict` the reason. `accuracy_bound` is the
+    estimated upper bound of Theorem 3.4.
     """
 
     attack: str
@@ -87,8 +99,8 @@ class Row:
     note: str = ""
 
 
-class Reading(NamedTuple):
-    """A layer whose information is estimated: its name in the rows, a module with that layer, and the sandwich."""
+class AuditedLayer(NamedTuple):
+    """A layer whose information is estimated: its name in the rows, the module, its layer, and the estimator."""
 
     name: str
     module: nn.Module
@@ -96,141 +108,172 @@ class Reading(NamedTuple):
     sandwich: Sandwich
 
 
-class Study(NamedTuple):
-    """One classifier with held-out images, images made against a substitute from these, and the layers to read."""
+class AttackedClassifier(NamedTuple):
+    """A classifier with held-out images, the transfer images made from them, and the layers to audit."""
 
-    subject: Target
-    crafted: Sequence[Crafted]
-    readings: Sequence[Reading]
-
-
-def craft_all(substitute: Target, settings: TableSettings, seed: int) -> tuple[Crafted, ...]:
-    """Return the images of every black-box line, made against a substitute."""
-    balls: list[tuple[str, ThreatModel]] = [(name, Linf(eps)) for eps in settings.radii for name in _SINGLE]
-    return tuple(craft(substitute, threat, name, seed) for name, threat in (*balls, ("cw", L2(settings.l2))))
+    target: TargetModel
+    transfer: Sequence[TransferImages]
+    layers: Sequence[AuditedLayer]
 
 
-def table_rows(study: Study, settings: TableSettings, seed: int, progress: Progress = _nobody) -> list[Row]:
-    """Return every line of the table for one classifier; `progress` hears each of its `stages` as it starts.
+def craft_black_box_images(
+    substitute: TargetModel, settings: AttackTableSettings, seed: int
+) -> tuple[TransferImages, ...]:
+    """Return the transfer images of every black-box row, made against a substitute."""
+    balls: list[tuple[str, ThreatModel]] = [(name, Linf(eps)) for eps in settings.radii for name in _SINGLE_ATTACKS]
+    return tuple(
+        craft_transfer_images(substitute, threat, name, seed) for name, threat in (*balls, ("cw", L2(settings.l2)))
+    )
 
-    Raises what attacks and estimators raise.
+
+def attack_table_rows(
+    classifier: AttackedClassifier, settings: AttackTableSettings, seed: int, progress: Progress = _no_progress
+) -> list[AttackRow]:
+    """Return all rows of the table for one classifier; `progress` receives every stage as it starts.
+
+    Raises the errors of attacks and estimators.
     """
-    subject, crafted = study.subject, study.crafted
-    few, slow = _first(subject, settings.attack_images), _first(subject, settings.slow_images)
-    rows = [_row("clean", right(subject.network, subject.images, subject.labels))]
+    target, transfer = classifier.target, classifier.transfer
+    attacked, slow = _first(target, settings.attack_images), _first(target, settings.slow_images)
+    rows = [_mask_row("clean", correct_mask(target.network, target.images, target.labels))]
     unions = []
     for eps in settings.radii:
         progress(f"attacks at {eps:g}")
-        found, union = _attacked(subject, Linf(eps), crafted, settings, seed)
+        found, union = _linf_rows(target, Linf(eps), transfer, settings, seed)
         unions.append(union)
         rows += found
-    rows += [_black(subject, each) for each in crafted]
+    rows += [_black_box_row(target, each) for each in transfer]
     progress("smallest l2 changes")
-    rows += _euclidean(slow, crafted, settings, seed)
+    rows += _l2_rows(slow, transfer, settings, seed)
     progress("radii")
-    rows += _radii(few, settings, seed)
+    rows += _curve_rows(attacked, settings, seed)
     progress("information")
-    for reading in study.readings:
-        rows += _information(reading, slow, unions, settings, seed)
+    for audited in classifier.layers:
+        rows += _information_rows(audited, slow, unions, settings, seed)
     return rows
 
 
-def stages(settings: TableSettings) -> int:
-    """Return how often `table_rows` tells its progress."""
+def stage_count(settings: AttackTableSettings) -> int:
+    """Return how often `attack_table_rows` reports progress."""
     return len(settings.radii) + 3
 
 
-def _attacked(
-    subject: Target, threat: ThreatModel, crafted: Sequence[Crafted], settings: TableSettings, seed: int
-) -> tuple[list[Row], Adaptive]:
-    """Return the white-box lines of one radius in l-inf, and the union that they are held against."""
-    few, slow = _first(subject, settings.attack_images), _first(subject, settings.slow_images)
-    found = [alone(name, subject, threat, seed) for name in _SINGLE]
-    square = alone("square", slow, threat, seed)
-    nearby = Nearby([each.robust[: len(few.images)] for each in found], _near(crafted, threat, len(few.images)))
-    union = adaptive(few, threat, settings.attack, nearby, seed)
-    return [*(_white(each, union) for each in (*found, square)), _union(union)], union
+def _linf_rows(
+    target: TargetModel,
+    threat: ThreatModel,
+    transfer: Sequence[TransferImages],
+    settings: AttackTableSettings,
+    seed: int,
+) -> tuple[list[AttackRow], AdaptiveResult]:
+    """Return the white-box rows of one l-inf radius, and the union they are compared with."""
+    attacked, slow = _first(target, settings.attack_images), _first(target, settings.slow_images)
+    found = [run_attack(name, target, threat, seed) for name in _SINGLE_ATTACKS]
+    square = run_attack("square", slow, threat, seed)
+    others = OtherAttacks(
+        [each.robust[: len(attacked.images)] for each in found],
+        _transfer_images(transfer, threat, len(attacked.images)),
+    )
+    union = adaptive_attack(attacked, threat, settings.attack, others, seed)
+    return [*(_white_box_row(each, union) for each in (*found, square)), _union_row(union)], union
 
 
-def _first(subject: Target, count: int) -> Target:
-    return Target(subject.network, subject.images[:count], subject.labels[:count])
+def _first(target: TargetModel, count: int) -> TargetModel:
+    return TargetModel(target.network, target.images[:count], target.labels[:count])
 
 
-def _near(crafted: Sequence[Crafted], threat: ThreatModel, count: int) -> list[Tensor]:
-    return [each.images[:count] for each in crafted if each.threat == threat]
+def _transfer_images(transfer: Sequence[TransferImages], threat: ThreatModel, count: int) -> list[Tensor]:
+    return [each.images[:count] for each in transfer if each.threat == threat]
 
 
-def _row(attack: str, robust: Tensor, threat: ThreatModel | None = None, access: str = "none") -> Row:
-    return _line(attack, wilson(int(robust.sum()), len(robust)), threat, access)
+def _mask_row(attack: str, robust: Tensor, threat: ThreatModel | None = None, access: str = "none") -> AttackRow:
+    return _accuracy_row(attack, wilson(int(robust.sum()), len(robust)), threat, access)
 
 
-def _line(attack: str, found: Proportion, threat: ThreatModel | None, access: str) -> Row:
+def _accuracy_row(attack: str, found: Proportion, threat: ThreatModel | None, access: str) -> AttackRow:
     norm, eps = (threat.norm, threat.eps) if threat else ("", 0.0)
-    return Row(attack, norm, eps, access, images=found.images, accuracy=found.value, low=found.low, high=found.high)
+    return AttackRow(
+        attack, norm, eps, access, images=found.images, accuracy=found.value, low=found.low, high=found.high
+    )
 
 
-def _white(found: Alone, union: Adaptive) -> Row:
-    more = excess(found.robust, union.robust)
-    trusted, verdict = believed(more, len(union.robust))
-    row = _row(found.name, found.robust, union.threat, "white")
-    return replace(row, excess=more, trusted=trusted, verdict=verdict, passes=found.passes + found.forwards)
+def _white_box_row(found: SingleAttackResult, union: AdaptiveResult) -> AttackRow:
+    excess = excess_broken(found.robust, union.robust)
+    trusted, verdict = judge_single_attack(excess, len(union.robust))
+    row = _mask_row(found.name, found.robust, union.threat, "white")
+    return replace(row, excess=excess, trusted=trusted, verdict=verdict, passes=found.passes + found.forwards)
 
 
-def _union(union: Adaptive) -> Row:
-    note = "; ".join(part for part in (union.steps, failed_checks(union.tier.checks, "note")) if part)
-    row = _row("adaptive", union.robust, union.threat, "white")
+def _union_row(union: AdaptiveResult) -> AttackRow:
+    note = "; ".join(part for part in (union.steps, describe_failed_checks(union.tier.checks, "note")) if part)
+    row = _mask_row("adaptive", union.robust, union.threat, "white")
     trusted = union.tier.trustworthy
     return replace(row, trusted=trusted, verdict=union.verdict, note=note, passes=union.passes)
 
 
-def _black(subject: Target, each: Crafted) -> Row:
-    """Return the line of images made against the substitute: no gradient of the model itself enters it."""
-    row = _row(each.attack, right(subject.network, each.images, subject.labels), each.threat, "black")
+def _black_box_row(target: TargetModel, each: TransferImages) -> AttackRow:
+    """Return the row of transfer images; the attack uses no gradient of the model."""
+    row = _mask_row(each.attack, correct_mask(target.network, each.images, target.labels), each.threat, "black")
     note = f"the substitute itself keeps {each.left:.3f}"
     return replace(row, trusted=not each.failed, verdict=each.failed or "the substitute's gradients hold", note=note)
 
 
-def _euclidean(subject: Target, crafted: Sequence[Crafted], settings: TableSettings, seed: int) -> list[Row]:
-    """Return Carlini & Wagner's line and the union at the radius in l2."""
+def _l2_rows(
+    target: TargetModel, transfer: Sequence[TransferImages], settings: AttackTableSettings, seed: int
+) -> list[AttackRow]:
+    """Return the rows of Carlini & Wagner and of the union at the l2 radius."""
     threat = L2(settings.l2)
-    arguments = subject.network, subject.images, subject.labels
+    arguments = target.network, target.images, target.labels
     found = {"cw": carlini_wagner(*arguments, settings.nearest), "ddn": ddn(*arguments, DDN())}
     masks = [~each.broken(threat.eps) for each in found.values()]
-    nearby = Nearby(masks, _near(crafted, threat, len(subject.images)))
-    union = adaptive(subject, threat, settings.attack, nearby, seed)
-    return [_white(_beyond("cw", found["cw"], threat), union), _union(union)]
+    others = OtherAttacks(masks, _transfer_images(transfer, threat, len(target.images)))
+    union = adaptive_attack(target, threat, settings.attack, others, seed)
+    return [_white_box_row(_at_radius("cw", found["cw"], threat), union), _union_row(union)]
 
 
-def _beyond(name: str, found: Nearest, threat: ThreatModel) -> Alone:
+def _at_radius(name: str, found: MinimumNormResult, threat: ThreatModel) -> SingleAttackResult:
     robust = ~found.broken(threat.eps)
-    return Alone(name, wilson(int(robust.sum()), len(robust)), robust, found.passes, 0)
+    return SingleAttackResult(name, wilson(int(robust.sum()), len(robust)), robust, found.passes, 0)
 
 
-def _radii(subject: Target, settings: TableSettings, seed: int) -> list[Row]:
-    """Return cross-entropy and margin at several radii: the curve, whose count must not rise and must end at none."""
+def _curve_rows(target: TargetModel, settings: AttackTableSettings, seed: int) -> list[AttackRow]:
+    """Return the curve of two losses over radii; its checks are `eps_monotonicity` and `unbounded_eps`."""
     smallest = Linf(settings.radii[0])
-    ladder = climb(subject, smallest, seed, _MULTIPLES)
-    failed = failed_checks(ladder.checks, "note")
+    curve = measure_eps_curve(target, smallest, seed, _CURVE_MULTIPLES)
+    failed = describe_failed_checks(curve.checks, "note")
     return [
-        replace(_line("two-losses", rung.accuracy, Linf(rung.eps), "white"), trusted=not failed, verdict=failed)
-        for rung in ladder.rungs
+        replace(
+            _accuracy_row("two-losses", point.accuracy, Linf(point.eps), "white"), trusted=not failed, verdict=failed
+        )
+        for point in curve.points
     ]
 
 
-def _information(
-    reading: Reading, subject: Target, unions: Sequence[Adaptive], settings: TableSettings, seed: int
-) -> list[Row]:
-    """Return RV and Theorem 3.4 of one layer at each radius, by the sandwich of the smoothed representation."""
-    audit = AuditSettings(reading.sandwich, settings.attack, seeds=(seed,))
-    measured = LayerAudit(reading.module, subject.images, subject.labels, reading.layer, audit)
+def _information_rows(
+    audited: AuditedLayer,
+    target: TargetModel,
+    unions: Sequence[AdaptiveResult],
+    settings: AttackTableSettings,
+    seed: int,
+) -> list[AttackRow]:
+    """Return RV and the bound of Theorem 3.4 of one layer at each radius, estimated by the sandwich."""
+    audit = AuditSettings(audited.sandwich, settings.attack, seeds=(seed,))
+    measured = LayerAudit(audited.module, target.images, target.labels, audited.layer, audit)
     rows = []
     for union in unions:
-        found = assemble(union.tier, measured.under(union.threat), reading.layer, union.threat, audit)
-        row = Row("sandwich", union.threat.norm, union.threat.eps, "white", reading.name, len(subject.images))
+        found = summarise(union.tier, measured.under(union.threat), audit)
+        row = AttackRow("sandwich", union.threat.norm, union.threat.eps, "white", audited.name, len(target.images))
         rows.append(
-            replace(row, normal_nats=found.normal_nats, worst_nats=found.worst_nats, rv=found.rv, rv_se=found.rv_se,
-                    accuracy_bound=found.adversarial_accuracy_bound, passes=found.passes or 0,
-                    trusted=not found.contradicted, verdict="; ".join(found.flags),
-                    note=f"noise {reading.sandwich.noise:g} layer deviations")
-        )  # fmt: skip
+            replace(
+                row,
+                normal_nats=found.normal.nats,
+                worst_nats=found.worst.nats,
+                rv=found.rv.nats,
+                rv_se=found.rv.stderr,
+                accuracy_bound=found.bounds.get("adversarial_accuracy_bound"),
+                passes=found.passes,
+                trusted=FlagCode.CONTRADICTED not in map(code_of, found.flags),
+                verdict="; ".join(found.flags),
+                note=f"noise {audited.sandwich.noise:g} layer deviations",
+            )
+        )
     return rows

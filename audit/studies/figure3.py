@@ -1,4 +1,4 @@
-"""Figure 3: what each channel of a second convolution tells, and how much of it an adversary takes away.
+"""Figure 3: mutual information of every channel of a second convolution, in the normal and in the worst case.
 
 Source: Zhu, Zhang & Evans 2020, Figure 3 and section 5.3.
 """
@@ -9,43 +9,47 @@ from pathlib import Path
 from typing import Any
 
 from audit.attribution.single_features import FeatureAudit, FeatureRequest, FeatureSettings, audit_features
-from audit.attribution.single_features import Watch as Watch
 from audit.run.cell import Cell
-from audit.run.cell_runner import RunOptions
-from audit.studies.networks import Exhibit, opened, preset, second_convolutions
+from audit.run.loading import RunOptions
+from audit.studies.figure_networks import CellProgress, LoadedCell, figure_cells, load_cell, second_convolutions
 from audit.studies.rows import write_rows
 
 _IMAGES, _EPS = 500, 0.05
 
 
 def figure3_cells(path: Path | None) -> list[Cell]:
-    """Return the networks of a benchmark file, or the bundled digits families at a quarter of their audited radius.
+    """Return the cells of a benchmark file, or the bundled digits families at a quarter of their audited radius.
 
-    At the audited radius of 0.2 every feature of every network can be moved to one value.
+    At the audited radius of 0.2 an adversary can move every feature of every network to a single value.
     """
-    return preset(path, second_convolutions(), _IMAGES, _EPS)
+    return figure_cells(path, second_convolutions(), _IMAGES, _EPS)
 
 
 def figure3(
-    cells: Sequence[Cell], out: Path, settings: FeatureSettings, options: RunOptions, watch: Watch
+    cells: Sequence[Cell], out: Path, settings: FeatureSettings, options: RunOptions, progress: CellProgress
 ) -> list[dict[str, Any]]:
-    """Measure the features of each cell's network, write figure3.csv into a folder, and return its rows."""
+    """Audit the features of every cell, write figure3.csv into `out`, and return its rows."""
     rows: list[dict[str, Any]] = []
     for done, cell in enumerate(cells):
-        exhibit = opened(cell, options)
-        watch(f"{exhibit.facts['model']}, {cell.layer}", done)
+        loaded = load_cell(cell, options)
+        progress(f"{loaded.facts['model']}, {cell.layer}", done)
         request = FeatureRequest(seed=cell.settings.seeds[0])
-        found = audit_features(exhibit.network, exhibit.images, cell.layer, cell.threat, settings, request)
-        rows += feature_rows(exhibit, found, settings)
+        found = audit_features(loaded.network, loaded.images, cell.layer, cell.threat, settings, request)
+        rows += feature_rows(loaded, found, settings)
         write_rows(out / "figure3.csv", rows)
     return rows
 
 
-def feature_rows(exhibit: Exhibit, found: FeatureAudit, settings: FeatureSettings) -> list[dict[str, Any]]:
-    """Return one row a feature, the most vulnerable first."""
+def feature_rows(loaded: LoadedCell, found: FeatureAudit, settings: FeatureSettings) -> list[dict[str, Any]]:
+    """Return one row per feature, the most vulnerable first."""
     shared = {
-        **exhibit.facts, "norm": exhibit.cell.threat.norm, "eps": exhibit.cell.threat.eps, "images": found.images,
-        "unit": "x".join(map(str, found.unit)), "field": "x".join(map(str, found.field)),
-        "noise": settings.noise, "scale": settings.scale,
-    }  # fmt: skip
+        **loaded.facts,
+        "norm": loaded.cell.threat.norm,
+        "eps": loaded.cell.threat.eps,
+        "images": found.images,
+        "unit": "x".join(map(str, found.unit)),
+        "field": "x".join(map(str, found.field)),
+        "noise": settings.noise,
+        "scale": settings.scale,
+    }
     return [{**shared, **asdict(row)} for row in found.rows]

@@ -1,6 +1,6 @@
-"""Training that may be stopped at any moment: all that decides what comes next, in one file.
+"""Training checkpoints: the complete state of a run in one file.
 
-A run that is killed and started again ends in the weights of one that was left alone, bit for bit on the CPU.
+A run that is killed and resumed gives the weights of an uninterrupted one, bit for bit on the CPU.
 """
 
 import io
@@ -17,21 +17,21 @@ from audit.storage import digest, write_atomically
 
 
 class Stateful(Protocol):
-    """A module, an optimiser or a schedule."""
+    """A module, an optimiser or a learning rate schedule."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that decides what it does next."""
+        """Return the complete state."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Take up where a state left off."""
+        """Restore a state."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a training run is made of, and the file it is kept in; no file where `path` is None.
+    """The stateful parts of a training run, and the file that stores them; nothing is stored if `path` is None.
 
-    `identity` is everything that decides the run's result, as plain values: a file of another run is refused.
-    `tensors` are state beside weights, such as remembered perturbations; they are restored in place.
+    `identity` holds everything that determines the result, as plain values; a file with another identity is refused.
+    `tensors` is further state, such as remembered perturbations, which is restored in place.
     """
 
     path: Path | None
@@ -41,15 +41,15 @@ class Checkpoint:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def restore(self) -> int:
-        """Take up the state of the file and return how far it got; 0 where there is no file.
+        """Restore the state and return the number of epochs or steps done; 0 if there is no file.
 
-        Raises UsageError for the file of another run, IntegrityError for one that cannot be read.
+        Raises UsageError for a file of another run, IntegrityError for a file that cannot be read.
         """
         if self.path is None or not self.path.exists():
             return 0
         state = _read(self.path)
         if state.get("identity") != digest(dict(self.identity)):
-            raise UsageError(f"{self.path} is the checkpoint of another run: name another file, or delete this one")
+            raise UsageError(f"{self.path} is a checkpoint of another run: choose another file, or delete this one")
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         for name, generator in self.generators.items():
@@ -59,9 +59,9 @@ class Checkpoint:
         return int(state["done"])
 
     def save(self, done: int) -> None:
-        """Write the state after `done` epochs or steps: the old file is whole until the new one is.
+        """Write the state after `done` epochs or steps, replacing the file atomically.
 
-        Raises EnvironmentFault where the file cannot be written.
+        Raises EnvironmentFault if the file cannot be written.
         """
         if self.path is None:
             return
@@ -77,7 +77,7 @@ class Checkpoint:
         write_atomically(self.path, buffer.getvalue())
 
     def clear(self) -> None:
-        """Delete the file: the run is finished and its result is elsewhere."""
+        """Delete the file of a finished run."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
@@ -85,6 +85,6 @@ class Checkpoint:
 def _read(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn file fails in half a dozen ways
-        raise IntegrityError(f"{path} is not a whole checkpoint ({error}): delete it to start again") from error
+    except Exception as error:  # truncated files raise many kinds of errors
+        raise IntegrityError(f"{path} is not a complete checkpoint ({error}): delete it to start again") from error
     return state

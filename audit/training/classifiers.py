@@ -1,6 +1,5 @@
-"""Training of classifiers: standard, or adversarial against a threat model."""
+"""Train classifiers, standard or adversarially."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,22 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.adversary.label_attack import cross_entropy_objective, never_done
+from audit.adversary.label_attack import cross_entropy_objective, without_early_stopping
 from audit.adversary.pgd import PGD, minimise
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError, UsageError
 from audit.random_keys import Purpose, keyed_generator
 from audit.training.augmentation import draw_shifts
 from audit.training.checkpoints import Checkpoint
-from audit.training.mutual_information import PRECISIONS
+from audit.training.mutual_information import PRECISIONS, EpochProgress
 from audit.types import Images, Labels
 
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """SGD with momentum whose learning rate is multiplied by `factor` every `every` epochs.
+    """SGD with momentum and a learning rate that is multiplied by `factor` every `every` epochs.
 
-    Source: He et al. 2016; Zhu, Zhang & Evans 2020 take momentum 0.9 and a tenth every 50 of 150 epochs.
+    Source: He et al. 2016; Zhu, Zhang & Evans 2020 use momentum 0.9 and factor 0.1 every 50 of 150 epochs.
     """
 
     every: int = 50
@@ -43,13 +42,13 @@ class StepSchedule:
 
 @dataclass(frozen=True)
 class ClassifierTraining:
-    """How a classifier is trained: AdamW with a one-cycle learning rate, or SGD where a step schedule is given.
+    """Settings of `train_classifier`: AdamW with a one-cycle learning rate, or SGD if `steps` gives a step schedule.
 
-    It is adversarial where a threat model is given. Without `flip` a batch is shifted by up to `shift` pixels as one;
-    with it every image is shifted by itself, and half of them are mirrored. `bf16` runs the network in mixed
-    precision; the loss and the weights stay in full.
+    With a `threat`, training is adversarial. Without `flip`, all images of a batch share one shift of up to `shift`
+    pixels; with it, each image has its own shift and is flipped with probability 1/2. `bf16` runs the network in mixed
+    precision; loss and weights stay in float32.
 
-    Source: Madry et al. 2018 for the adversarial part: every batch is replaced by PGD's answer to it.
+    Source: Madry et al. 2018 for adversarial training: PGD perturbs every batch.
     """
 
     epochs: int = 60
@@ -69,7 +68,7 @@ class ClassifierTraining:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings as plain values, the norm by its name."""
+        """Return the settings as plain values, with the name of the norm."""
         return asdict(self) | {"norm": self.threat.norm if self.threat else ""}
 
 
@@ -78,35 +77,35 @@ def train_classifier(
     images: Images,
     labels: Labels,
     training: ClassifierTraining,
-    progress: Callable[[int, float], None] = lambda _epoch, _loss: None,
+    progress: EpochProgress = lambda _epoch, _loss: None,
     checkpoint_path: Path | None = None,
 ) -> None:
     """Train a network in place on images (N, C, H, W) in [0, 1] and leave it in eval mode.
 
-    `progress` hears the epoch and its mean loss. With a checkpoint path the state is kept after every epoch: a run
-    taken up from the file gives the weights of one left alone, bit for bit on the CPU, for networks that draw nothing
-    themselves. Raises UsageError for the checkpoint of another run.
+    `progress` receives the epoch and its mean loss. With a checkpoint path, the state is written after every epoch; a
+    resumed run gives the weights of an uninterrupted one, bit for bit on the CPU, if the network itself draws no random
+    numbers. Raises UsageError for a checkpoint of another run.
     """
     generator = keyed_generator(training.seed, Purpose.CLASSIFIER_TRAINING)
     batches = max(1, len(images) // training.batch_size)
     optimiser, schedule = _optimiser(network, training, batches)
     checkpoint = Checkpoint(
         checkpoint_path,
-        {"training": training.identity(), "images": list(images.shape), "sums": _sums(images, labels)},
+        {"training": training.identity(), "images": list(images.shape), "sums": _checksums(images, labels)},
         {"network": network, "optimiser": optimiser, "schedule": schedule},
         {"draws": generator},
     )
     for epoch in range(checkpoint.restore(), training.epochs):
         order = torch.randperm(len(images), generator=generator).tensor_split(batches)
         total = 0.0
-        for chosen in order:
-            batch = _augmented(images[chosen], training, generator)
-            loss = _loss(network, batch, labels[chosen], training, generator)
+        for batch in order:
+            augmented = _augment(images[batch], training, generator)
+            loss = _loss(network, augmented, labels[batch], training, generator)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
-            total += float(loss.detach()) * len(chosen)
+            total += float(loss.detach()) * len(batch)
         checkpoint.save(epoch + 1)
         progress(epoch, total / len(images))
     network.eval()
@@ -115,7 +114,7 @@ def train_classifier(
 def _optimiser(
     network: nn.Module, training: ClassifierTraining, batches: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return the optimiser and what changes its rate; both step once a batch."""
+    """Return the optimiser and its learning rate schedule; both step once a batch."""
     rate, decay, steps = training.learning_rate, training.weight_decay, training.steps
     if steps is None:
         adam = torch.optim.AdamW(network.parameters(), rate, weight_decay=decay)
@@ -124,37 +123,38 @@ def _optimiser(
     return sgd, torch.optim.lr_scheduler.StepLR(sgd, steps.every * batches, steps.factor)
 
 
-def _sums(images: Images, labels: Labels) -> list[float]:
-    """Return what tells images and labels from others; rounded, for threads add in their own order."""
+def _checksums(images: Images, labels: Labels) -> list[float]:
+    """Return sums that identify images and labels, rounded because the order of summation depends on threads."""
     return [round(float(images.sum(dtype=torch.float64)), 3), float(labels.sum())]
 
 
 def _loss(
     network: nn.Module, images: Images, labels: Labels, training: ClassifierTraining, generator: torch.Generator
 ) -> Tensor:
-    with _precision(images, training):
+    with _autocast(images, training):
         if training.threat is not None:
-            network.eval()  # the attack must not move the batch statistics
-            objective = never_done(cross_entropy_objective(network, labels))
+            network.eval()  # the attack must not update the batch statistics
+            objective = without_early_stopping(cross_entropy_objective(network, labels))
             images = minimise(objective, images, training.threat, training.pgd, generator).images
         network.train()
         return F.cross_entropy(network(images), labels)
 
 
-def _precision(images: Images, training: ClassifierTraining) -> AbstractContextManager[Any]:
+def _autocast(images: Images, training: ClassifierTraining) -> AbstractContextManager[Any]:
     return torch.autocast(images.device.type, torch.bfloat16, enabled=training.precision == "bf16")
 
 
-def _augmented(images: Images, training: ClassifierTraining, generator: torch.Generator) -> Images:
+def _augment(images: Images, training: ClassifierTraining, generator: torch.Generator) -> Images:
     if training.flip:
         return draw_shifts(images, training.shift, generator, flip=True).apply(images)
-    return _shifted(images, training.shift, generator)
+    return _shift_batch(images, training.shift, generator)
 
 
-def _shifted(images: Images, most: int, generator: torch.Generator) -> Images:
-    if most == 0:
+def _shift_batch(images: Images, max_shift: int, generator: torch.Generator) -> Images:
+    if max_shift == 0:
         return images
-    down, right = (int(s) for s in torch.randint(-most, most + 1, (2,), generator=generator))
-    padded = F.pad(images, (most, most, most, most))
+    down, right = (int(s) for s in torch.randint(-max_shift, max_shift + 1, (2,), generator=generator))
+    padded = F.pad(images, (max_shift,) * 4)
     height, width = images.shape[-2:]
-    return padded[..., most + down : most + down + height, most + right : most + right + width]
+    top, left = max_shift + down, max_shift + right
+    return padded[..., top : top + height, left : left + width]

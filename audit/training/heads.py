@@ -1,13 +1,13 @@
-"""Heads trained on a frozen layer: the best that anybody achieved, beside what no head can exceed.
+"""Train classification heads on a frozen layer.
 
-Two ways to train them: `train_standard` and `train_adversarial` fit quickly, for certificates; `fit_head` follows the
-paper, linear or with a hidden layer, standard or robust, stopped early or not.
+`train_standard_heads` and `train_adversarial_head` are fast and serve as lower limits beside certified upper bounds.
+`fit_head` follows the paper: a linear or MLP head, standard or robust, with or without early stopping.
 
-Source: Zhu, Zhang & Evans 2020, section 5.2, for standard and adversarially trained heads on a frozen representation.
+Source: Zhu, Zhang & Evans 2020, section 5.2.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Literal, NamedTuple
@@ -16,23 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.adversary.label_attack import cross_entropy_objective, never_done
+from audit.adversary.label_attack import cross_entropy_objective, without_early_stopping
 from audit.adversary.pgd import PGD, minimise
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError, UsageError
-from audit.information.probes import ProbeTraining, fit_hidden, fit_linear
+from audit.information.probes import fit_hidden, fit_linear
+from audit.information.settings import ProbeTraining
 from audit.random_keys import Purpose, keyed_generator
+from audit.training.mutual_information import EpochProgress
 from audit.types import Features, Images, Labels
 
 HeadName = Literal["slf", "mlp", "alf"]
-HEADS: tuple[HeadName, ...] = ("slf", "mlp", "alf")
-"""Standard linear, one hidden layer, adversarially trained linear."""
-KINDS = ("linear", "mlp")
+"""Standard linear features, multilayer perceptron, adversarial linear features."""
+HEAD_KINDS = ("linear", "mlp")
 
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How heads are trained: probes on the features, and for `alf` AdamW on images that PGD moved against it."""
+    """Settings of fast heads: probes on clean features, and for `alf` AdamW on adversarial images."""
 
     probe: ProbeTraining = field(default_factory=ProbeTraining)
     epochs: int = 10
@@ -43,12 +44,12 @@ class HeadTraining:
 
 
 @dataclass(frozen=True)
-class HeadFit:
-    """How one head is trained: Adam at a constant rate, on images that PGD moved against it where there is a `threat`.
+class HeadFitSettings:
+    """Settings of `fit_head`: Adam at a constant rate, on images that PGD perturbs if there is a `threat`.
 
-    `linear` is one layer; `mlp` is linear(D, `hidden`), dropout, batch norm, ReLU, linear(`hidden`, K). `pgd` also
-    searches the images that early stopping watches, `every` so many epochs. The defaults are the paper's but for
-    `epochs`, which it does not tell.
+    `linear` is one layer; `mlp` is linear(D, `hidden`), dropout, batch norm, ReLU, linear(`hidden`, K). Early stopping
+    measures adversarial accuracy with `pgd` every `every` epochs. Defaults are the paper's, except for `epochs`, which
+    the paper does not state.
     """
 
     classes: int = 10
@@ -64,8 +65,8 @@ class HeadFit:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UnknownNameError("head", self.kind, KINDS)
+        if self.kind not in HEAD_KINDS:
+            raise UnknownNameError("head", self.kind, HEAD_KINDS)
         if self.classes < 2:
             raise UsageError(f"head classes {self.classes!r} must be at least 2")
         for name in ("epochs", "hidden", "every"):
@@ -79,86 +80,85 @@ class HeadFit:
             raise UsageError(f"head dropout {self.dropout!r} is outside [0, 1)")
 
 
-class Watched(NamedTuple):
-    """Images (N, C, H, W) and labels (N,) on which early stopping reads adversarial accuracy, and against what."""
+class ValidationSet(NamedTuple):
+    """Images (N, C, H, W), labels (N,) and the threat model of the adversarial accuracy that stops training early."""
 
     images: Images
     labels: Labels
     threat: ThreatModel
 
 
-class Stopped(NamedTuple):
-    """The head as it was at the epoch with the best adversarial accuracy on what was watched, and that accuracy."""
-
-    network: "OnLayer"
-    epoch: int
-    adversarial: float
-
-
-class Fitted(NamedTuple):
-    """The head after the last epoch, and by name of what was watched the head where it was best."""
-
-    last: "OnLayer"
-    best: Mapping[str, Stopped]
-
-
-class OnLayer(nn.Module):
-    """A head on a frozen layer, as one classifier: images (N, C, H, W) to logits (N, K)."""
+class LayerClassifier(nn.Module):
+    """A head on a frozen layer: images (N, C, H, W) to logits (N, K)."""
 
     def __init__(self, layer: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.layer, self.head = layer, head
 
     def forward(self, images: Images) -> Tensor:
-        """Return the logits (N, K) that the head gives the layer's features."""
+        """Return the logits (N, K) of the head on the layer's features."""
         logits: Tensor = self.head(self.layer(images))
         return logits
 
 
-def train_standard(
-    layer: nn.Module, images: Images, labels: Labels, classes: int, training: HeadTraining
-) -> dict[HeadName, OnLayer]:
-    """Return the standard linear head and the one with a hidden layer, on features of images (M, C, H, W) as they are.
+class EarlyStopped(NamedTuple):
+    """The classifier of the epoch with the highest adversarial accuracy on a validation set, and that accuracy."""
 
-    Raises UsageError where there are no images.
+    network: LayerClassifier
+    epoch: int
+    adversarial_accuracy: float
+
+
+class FittedHeads(NamedTuple):
+    """The classifier after the last epoch, and the early-stopped one of each validation set."""
+
+    last: LayerClassifier
+    best: Mapping[str, EarlyStopped]
+
+
+def train_standard_heads(
+    layer: nn.Module, images: Images, labels: Labels, classes: int, training: HeadTraining
+) -> dict[HeadName, LayerClassifier]:
+    """Return a linear (`slf`) and an MLP head trained on the features of clean images (M, C, H, W).
+
+    Raises UsageError if there are no images.
     """
     if len(images) == 0:
-        raise UsageError("0 images train no head: at least 1 is needed")
+        raise UsageError("a head cannot be trained on 0 images: at least 1 is needed")
     features = _features(layer, images, training.batch_size)
     return {
-        "slf": OnLayer(layer, fit_linear(features, labels, classes, training.probe)).eval(),
-        "mlp": OnLayer(layer, fit_hidden(features, labels, classes, training.probe)).eval(),
+        "slf": LayerClassifier(layer, fit_linear(features, labels, classes, training.probe)).eval(),
+        "mlp": LayerClassifier(layer, fit_hidden(features, labels, classes, training.probe)).eval(),
     }
 
 
-def train_adversarial(
-    start: OnLayer, images: Images, labels: Labels, threat: ThreatModel, training: HeadTraining
-) -> OnLayer:
-    """Return a linear head trained on images that PGD moved against it inside a threat model, from a standard one.
+def train_adversarial_head(
+    start: LayerClassifier, images: Images, labels: Labels, threat: ThreatModel, training: HeadTraining
+) -> LayerClassifier:
+    """Return a linear head, initialised from a standard one, trained on PGD examples inside a threat model.
 
-    The layer stays as it is: only the head learns. Source: Madry et al. 2018.
+    The layer stays frozen. Source: Madry et al. 2018.
     """
     head = copy.deepcopy(start.head).requires_grad_(True)
-    learner = OnLayer(start.layer, head).eval()
+    classifier = LayerClassifier(start.layer, head).eval()
     optimiser = torch.optim.AdamW(head.parameters(), training.learning_rate, weight_decay=1e-4)
-    order, starts = (
-        keyed_generator(training.seed, Purpose.HEAD_ORDER),
-        keyed_generator(training.seed, Purpose.HEAD_STARTS),
-    )
+    order_generator = keyed_generator(training.seed, Purpose.HEAD_ORDER)
+    start_generator = keyed_generator(training.seed, Purpose.HEAD_STARTS)
     batches = max(1, len(images) // training.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, training.learning_rate, training.epochs * batches)
     for _ in range(training.epochs):
-        for chosen in torch.randperm(len(images), generator=order).to(images.device).tensor_split(batches):
-            hardest = never_done(cross_entropy_objective(learner, labels[chosen]))
-            moved = minimise(hardest, images[chosen], threat, training.pgd, starts).images
+        order = torch.randperm(len(images), generator=order_generator).to(images.device)
+        for batch in order.tensor_split(batches):
+            loss = without_early_stopping(cross_entropy_objective(classifier, labels[batch]))
+            adversarial = minimise(loss, images[batch], threat, training.pgd, start_generator).images
             with torch.no_grad():
-                seen = start.layer(moved)
+                features = start.layer(adversarial)
             optimiser.zero_grad()
-            F.cross_entropy(head(seen), labels[chosen]).backward()
+            F.cross_entropy(head(features), labels[batch]).backward()
             optimiser.step()
             schedule.step()
     head.requires_grad_(False)
-    return learner
+    return classifier
 
 
 @torch.no_grad()
@@ -166,106 +166,108 @@ def _features(layer: nn.Module, images: Images, batch_size: int) -> Tensor:
     return torch.cat([layer(batch) for batch in images.split(batch_size)])
 
 
-def make_head(features: int, fit: HeadFit) -> nn.Module:
-    """Return a fresh head for features (N, D), drawn from the seed alone."""
-    draws = keyed_generator(fit.seed, Purpose.HEAD_WEIGHTS)
+def make_head(features: int, settings: HeadFitSettings) -> nn.Module:
+    """Return an untrained head for `features` features, with weights drawn from the seed alone."""
+    generator = keyed_generator(settings.seed, Purpose.HEAD_WEIGHTS)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=draws)))
-        if fit.kind == "linear":
-            return nn.Linear(features, fit.classes)
-        middle = (_Dropout(fit.dropout, draws), nn.BatchNorm1d(fit.hidden), nn.ReLU())
-        return nn.Sequential(nn.Linear(features, fit.hidden), *middle, nn.Linear(fit.hidden, fit.classes))
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        if settings.kind == "linear":
+            return nn.Linear(features, settings.classes)
+        middle = (_Dropout(settings.dropout, generator), nn.BatchNorm1d(settings.hidden), nn.ReLU())
+        return nn.Sequential(
+            nn.Linear(features, settings.hidden), *middle, nn.Linear(settings.hidden, settings.classes)
+        )
 
 
 def fit_head(
     layer: nn.Module,
     images: Images,
     labels: Labels,
-    fit: HeadFit,
-    watched: Mapping[str, Watched] | None = None,
-    progress: Callable[[int, float], None] = lambda _epoch, _loss: None,
-) -> Fitted:
-    """Return a head trained on a frozen layer, and the ones that early stopping on each of `watched` chooses.
+    settings: HeadFitSettings,
+    validation: Mapping[str, ValidationSet] | None = None,
+    progress: EpochProgress = lambda _epoch, _loss: None,
+) -> FittedHeads:
+    """Train a head on a frozen layer with images (M, C, H, W) and labels (M,).
 
-    Images (M, C, H, W) with labels (M,). The layer stays as it is, in eval mode; a robust head sees features of images
-    that PGD moved through head and layer, both in eval mode. `watched` is the caller's to name: a head chosen on the
-    images it is then reported on is flattered. Raises UsageError for fewer than two images.
+    With a threat model, PGD perturbs the images through head and layer, both in eval mode. Early stopping selects one
+    head for each validation set; accuracy on a set that selected the head is biased upwards. `progress` receives the
+    epoch and its mean loss. Raises UsageError for fewer than two images.
 
-    Source: Zhu, Zhang & Evans 2020, section 5.2 (heads and their rows "E.S.").
+    Source: Zhu, Zhang & Evans 2020, section 5.2 (rows "E.S.").
     """
     if len(images) < 2:
-        raise UsageError(f"{len(images)} images train no head: at least 2 are needed")
-    learner = _Learner(layer.eval(), images, labels, fit)
-    best: dict[str, Stopped] = {}
-    for epoch in range(fit.epochs):
-        progress(epoch, learner.epoch(epoch))
-        if (epoch + 1) % fit.every == 0 or epoch + 1 == fit.epochs:
-            for name, sample in (watched or {}).items():
-                share = _adversarial(learner.network, sample, fit)
-                if name not in best or share > best[name].adversarial:
-                    best[name] = Stopped(learner.copied(), epoch, share)
-    return Fitted(learner.copied(), best)
+        raise UsageError(f"a head cannot be trained on {len(images)} images: at least 2 are needed")
+    trainer = _HeadTrainer(layer.eval(), images, labels, settings)
+    best: dict[str, EarlyStopped] = {}
+    for epoch in range(settings.epochs):
+        progress(epoch, trainer.train_epoch(epoch))
+        if (epoch + 1) % settings.every == 0 or epoch + 1 == settings.epochs:
+            for name, validation_set in (validation or {}).items():
+                accuracy = _adversarial_accuracy(trainer.network, validation_set, settings)
+                if name not in best or accuracy > best[name].adversarial_accuracy:
+                    best[name] = EarlyStopped(trainer.snapshot(), epoch, accuracy)
+    return FittedHeads(trainer.snapshot(), best)
 
 
-class _Learner:
-    """A head in training, and what it learns from: features made once, or images moved anew for every batch."""
+class _HeadTrainer:
+    """A head in training, on precomputed clean features or on images that PGD perturbs in every batch."""
 
-    def __init__(self, layer: nn.Module, images: Images, labels: Labels, fit: HeadFit) -> None:
-        self.images, self.labels, self.fit = images, labels, fit
-        self.features = _features(layer, images, fit.batch_size)
-        self.network = OnLayer(layer, make_head(self.features.shape[1], fit).to(images.device))
-        self.optimiser = torch.optim.Adam(self.network.head.parameters(), fit.learning_rate)
-        self.batches = max(1, len(images) // fit.batch_size)
+    def __init__(self, layer: nn.Module, images: Images, labels: Labels, settings: HeadFitSettings) -> None:
+        self.images, self.labels, self.settings = images, labels, settings
+        self.features = _features(layer, images, settings.batch_size)
+        self.network = LayerClassifier(layer, make_head(self.features.shape[1], settings).to(images.device))
+        self.optimiser = torch.optim.Adam(self.network.head.parameters(), settings.learning_rate)
+        self.batches = max(1, len(images) // settings.batch_size)
 
-    def epoch(self, number: int) -> float:
-        """Learn from every image once and return the mean loss; the head is in eval mode before and after."""
-        order = torch.randperm(len(self.images), generator=keyed_generator(self.fit.seed, Purpose.HEAD_ORDER, number))
-        starts, total = keyed_generator(self.fit.seed, Purpose.HEAD_STARTS, number), 0.0
-        for chosen in order.to(self.images.device).tensor_split(self.batches):
-            seen = self._seen(chosen, starts)
+    def train_epoch(self, epoch: int) -> float:
+        """Train on every image once and return the mean loss; the head is in eval mode before and after."""
+        seed, total = self.settings.seed, 0.0
+        order = torch.randperm(len(self.images), generator=keyed_generator(seed, Purpose.HEAD_ORDER, epoch))
+        generator = keyed_generator(seed, Purpose.HEAD_STARTS, epoch)
+        for batch in order.to(self.images.device).tensor_split(self.batches):
+            features = self._batch_features(batch, generator)
             self.network.head.train()
-            loss = F.cross_entropy(self.network.head(seen), self.labels[chosen])
+            loss = F.cross_entropy(self.network.head(features), self.labels[batch])
             self.optimiser.zero_grad()
             loss.backward()
             self.optimiser.step()
             self.network.head.eval()
-            total += float(loss.detach()) * len(chosen)
+            total += float(loss.detach()) * len(batch)
         return total / len(self.images)
 
-    def copied(self) -> OnLayer:
-        """Return the network with a frozen copy of the head as it is now."""
-        head = make_head(self.features.shape[1], self.fit).to(self.images.device)
+    def snapshot(self) -> LayerClassifier:
+        """Return the classifier with a frozen copy of the current head."""
+        head = make_head(self.features.shape[1], self.settings).to(self.images.device)
         head.load_state_dict(self.network.head.state_dict())
-        return OnLayer(self.network.layer, head.requires_grad_(False)).eval()
+        return LayerClassifier(self.network.layer, head.requires_grad_(False)).eval()
 
-    def _seen(self, chosen: Tensor, starts: torch.Generator) -> Features:
-        if self.fit.threat is None:
-            return self.features[chosen]
+    def _batch_features(self, batch: Tensor, generator: torch.Generator) -> Features:
+        if self.settings.threat is None:
+            return self.features[batch]
         self.network.head.eval()
-        hardest = never_done(cross_entropy_objective(self.network, self.labels[chosen]))
-        moved = minimise(hardest, self.images[chosen], self.fit.threat, self.fit.pgd, starts).images
+        loss = without_early_stopping(cross_entropy_objective(self.network, self.labels[batch]))
+        adversarial = minimise(loss, self.images[batch], self.settings.threat, self.settings.pgd, generator).images
         with torch.no_grad():
-            features: Features = self.network.layer(moved)
+            features: Features = self.network.layer(adversarial)
         return features
 
 
-def _adversarial(network: OnLayer, sample: Watched, fit: HeadFit) -> float:
-    """Return the share of images that PGD leaves right."""
-    objective = cross_entropy_objective(network, sample.labels)
-    draws = keyed_generator(fit.seed, Purpose.HEAD_VALIDATION)
-    found = minimise(objective, sample.images, sample.threat, fit.pgd, draws)
+def _adversarial_accuracy(network: LayerClassifier, validation: ValidationSet, settings: HeadFitSettings) -> float:
+    objective = cross_entropy_objective(network, validation.labels)
+    generator = keyed_generator(settings.seed, Purpose.HEAD_VALIDATION)
+    found = minimise(objective, validation.images, validation.threat, settings.pgd, generator)
     return 1 - float(found.done.float().mean())
 
 
 class _Dropout(nn.Module):
-    """Dropout with masks from our own generator: nn.Dropout takes its from the global one."""
+    """Dropout with masks from a generator of its own; nn.Dropout draws them from the global one."""
 
-    def __init__(self, share: float, generator: torch.Generator) -> None:
+    def __init__(self, rate: float, generator: torch.Generator) -> None:
         super().__init__()
-        self.share, self.generator = share, generator
+        self.rate, self.generator = rate, generator
 
-    def forward(self, values: Tensor) -> Tensor:
-        if not (self.training and self.share):
-            return values
-        kept = torch.rand(values.shape, generator=self.generator).to(values) >= self.share
-        return values * kept / (1 - self.share)
+    def forward(self, features: Features) -> Features:
+        if not (self.training and self.rate):
+            return features
+        kept = torch.rand(features.shape, generator=self.generator).to(features) >= self.rate
+        return features * kept / (1 - self.rate)

@@ -1,7 +1,7 @@
-"""Guess first, then classify: objectives on the scores of (image, label hypothesis) pairs, and training by them.
+"""Train networks that score (image, label hypothesis) pairs, by variational objectives of those scores.
 
-A joint pair is an image with its true label; the product pairs are every image of the batch with all K labels, its
-own included, each once: labels uniform whatever their shares in the data.
+Joint pairs are images with their true labels. Product pairs are all images of the batch with all K labels, so labels
+are uniform whatever their frequencies in the data.
 
 Source: Zhu, An & Niu 2020, "Guess First to Enable Better Compression and Adversarial Robustness".
 """
@@ -20,38 +20,39 @@ from audit.errors import InvalidModelError, MismatchError, UnknownNameError, Usa
 from audit.hashing import tensors_sha256, weights_sha256
 from audit.information.bounds import Pairs, donsker_varadhan_of, energy_of, jensen_shannon_of
 from audit.random_keys import Purpose, keyed_generator
-from audit.training.checkpoints import Checkpoint
+from audit.training.checkpoints import Checkpoint, Stateful
 from audit.training.mmd import information_elimination
+from audit.training.mutual_information import EpochProgress
 from audit.types import Images, Labels
 
-MOST_EPOCHS = 200
+MAX_EPOCHS = 200
 
 
-def true_pairs(scores: Tensor, labels: Labels) -> Pairs:
-    """Return the joint and product pairs in scores (N, K) of every hypothesis: (N,) and (N, K)."""
+def label_pairs(scores: Tensor, labels: Labels) -> Pairs:
+    """Return the joint pairs (N,) and product pairs (N, K) among scores (N, K) of all hypotheses."""
     return Pairs(scores.gather(1, labels[:, None]).squeeze(1), scores)
 
 
 def jensen_shannon(scores: Tensor, labels: Labels) -> Tensor:
-    """Return the convex-conjugate Jensen-Shannon value () in nats: largest where T is the log density ratio."""
-    return jensen_shannon_of(true_pairs(scores, labels))
+    """Return the Jensen-Shannon objective () in nats, maximal at T = the log density ratio."""
+    return jensen_shannon_of(label_pairs(scores, labels))
 
 
 def donsker_varadhan(scores: Tensor, labels: Labels) -> Tensor:
-    """Return the Donsker-Varadhan value () in nats: largest where T is the log density ratio up to a constant.
+    """Return the Donsker-Varadhan bound () in nats, maximal at T = the log density ratio plus a constant.
 
-    The logarithm of a batch's mean is biased, so gradients of small batches are not those of the whole set.
+    The logarithm of a batch mean is biased, and so are gradients of small batches.
     """
-    return donsker_varadhan_of(true_pairs(scores, labels))
+    return donsker_varadhan_of(label_pairs(scores, labels))
 
 
 def energy(scores: Tensor, labels: Labels) -> Tensor:
-    """Return the energy-based value () in nats: ln K less the cross-entropy of softmax(T)."""
-    return energy_of(true_pairs(scores, labels))
+    """Return the energy-based objective () in nats: ln K minus the cross-entropy of softmax(T)."""
+    return energy_of(label_pairs(scores, labels))
 
 
 def cross_entropy(scores: Tensor, labels: Labels) -> Tensor:
-    """Return minus the cross-entropy () of softmax(T) in nats: what the baselines make large."""
+    """Return the negative cross-entropy () of softmax(T) in nats, the objective of the baselines."""
     return -F.cross_entropy(scores, labels)
 
 
@@ -61,24 +62,24 @@ OBJECTIVES: dict[str, Callable[[Tensor, Labels], Tensor]] = {
     "energy": energy,
     "cross-entropy": cross_entropy,
 }
-"""What a network's scores (N, K) and labels (N,) are worth, by name: all are to be made large."""
+"""Objectives of scores (N, K) and labels (N,) by name; all are maximised."""
 
 
 @runtime_checkable
-class Conditioned(Protocol):
-    """A network whose hypothesis enters after a front: what information elimination needs of it."""
+class HypothesisConditioned(Protocol):
+    """A network whose hypothesis enters after a convolutional front, as information elimination requires."""
 
     front: nn.Module
 
     def all_scores(self, flat: Tensor, /) -> Tensor:
-        """Return scores (N, K) of the front's features (N, F) under all hypotheses."""
+        """Return the scores (N, K) of the front's features (N, F) under all hypotheses."""
 
     def representation(self, flat: Tensor, hypotheses: Tensor, /) -> Tensor:
-        """Return the second layer (N, H, D) of the front's features (N, F) under hypotheses (N, H)."""
+        """Return the second dense layer (N, H, D) of the front's features (N, F) under hypotheses (N, H)."""
 
 
-class Drawn(Protocol):
-    """Logits (N, K) through a drawn representation, and its divergence from the prior () in nats."""
+class StochasticOutput(Protocol):
+    """Logits (N, K) from a sampled representation, and its KL divergence () from the prior in nats."""
 
     @property
     def logits(self) -> Tensor:
@@ -86,24 +87,24 @@ class Drawn(Protocol):
 
     @property
     def kl_nats(self) -> Tensor:
-        """Return the divergence."""
+        """Return the KL divergence."""
 
 
 @runtime_checkable
-class Stochastic(Protocol):
-    """A network with a stochastic encoder: what the information bottleneck's loss needs of it."""
+class StochasticEncoder(Protocol):
+    """A network with a stochastic encoder, as the variational information bottleneck requires."""
 
-    def sample(self, images: Images, generator: torch.Generator, /) -> Drawn:
-        """Return logits and divergence of one draw for each image."""
+    def sample(self, images: Images, generator: torch.Generator, /) -> StochasticOutput:
+        """Return logits and KL divergence of one sample for each image."""
 
 
 @dataclass(frozen=True)
 class HypothesisTraining:
-    """How a network on hypotheses, or a baseline of the same trunk, is trained: Adam at a constant learning rate.
+    """Settings of `train_hypothesis`: Adam at a constant learning rate.
 
-    `elimination` weighs information elimination, `kl_weight` a stochastic encoder's divergence from its prior.
-    Elimination begins after `warm_up` of the epochs: a representation that says nothing yet would stay like that.
-    Raises UnknownNameError or UsageError for what is not legal.
+    `elimination` is the weight of information elimination and `kl_weight` that of a stochastic encoder's divergence
+    from its prior. Elimination starts after the fraction `warm_up` of the epochs, because from the start it can keep
+    the representation constant. Raises UnknownNameError or UsageError for illegal values.
 
     Source: Zhu, An & Niu 2020, section 4: Adam, 1e-3, batches of 250, 200 epochs.
     """
@@ -112,7 +113,7 @@ class HypothesisTraining:
     elimination: float = 0.0
     kl_weight: float = 0.0
     warm_up: float = 0.0
-    epochs: int = MOST_EPOCHS
+    epochs: int = MAX_EPOCHS
     batch_size: int = 250
     learning_rate: float = 1e-3
     seed: int = 0
@@ -120,15 +121,15 @@ class HypothesisTraining:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise UnknownNameError("objective", self.objective, OBJECTIVES)
-        if not 1 <= self.epochs <= MOST_EPOCHS:
-            raise UsageError(f"{self.epochs} epochs are asked for: legal are 1 to {MOST_EPOCHS}")
+        if not 1 <= self.epochs <= MAX_EPOCHS:
+            raise UsageError(f"epochs {self.epochs!r} must be between 1 and {MAX_EPOCHS}")
         if self.batch_size < 2:
-            raise UsageError(f"batch size {self.batch_size} is too small: batch norm needs at least 2 images")
+            raise UsageError(f"batch size {self.batch_size!r} must be at least 2 for batch norm")
         for name in ("elimination", "kl_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{name} {getattr(self, name)!r} is not a weight: it must be finite and at least 0")
+                raise UsageError(f"{name} {getattr(self, name)!r} must be finite and at least 0")
         if not 0 <= self.warm_up < 1:
-            raise UsageError(f"warm_up {self.warm_up!r} is not a share of the epochs: legal are 0 to below 1")
+            raise UsageError(f"warm_up {self.warm_up!r} must be a fraction of the epochs, at least 0 and below 1")
         if not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"learning rate {self.learning_rate!r} must be finite and above 0")
 
@@ -138,39 +139,36 @@ def train_hypothesis(
     images: Images,
     labels: Labels,
     training: HypothesisTraining,
-    progress: Callable[[int, float], None] = lambda _epoch, _loss: None,
+    progress: EpochProgress = lambda _epoch, _loss: None,
     checkpoint_path: Path | None = None,
 ) -> None:
     """Train a network in place on images (N, C, H, W) in [0, 1] and leave it in eval mode.
 
-    `progress` hears the epoch and its mean loss. With `checkpoint_path` the state is kept after every epoch and taken
-    up again by a call with the same network, images and settings; the file is the caller's to delete. Raises
-    MismatchError for a network that the settings do not fit, InvalidModelError where the loss is not finite.
+    `progress` receives the epoch and its mean loss. With `checkpoint_path` the state is written after every epoch, and
+    a call with the same network, images and settings resumes; the caller deletes the file. Raises MismatchError for
+    settings that the network does not support, InvalidModelError if the loss is not finite.
     """
-    _check_fit(network, training)
-    order, noise = (
-        keyed_generator(training.seed, Purpose.HYPOTHESIS_ORDER),
-        keyed_generator(training.seed, Purpose.HYPOTHESIS_NOISE),
-    )
-    trained = [weight for weight in network.parameters() if weight.requires_grad]
-    optimiser = torch.optim.Adam(trained, training.learning_rate)
-    checkpoint = Checkpoint(
-        checkpoint_path, _identity(network, images, labels, training) if checkpoint_path else {},
-        {"network": network, "optimiser": optimiser}, {"order": order, "noise": noise},
-    )  # fmt: skip
+    _check_supported(network, training)
+    order = keyed_generator(training.seed, Purpose.HYPOTHESIS_ORDER)
+    noise = keyed_generator(training.seed, Purpose.HYPOTHESIS_NOISE)
+    trainable = [weight for weight in network.parameters() if weight.requires_grad]
+    optimiser = torch.optim.Adam(trainable, training.learning_rate)
+    identity = _identity(network, images, labels, training) if checkpoint_path else {}
+    parts: dict[str, Stateful] = {"network": network, "optimiser": optimiser}
+    checkpoint = Checkpoint(checkpoint_path, identity, parts, {"order": order, "noise": noise})
     for epoch in range(checkpoint.restore(), training.epochs):
         network.train()
         total = 0.0
-        now = training if epoch >= training.warm_up * training.epochs else replace(training, elimination=0.0)
-        for chosen in _batches(len(images), training.batch_size, order):
-            where = chosen.to(images.device)
-            value = training_loss(network, images[where], labels[where], now, noise)
+        current = training if epoch >= training.warm_up * training.epochs else replace(training, elimination=0.0)
+        for batch in _batches(len(images), training.batch_size, order):
+            index = batch.to(images.device)
+            loss = training_loss(network, images[index], labels[index], current, noise)
             optimiser.zero_grad()
-            value.backward()
+            loss.backward()
             optimiser.step()
-            total += float(value.detach()) * len(chosen)
+            total += float(loss.detach()) * len(batch)
         if not isfinite(total):
-            advice = "look for pixels that are not finite, or take a smaller learning rate"
+            advice = "check the images for non-finite pixels, or lower the learning rate"
             raise InvalidModelError(f"the loss of epoch {epoch + 1} is {total}: {advice}")
         checkpoint.save(epoch + 1)
         progress(epoch, total / len(images))
@@ -180,34 +178,34 @@ def train_hypothesis(
 def training_loss(
     network: nn.Module, images: Images, labels: Labels, training: HypothesisTraining, noise: torch.Generator
 ) -> Tensor:
-    """Return what one step makes small (): minus the objective, and the penalties that the settings weigh.
+    """Return the loss () of one step: the negative objective plus the weighted penalties.
 
-    Elimination reads the front's features detached and stops at the second layer: its gradient reaches the first and
-    second dense layers alone.
+    Information elimination uses detached features of the front, so its gradient reaches only the first and second
+    dense layers.
     """
-    worth = OBJECTIVES[training.objective]
-    if training.kl_weight and isinstance(network, Stochastic):
-        drawn = network.sample(images, noise)
-        return training.kl_weight * drawn.kl_nats - worth(drawn.logits, labels)
-    if training.elimination and isinstance(network, Conditioned):
+    objective = OBJECTIVES[training.objective]
+    if training.kl_weight and isinstance(network, StochasticEncoder):
+        output = network.sample(images, noise)
+        return training.kl_weight * output.kl_nats - objective(output.logits, labels)
+    if training.elimination and isinstance(network, HypothesisConditioned):
         flat = network.front(images)
-        told = information_elimination(network.representation(flat.detach(), labels[:, None]).flatten(1), labels)
-        return training.elimination * told - worth(network.all_scores(flat), labels)
-    return -worth(network(images), labels)
+        penalty = information_elimination(network.representation(flat.detach(), labels[:, None]).flatten(1), labels)
+        return training.elimination * penalty - objective(network.all_scores(flat), labels)
+    return -objective(network(images), labels)
 
 
-def _check_fit(network: nn.Module, training: HypothesisTraining) -> None:
+def _check_supported(network: nn.Module, training: HypothesisTraining) -> None:
     name = type(network).__name__
-    if training.elimination and not isinstance(network, Conditioned):
+    if training.elimination and not isinstance(network, HypothesisConditioned):
         raise MismatchError(f"{name} takes no label hypothesis: information elimination must be 0")
-    if training.kl_weight and not isinstance(network, Stochastic):
+    if training.kl_weight and not isinstance(network, StochasticEncoder):
         raise MismatchError(f"{name} has no stochastic encoder: kl_weight must be 0")
     if training.kl_weight and training.elimination:
-        raise MismatchError("elimination and kl_weight are of different networks: one of them must be 0")
+        raise MismatchError("elimination and kl_weight belong to different networks: one of them must be 0")
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Shuffled indices in equal parts of `size` or a little more: no small rest that upsets batch norm."""
+    """Return shuffled indices in equal batches of at least `size`: a small last batch would destabilise batch norm."""
     return torch.randperm(count, generator=generator).tensor_split(max(1, count // size))
 
 

@@ -1,7 +1,7 @@
-"""Information elimination: taking the label out of a representation that is conditioned on a label hypothesis.
+"""Information elimination: a penalty on label information in representations conditioned on a label hypothesis.
 
-Under the true hypothesis a representation need not tell which label it is: inference was told. What it does tell is
-measured by the maximum mean discrepancy (MMD) between the representations of one label and those of all.
+Inference supplies the hypothesis, so under the true one the representation need not contain the label. Its dependence
+on the label is measured by the maximum mean discrepancy (MMD) between the representations of one label and of all.
 
 Source: Zhu, An & Niu 2020; Gretton et al. 2012 for the MMD.
 """
@@ -16,7 +16,7 @@ from audit.types import Features, Labels
 def mmd2(first: Features, second: Features, bandwidth: float | Tensor) -> Tensor:
     """Return the unbiased estimate () of the squared MMD of two samples (N, D) and (M, D); it may be negative.
 
-    The kernel is exp(-|x - y|^2 / (2 bandwidth^2)). Raises UsageError for a sample of fewer than two.
+    The kernel is exp(-|x - y|^2 / (2 bandwidth^2)). Raises UsageError if a sample has fewer than two rows.
 
     Source: Gretton et al. 2012, eq. 3.
     """
@@ -30,14 +30,14 @@ def mmd2(first: Features, second: Features, bandwidth: float | Tensor) -> Tensor
 def information_elimination(representation: Features, labels: Labels, bandwidth: float | None = None) -> Tensor:
     """Return the sum () over labels of the squared MMD between one label's representations and all of them.
 
-    `representation` (N, D) is each image's under its true hypothesis. For an estimate without bias the samples must be
-    disjoint. All samples are a mixture: a share p of the label's own, 1 - p of the others; so the discrepancy to all
-    is (1 - p)^2 times that to the others. That is estimated without bias where the batch is drawn at random, given
-    how many images the label has; a label with fewer than two, or all but one, counts nothing. The bandwidth is the
-    median distance between two different samples of the batch, a constant to the gradient.
+    `representation` (N, D) is that of each image under its true hypothesis. All representations are a mixture of the
+    label's own, with weight p, and the others', with weight 1 - p, so MMD^2(own, all) = (1 - p)^2 MMD^2(own, others).
+    The right-hand side compares disjoint samples, so its estimate on a random batch is unbiased given the number of
+    images of the label; labels with fewer than two images, or with all but one, are left out. The bandwidth defaults to
+    the median distance between different samples of the batch, without a gradient.
     """
     distances = _squared_distances(representation)
-    width = median_distance(distances) if bandwidth is None else bandwidth
+    width = _median_distance(distances) if bandwidth is None else bandwidth
     own = torch.nn.functional.one_hot(labels).T.to(representation)
     counts = own.sum(1)
     own = own[(counts >= 2) & (counts <= len(labels) - 2)]
@@ -46,8 +46,8 @@ def information_elimination(representation: Features, labels: Labels, bandwidth:
 
 
 @torch.no_grad()
-def median_distance(squared: Tensor) -> Tensor:
-    """Return the median distance () between different samples, from their squared distances (N, N); at least 1e-6."""
+def _median_distance(squared: Tensor) -> Tensor:
+    """Return the median distance () between different samples, at least 1e-6, from squared distances (N, N)."""
     rows, columns = torch.triu_indices(len(squared), len(squared), 1, device=squared.device)
     return squared[rows, columns].median().sqrt().clamp_min(1e-6)
 
@@ -62,11 +62,8 @@ def _kernel(squared: Tensor, bandwidth: float | Tensor) -> Tensor:
 
 
 def _mmd2(kernel: Tensor, own: Tensor) -> Tensor:
-    """Unbiased squared MMD (L,) between the samples each row of `own` (L, N) marks with 1 and those it marks with 0.
-
-    No sample is compared with itself.
-    """
-    kernel = kernel - torch.diag(kernel.diagonal())
+    """Return the unbiased squared MMD (L,) between the samples marked 1 and 0 in each row of `own` (L, N)."""
+    kernel = kernel - torch.diag(kernel.diagonal())  # no sample is compared with itself
     others = 1 - own
     n, m = own.sum(1), others.sum(1)
     within = ((own @ kernel) * own).sum(1) / (n * (n - 1)) + ((others @ kernel) * others).sum(1) / (m * (m - 1))

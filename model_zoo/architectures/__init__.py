@@ -1,4 +1,4 @@
-"""The few architectures no package has, by name. Each takes keyword arguments and maps images to logits."""
+"""Architectures of the papers that no library provides, by name; each maps images to logits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +7,10 @@ from torch import nn
 
 from audit.errors import MismatchError, UnknownNameError
 from model_zoo.architectures.cifar import CifarVGG, cifar_densenet, cifar_resnet
-from model_zoo.architectures.digits import VGG, BaselineH, DenseNet, ResNet
-from model_zoo.architectures.encoders import paper_network
-from model_zoo.architectures.hypothesis import VIB, HypothesisNet, LeNet, PlainCNN
+from model_zoo.architectures.hypothesis_baselines import VIB, LeNet, PlainCNN
+from model_zoo.architectures.hypothesis_net import HypothesisNet
+from model_zoo.architectures.paper_encoder import paper_encoder
+from model_zoo.architectures.small_classifiers import VGG, BaselineH, DenseNet, ResNet
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "baseline-h": BaselineH,
@@ -23,12 +24,12 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "cifar-resnet": cifar_resnet,
     "cifar-densenet": cifar_densenet,
     "cifar-vgg": CifarVGG,
-    "paper-encoder": paper_network,
+    "paper-encoder": paper_encoder,
 }
 
 
 def build(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """Return a freshly initialised network; raises UnknownNameError or MismatchError for unfit arguments."""
+    """Return an architecture with random weights; raises UnknownNameError, or MismatchError for invalid arguments."""
     if name not in ARCHITECTURES:
         raise UnknownNameError("architecture", name, ARCHITECTURES)
     try:

@@ -1,13 +1,13 @@
-"""Networks of Figure 1 for images of 32 pixels: wide ones by torchvision's constructors, with stems that keep the map.
+"""ResNet, DenseNet and VGG for CIFAR: torchvision constructors with stems that keep the 32 x 32 resolution.
 
-No weights are read: only the constructors are torchvision's.
+No weights are read from torchvision.
 """
 
 from torch import Tensor, nn
 
 from model_zoo.libraries import torchvision_build
 
-_D = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: halve the map
+_VGG16_CHANNELS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: max pooling
 
 
 def cifar_resnet(image_shape: tuple[int, int, int], num_classes: int, depth: int = 18) -> nn.Module:
@@ -40,7 +40,7 @@ class CifarVGG(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         layers, channels = list[nn.Module](), image_shape[0]
-        for outputs in _D:
+        for outputs in _VGG16_CHANNELS:
             if outputs:
                 layers += [_conv(channels, outputs), nn.BatchNorm2d(outputs), nn.ReLU()]
                 channels = outputs
@@ -61,5 +61,5 @@ def _stem(channels: int) -> nn.Conv2d:
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
     layer = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's constructors do
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # as in torchvision
     return layer

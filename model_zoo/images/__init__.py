@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Data sets: named sets, folders, npz and parquet files, as float images in [0, 1] with labels."""

@@ -1,4 +1,4 @@
-"""The named data sets: scikit-learn's digits, which come with the package, and torchvision's, which are fetched."""
+"""Read the named data sets: the digits bundled with scikit-learn, and those that torchvision downloads."""
 
 import tarfile
 import warnings
@@ -20,7 +20,7 @@ _DIGITS_SEED = 20210419
 
 @dataclass(frozen=True)
 class RawImages:
-    """Pixels (M, C, H, W), uint8 or float, with labels (M,); `available` counts the images of the whole set."""
+    """Pixels (M, C, H, W), uint8 or float, with labels (M,); `available` is the size of the whole data set."""
 
     pixels: Tensor
     labels: Tensor
@@ -29,32 +29,34 @@ class RawImages:
     available: int
 
     def first(self, count: int | None) -> "RawImages":
-        """Return the first `count` images (all when None)."""
+        """Return the first `count` images; None: all."""
         if count is None:
             return self
         return replace(self, pixels=self.pixels[:count], labels=self.labels[:count], indices=self.indices[:count])
 
     def balanced(self, count: int) -> "RawImages":
-        """Return the first images of each class, equally many of each, in their own order; raises UsageError."""
+        """Return the first images of each class, equally many of each, in the original order; raises UsageError."""
         classes = len(self.classes)
         if count % classes:
-            raise UsageError(f"{count} images cannot be shared by {classes} classes equally: ask for a multiple of it")
+            raise UsageError(
+                f"{count} images cannot be shared equally by {classes} classes; ask for a multiple of {classes}"
+            )
         ranks = torch.stack([(self.labels == label).cumsum(0) for label in range(classes)])
         rank = ranks.gather(0, self.labels[None]).squeeze(0)
         fewest = min(int(row[-1]) for row in ranks)
         if count // classes > fewest:
-            raise UsageError(f"{count} images of {classes} classes need {count // classes} each; one has {fewest}")
+            raise UsageError(f"{count} images of {classes} classes need {count // classes} each; one has only {fewest}")
         chosen = (rank <= count // classes).nonzero().flatten()
         indices = tuple(self.indices[index] for index in chosen.tolist())
         return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen], indices=indices)
 
 
 def read_digits(split: str) -> RawImages:
-    """Return scikit-learn's handwritten digits, (1, 8, 8): 897 for training, 900 for testing, classes in proportion.
+    """Return scikit-learn's handwritten digits, (1, 8, 8): 897 for training, 900 for testing, stratified by class.
 
     Source: Alpaydin & Kaynak 1998, as bundled with scikit-learn (1,797 images, 16 grey levels).
     """
-    # Imported here because scikit-learn takes a second that other sets do not need.
+    # Imported here because scikit-learn takes a second that other data sets do not need.
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -71,8 +73,8 @@ def read_digits(split: str) -> RawImages:
 
 
 def _split_digits(labels: "np.ndarray[Any, Any]") -> tuple[list[int], list[int]]:
-    """Return the fixed training and test indices; both orders are random, so any beginning is a fair sample."""
-    # RandomState, because numpy promises that its stream never changes.
+    """Return the fixed training and test indices in random order, so that any prefix is a random sample."""
+    # RandomState, because numpy guarantees that its stream never changes.
     order = np.random.RandomState(_DIGITS_SEED).permutation(len(labels))
     totals = np.bincount(labels)
     shares = totals * _DIGITS_TEST / len(labels)
@@ -90,24 +92,24 @@ def _split_digits(labels: "np.ndarray[Any, Any]") -> tuple[list[int], list[int]]
 
 
 def read_torchvision(name: str, split: str, data_dir: Path, *, offline: bool) -> RawImages:
-    """Return a split of a torchvision data set kept in `data_dir`, fetched into it unless `offline`.
+    """Return a split of a torchvision data set stored in `data_dir`, downloaded into it unless `offline`.
 
-    Raises EnvironmentFault where it is not there and cannot be fetched.
+    Raises EnvironmentFault where it is missing and cannot be downloaded.
     """
-    with _explained(name, data_dir, offline):
+    with _torchvision_errors(name, data_dir, offline):
         dataset = _open(name, split, data_dir, download=not offline)
     pixels = torch.as_tensor(np.asarray(dataset.data))
     labels = torch.as_tensor(np.asarray(dataset.labels if name == "svhn" else dataset.targets))
     if pixels.ndim == 3:
         pixels = pixels.unsqueeze(1)
-    elif name != "svhn":  # the CIFAR sets are stored channels last
+    elif name != "svhn":  # CIFAR is stored channels last
         pixels = pixels.permute(0, 3, 1, 2)
     classes = tuple(getattr(dataset, "classes", None) or (str(digit) for digit in range(10)))
     return RawImages(pixels, labels, classes, tuple(range(len(labels))), len(labels))
 
 
 def _open(name: str, split: str, data_dir: Path, *, download: bool) -> Any:
-    # Imported here because torchvision takes a second that other sets do not need.
+    # Imported here because torchvision takes a second that other data sets do not need.
     from torchvision import datasets
 
     root, train = str(data_dir), split == "train"
@@ -122,21 +124,21 @@ def _open(name: str, split: str, data_dir: Path, *, download: bool) -> Any:
 
 
 @contextmanager
-def _explained(name: str, data_dir: Path, offline: bool) -> Iterator[None]:
-    """Turn what torchvision raises for a missing or unreachable data set into one sentence."""
+def _torchvision_errors(name: str, data_dir: Path, offline: bool) -> Iterator[None]:
+    """Convert the errors of torchvision for a missing or unreachable data set to EnvironmentFault."""
     try:
-        with warnings.catch_warnings(), _contained_archives():
-            warnings.simplefilter("ignore")  # numpy about the age of the stored arrays
+        with warnings.catch_warnings(), _safe_tar_extraction():
+            warnings.simplefilter("ignore")  # numpy deprecation warnings about the stored arrays
             yield
-    except Exception as error:  # damaged files fail in torchvision's readers with any kind
+    except Exception as error:  # torchvision raises any type for damaged files
         why = "offline mode does not fetch it" if offline else "it could not be fetched"
         message = f"data set {name} is not complete in {data_dir} and {why} ({type(error).__name__})"
         raise EnvironmentFault(f"{message}; fetch it on a machine with a network and copy that folder here") from error
 
 
 @contextmanager
-def _contained_archives() -> Iterator[None]:
-    """Let nothing that torchvision unpacks leave its folder: it asks for no filter, and the default is none."""
+def _safe_tar_extraction() -> Iterator[None]:
+    """Confine the members of archives that torchvision extracts to their folder: it sets no extraction filter."""
     former = tarfile.TarFile.extraction_filter
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:

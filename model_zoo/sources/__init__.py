@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Where models come from: files, hubs, downloads, bundled checkpoints."""

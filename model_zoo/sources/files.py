@@ -1,4 +1,4 @@
-"""Models from a weights file and an architecture the user names: `file:<path>?arch=...&num_classes=...`."""
+"""Models from a weights file and a named architecture: `file:<path>?arch=...&num_classes=...`."""
 
 import importlib
 import importlib.util
@@ -15,18 +15,18 @@ from audit.errors import AuditError, EnvironmentFault, MismatchError, UnknownNam
 from model_zoo import catalogue, libraries
 from model_zoo.architectures import build
 from model_zoo.entries import TRAININGS, ModelEntry, ModelRef, is_model_ref, parse_fraction, parse_ref
-from model_zoo.prepared import ImageShape, Prepared, SourceSettings
-from model_zoo.sources.cards import prepare_carded
-from model_zoo.sources.downloads import file_sha256, verify
-from model_zoo.weights.checkpoints import fit_weights, read_weights
-from model_zoo.weights.fitting import most_bytes
+from model_zoo.model_types import ImageShape, LocatedModel, SourceSettings
+from model_zoo.sources.cards import locate_carded
+from model_zoo.untrusted import file_sha256, verify_sha256
+from model_zoo.weights.checkpoints import copy_weights, read_weights
+from model_zoo.weights.matching import max_checkpoint_bytes
 
 _NORMS = ("linf", "l2", "l1")
 
 
 @dataclass(frozen=True)
 class _Architecture:
-    """How to build the network of a `file:` reference; `code_sha256` is set where the user's code does it."""
+    """How to build the network of a `file:` reference; `code_sha256` is set for a user's factory."""
 
     build: Callable[[], nn.Module]
     name: str
@@ -35,22 +35,22 @@ class _Architecture:
     image_shape: ImageShape | None = None
 
 
-def prepare_file(ref: ModelRef, sources: SourceSettings) -> Prepared:
-    """Read the options of a `file:` reference, or without any the card beside its weights, and hash the weights.
+def locate_file(ref: ModelRef, sources: SourceSettings) -> LocatedModel:
+    """Read the options of a `file:` reference, or the card beside its weights where there are none; hash the weights.
 
-    Raises UsageError for missing or illegal options, UnsafeError for a Python factory without `trust_code`,
+    Raises UsageError for missing or invalid options, UnsafeError for a Python factory without `trust_code`,
     EnvironmentFault for a missing file, IntegrityError for another hash than `sha256=`.
     """
     options = ref.options
     if not options and (card := catalogue.card_beside(Path(ref.target))):
-        return prepare_carded(Path(ref.target), card)
-    num_classes = _count(options.get("num_classes", ""))
-    shape = _shape(options["shape"]) if "shape" in options else None
-    architecture = _architecture(options.get("arch", ""), num_classes, shape, sources)
-    mean, std = _normalisation(options.get("mean", ""), options.get("std", ""))
+        return locate_carded(Path(ref.target), card)
+    num_classes = _parse_num_classes(options.get("num_classes", ""))
+    shape = _parse_shape(options["shape"]) if "shape" in options else None
+    architecture = _find_architecture(options.get("arch", ""), num_classes, shape, sources)
+    mean, std = _parse_normalisation(options.get("mean", ""), options.get("std", ""))
     path = Path(ref.target)
     if not path.exists():
-        read_weights(path)  # raises the sentence for a missing file
+        read_weights(path)  # raises EnvironmentFault
     wanted = options.get("sha256", "")
     training = options.get("training", "unknown")
     if training not in TRAININGS:
@@ -67,15 +67,15 @@ def prepare_file(ref: ModelRef, sources: SourceSettings) -> Prepared:
         training=training,
         trained_norm=norm,
         trained_eps=parse_fraction(options.get("trained_eps", "0"), "trained_eps"),
-        weights_sha256=verify(path, wanted),
+        weights_sha256=verify_sha256(path, wanted),
         pinned=len(wanted) == 64,
         code_trusted=bool(architecture.code_sha256),
         code_sha256=architecture.code_sha256,
     )
-    return Prepared(
+    return LocatedModel(
         entry=entry,
         build=architecture.build,
-        fit=lambda network: fit_weights(network, read_weights(path, most=most_bytes(network))),
+        copy_weights=lambda network: copy_weights(network, read_weights(path, max_bytes=max_checkpoint_bytes(network))),
         num_classes=num_classes,
         image_shape=shape or architecture.image_shape,
         mean=mean,
@@ -83,21 +83,21 @@ def prepare_file(ref: ModelRef, sources: SourceSettings) -> Prepared:
     )
 
 
-def _count(text: str) -> int:
+def _parse_num_classes(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 1:
         message = f"num_classes={text!r} of a file: reference is not a number of at least 2; write num_classes=10"
         raise UsageError(f"{message}, or num_classes=0 for an encoder without a classifier")
     return int(text)
 
 
-def _shape(text: str) -> ImageShape:
+def _parse_shape(text: str) -> ImageShape:
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"shape={text!r} is not channels x height x width; write shape=3x32x32")
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-def _normalisation(mean: str, std: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _parse_normalisation(mean: str, std: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if not mean and not std:
         return (), ()
     means = tuple(parse_fraction(value, "mean") for value in mean.split(","))
@@ -108,7 +108,7 @@ def _normalisation(mean: str, std: str) -> tuple[tuple[float, ...], tuple[float,
     return means, stds
 
 
-def _architecture(arch: str, num_classes: int, shape: ImageShape | None, sources: SourceSettings) -> _Architecture:
+def _find_architecture(arch: str, num_classes: int, shape: ImageShape | None, sources: SourceSettings) -> _Architecture:
     if not arch:
         message = "a file: reference needs arch=, a model reference (arch=torchvision:resnet18) or a Python factory"
         raise UsageError(f"{message} (arch=nets.py:resnet20)")
@@ -118,12 +118,12 @@ def _architecture(arch: str, num_classes: int, shape: ImageShape | None, sources
 
 
 def _library_architecture(arch: str, num_classes: int, shape: ImageShape | None) -> _Architecture:
-    """Take only the architecture of a model reference, with the classes and size that this file has."""
+    """Build the architecture of a model reference with the number of classes and image shape of this file."""
     parsed = parse_ref(arch)
     name = parsed.target.partition("/")[0]
     if num_classes == 0 and parsed.source != "timm":
         message = f"num_classes=0 does not fit arch={arch!r}: only timm: architectures and Python factories"
-        raise UsageError(f"{message} can leave the classifier out; name a layer below it instead")
+        raise UsageError(f"{message} can omit the classifier; audit a layer below it instead")
     match parsed.source:
         case "torchvision":
             size = shape[1] if shape else None
@@ -152,7 +152,7 @@ def _timm_arguments(name: str, num_classes: int, shape: ImageShape | None) -> di
     arguments: dict[str, int | tuple[int, int]] = {"num_classes": num_classes}
     if shape and shape[0] != 3:
         arguments["in_chans"] = shape[0]
-    # Only architectures whose weights depend on the image's size take it.
+    # Only architectures whose weights depend on the image size take this argument.
     if shape and libraries.timm_facts(name).fixed_size:
         arguments["img_size"] = shape[1:]
     return arguments
@@ -161,7 +161,7 @@ def _timm_arguments(name: str, num_classes: int, shape: ImageShape | None) -> di
 def _bundled_architecture(arch: str, name: str, num_classes: int, shape: ImageShape | None) -> _Architecture:
     card = catalogue.read_card(name)
     changed = {"num_classes": num_classes, **({"image_shape": shape} if shape else {})}
-    # Only what the card itself sets is changed: not every architecture takes every argument.
+    # Change only arguments in the card: not every architecture takes every argument.
     arguments = {key: changed.get(key, value) for key, value in card["arguments"].items()}
     own = shape or tuple(card["image_shape"])
     return _Architecture(lambda: build(card["architecture"], arguments), arch, card["family"], image_shape=own)
@@ -173,7 +173,7 @@ def _factory_architecture(arch: str, num_classes: int, sources: SourceSettings) 
         message = f"arch={arch!r} is neither a model reference nor a Python factory"
         raise UsageError(f"{message}; write arch=torchvision:resnet18 or arch=nets.py:resnet20")
     if not sources.trust_code:
-        message = f"arch={arch!r} would run Python code of yours; pass --trust-code on the command line"
+        message = f"arch={arch!r} would run Python code; pass --trust-code on the command line"
         raise UnsafeError(f"{message} (trust_code=True in Python) if you trust it")
     code = Path(where) if where.endswith(".py") else None
     origin = _module_origin(where) if code is None else code
@@ -195,7 +195,7 @@ def _module_origin(module: str) -> Path | None:
 
 
 def _call_factory(where: str, name: str, num_classes: int) -> nn.Module:
-    """Import and call the user's factory, turning whatever it raises into a sentence."""
+    """Import and call the user's factory, converting its exceptions to UsageError."""
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
         factory = getattr(module, name, None)
@@ -206,7 +206,7 @@ def _call_factory(where: str, name: str, num_classes: int) -> nn.Module:
         network = factory(num_classes=num_classes) if takes_count else factory()
     except AuditError:
         raise
-    except Exception as error:  # it is the user's code, which may raise anything
+    except Exception as error:  # user code may raise anything
         raise UsageError(f"factory {where}:{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(network, nn.Module):
         raise MismatchError(f"factory {where}:{name} returned a {type(network).__name__}, not a torch.nn.Module")
@@ -221,7 +221,7 @@ def _import_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} cannot be imported as Python code; name a .py file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look their module up there
+    sys.modules[name] = module  # dataclasses and pickle look up their module there
     try:
         spec.loader.exec_module(module)
     except BaseException:

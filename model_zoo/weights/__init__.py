@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Safe readers of weight files, and the matching of their keys to a network."""

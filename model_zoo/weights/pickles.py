@@ -1,8 +1,8 @@
-"""What a pickle would do, read from its opcodes before any of them runs; and the few values it may hold.
+"""Static analysis of pickles from their opcodes, before any of them runs, and the allow-list of metadata types.
 
-torch's restricted reader runs no code, but a pickle of a kilobyte can still make it allocate gigabytes
+torch's restricted unpickler runs no code, but a pickle of a kilobyte can still make it allocate gigabytes
 (`bytearray(10**10)`), nest tuples until hashing them overflows the stack, or fill the memory with empty lists.
-Such files are told from honest ones by their opcodes alone.
+The opcodes alone reveal such files.
 """
 
 import pickletools
@@ -21,7 +21,7 @@ MAX_DEPTH = 30
 MAX_NESTED = 100_000
 _LEGACY_PICKLES = 5  # magic number, protocol, system info, contents, storage keys; raw storages follow
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# What a plain state dict's pickle names: tensors, their types and places, and the metadata kept beside them.
+# Globals in the pickle of a plain state dict: tensors, dtypes, devices, and common metadata.
 _HARMLESS = re.compile(
     r"torch\.(\w+Storage|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|Size|device|nn\.parameter\.Parameter"
     r"|bool|b?float\w*|u?int\d+|complex\d+|serialization\._get_layout)|torch\.Tensor"
@@ -33,9 +33,8 @@ _CODES |= {"f2": "e", "f4": "f", "f8": "d"}
 
 
 @dataclass(frozen=True)
-class Scan:
-    """What the pickles of a file name, how far they go (depth of tuples, values in one nest of them), and whether
-    they end."""
+class PickleScan:
+    """The globals that the pickles of a file import, their tuple nesting, and whether the pickles are complete."""
 
     names: frozenset[str]
     depth: int
@@ -43,49 +42,49 @@ class Scan:
     whole: bool
 
     @property
-    def offending(self) -> list[str]:
-        """The names that no plain checkpoint needs."""
+    def unsafe_names(self) -> list[str]:
+        """The imported globals outside the allow-list, sorted."""
         return sorted(name for name in self.names if not _HARMLESS.fullmatch(name))
 
 
-def scan(data: bytes, origin: str) -> Scan:
-    """Return what the pickles at the start of `data` would do; nothing of them runs.
+def scan_pickles(data: bytes, origin: str) -> PickleScan:
+    """Analyse the pickles at the start of `data` without running them.
 
-    Raises UnsafeError where they take more than 1,000,000 steps.
+    Raises UnsafeError for more than 1,000,000 opcodes.
     """
-    found, stream, whole = _Reader(origin), BytesIO(data), True
+    interpreter, stream, whole = _PickleInterpreter(origin), BytesIO(data), True
     for number in range(_LEGACY_PICKLES):
         if number and data[stream.tell() : stream.tell() + 1] != b"\x80":
             break
         try:
-            found.read(pickletools.genops(stream))
+            interpreter.run(pickletools.genops(stream))
         except (ValueError, EOFError):
-            whole = False  # cut off, or something else between the opcodes, as joblib's arrays are
+            whole = False  # truncated, or foreign bytes between the opcodes, such as the arrays of joblib
             break
-    return Scan(frozenset(found.names), found.depth, found.nested, whole)
+    return PickleScan(frozenset(interpreter.names), interpreter.depth, interpreter.nested, whole)
 
 
-def check_shape(found: Scan, origin: str) -> None:
-    """Raise UnsafeError for tuples nested so deeply, or so often in one another, that hashing one never ends."""
+def check_tuple_nesting(found: PickleScan, origin: str) -> None:
+    """Raise UnsafeError for tuples nested so deeply or so often that hashing one would not terminate."""
     if found.depth > MAX_DEPTH or found.nested > MAX_NESTED:
         message = f"{origin} nests tuples {found.depth} deep around {found.nested} values; it is not opened"
         raise UnsafeError(message)
 
 
 class _Value(NamedTuple):
-    """What stands on the stack: a tuple's depth and the values in it, counted as often as they occur; or a text."""
+    """An abstract stack value: tuple depth and number of values counted with multiplicity, or a string."""
 
     depth: int = 0
     size: int = 1
     text: str = ""
 
 
-_ONE = _Value()
+_SCALAR = _Value()
 
 
 @dataclass
-class _Reader:
-    """Follows a pickle's stack with texts and the sizes of tuples in the place of values."""
+class _PickleInterpreter:
+    """Abstract interpreter of a pickle: its stack holds strings and tuple sizes instead of values."""
 
     origin: str
     names: set[str] = field(default_factory=set)
@@ -93,17 +92,17 @@ class _Reader:
     depth: int = 0
     nested: int = 0
 
-    def read(self, opcodes: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
-        self.stack: list[_Value | None] = []  # None is a mark
+    def run(self, opcodes: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
+        self.stack: list[_Value | None] = []  # None stands for a mark
         self.memo: dict[int, _Value] = {}
         for opcode, argument, _ in opcodes:
             self.steps += 1
             if self.steps > MAX_STEPS:
                 raise UnsafeError(f"{self.origin} is a pickle of more than {MAX_STEPS:,} steps; it is not opened")
-            self._name(opcode.name, argument)
-            self._move(opcode, argument)
+            self._record_globals(opcode.name, argument)
+            self._execute(opcode, argument)
 
-    def _name(self, opcode: str, argument: Any) -> None:
+    def _record_globals(self, opcode: str, argument: Any) -> None:
         if opcode in ("GLOBAL", "INST"):
             self.names.add(str(argument).replace(" ", "."))
         elif opcode == "STACK_GLOBAL":
@@ -111,32 +110,32 @@ class _Reader:
         elif opcode.startswith("EXT"):
             self.names.add(f"entry {argument} of the extension registry")
 
-    def _move(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
+    def _execute(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
         name = opcode.name
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             key = len(self.memo) if name == "MEMOIZE" else int(argument)
-            self.memo[key] = self.stack[-1] or _ONE if self.stack else _ONE
+            self.memo[key] = self.stack[-1] or _SCALAR if self.stack else _SCALAR
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            self.stack.append(self.memo.get(int(argument), _ONE))
+            self.stack.append(self.memo.get(int(argument), _SCALAR))
         elif name == "DUP":
-            self.stack.append(self.stack[-1] if self.stack else _ONE)
+            self.stack.append(self.stack[-1] if self.stack else _SCALAR)
         elif name == "TUPLE":
             self._push_tuple(self._pop_to_mark())
         elif name in _TUPLES:
             self._push_tuple([self._pop() for _ in range(_TUPLES[name])])
         else:
-            self._move_plainly(opcode)
-            if isinstance(argument, str) and self.stack and self.stack[-1] is _ONE:
+            self._apply_stack_effect(opcode)
+            if isinstance(argument, str) and self.stack and self.stack[-1] is _SCALAR:
                 self.stack[-1] = _Value(text=argument)
 
-    def _move_plainly(self, opcode: pickletools.OpcodeInfo) -> None:
+    def _apply_stack_effect(self, opcode: pickletools.OpcodeInfo) -> None:
         before, after = opcode.stack_before, opcode.stack_after
         if pickletools.markobject in before:
             self._pop_to_mark()
             before = before[: before.index(pickletools.markobject)]
         for _ in before:
             self._pop()
-        self.stack += [None if value is pickletools.markobject else _ONE for value in after]
+        self.stack += [None if value is pickletools.markobject else _SCALAR for value in after]
 
     def _push_tuple(self, parts: list[_Value]) -> None:
         depth = 1 + max((part.depth for part in parts), default=0)
@@ -147,7 +146,7 @@ class _Reader:
         self.stack.append(_Value(depth, max(1, size)))
 
     def _pop(self) -> _Value:
-        return (self.stack.pop() or _ONE) if self.stack else _ONE
+        return (self.stack.pop() or _SCALAR) if self.stack else _SCALAR
 
     def _pop_to_mark(self) -> list[_Value]:
         parts = []
@@ -159,8 +158,8 @@ class _Reader:
         return parts
 
 
-class NumberKind:
-    """Stands in for numpy.dtype while a checkpoint is read: one of twelve kinds of plain numbers."""
+class NumpyDtypeStandIn:
+    """Replacement of numpy.dtype during unpickling, limited to twelve scalar types."""
 
     def __init__(self, code: str, *_: object) -> None:
         if code not in _CODES:
@@ -168,20 +167,20 @@ class NumberKind:
         self.code, self.order = _CODES[code], "<"
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
-        """Take the byte order from what numpy stores beside a kind, and nothing else."""
+        """Read the byte order from the state that numpy stores, and ignore the rest."""
         self.order = ">" if state[1] == ">" else "<"
 
 
-def number(kind: NumberKind, data: bytes = b"") -> float:
-    """Return the number that numpy stored; numpy itself never sees the bytes. Raises struct.error for others."""
+def unpack_scalar(kind: NumpyDtypeStandIn, data: bytes = b"") -> float:
+    """Decode a pickled numpy scalar without numpy; raises struct.error for bytes of another length."""
     value: float = struct.unpack(kind.order + kind.code, data)[0]
     return value
 
 
 ALLOWED: list[Any] = [
     Namespace,
-    (NumberKind, "numpy.dtype"),
-    (number, "numpy.core.multiarray.scalar"),  # the name before numpy 2
-    (number, "numpy._core.multiarray.scalar"),
+    (NumpyDtypeStandIn, "numpy.dtype"),
+    (unpack_scalar, "numpy.core.multiarray.scalar"),  # the name before numpy 2
+    (unpack_scalar, "numpy._core.multiarray.scalar"),
 ]
-"""Beside tensors: argparse.Namespace and numpy scalars, which real checkpoints hold as metadata."""
+"""Types allowed besides tensors: argparse.Namespace and numpy scalars, common as metadata of checkpoints."""

@@ -1,4 +1,4 @@
-"""The agreement of estimators as a matrix a setting: Kendall's tau-b, and how many models it is over."""
+"""Agreement of estimators: one matrix of Kendall's tau-b per setting, with the number of models."""
 
 import pandas as pd
 import seaborn as sns
@@ -19,7 +19,7 @@ _CAPTION = (
 
 
 def agreement_figure(frame: pd.DataFrame) -> Figure | None:
-    """Return Kendall's tau-b (estimate) of every two estimators, a matrix a setting; None where one is all there is."""
+    """Return Kendall's tau-b (estimate) of every two estimators, one matrix per setting; None for a single one."""
     found = agreements(frame)
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""Every figure of a run, and their files: the same bytes from the same records."""
+"""Write every figure of a run; the same records give the same bytes."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -22,7 +22,7 @@ _LARGEST = 32_000  # pixels a side: under what PNG readers and the renderer take
 
 
 def save_figures(frame: pd.DataFrame, folder: Path, calibration: Sequence[CalibrationRow] = ()) -> list[Path]:
-    """Write every figure that there is something to show in, as PNG and SVG, into `folder`/figures; return the paths.
+    """Write every figure that is not empty as PNG and SVG into `folder`/figures and return the paths.
 
     figure1 and figure2 always; agreement with two estimators or more; calibration where an estimator was calibrated.
     An older file of a figure that is not there any more is removed.

@@ -1,4 +1,4 @@
-"""The eps curve of one attacked model: what is left of its accuracy, radius by radius."""
+"""Adversarial accuracy of one attacked model against eps."""
 
 from collections.abc import Mapping
 from typing import Any

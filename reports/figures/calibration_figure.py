@@ -1,4 +1,4 @@
-"""Calibration as a picture: the error of each estimator against the truth, with the tolerance around zero."""
+"""Calibration figure: error of each estimator against the true information, with the tolerance as a band."""
 
 import math
 from collections.abc import Sequence
@@ -73,21 +73,21 @@ def _draw(ax: Axes, rows: Sequence[CalibrationRow], case: str, looked: dict[str,
 
 
 def _edge(known: Sequence[tuple[CalibrationRow, float]], case: str) -> float:
-    """How far up and down a panel reaches: every tolerance, and every error that has one."""
+    """Return the half-height of a panel: every tolerance and every error with a tolerance fits."""
     judged = [(error, getattr(row, f"{case}_tolerance")) for row, error in known]
     reach = [max(abs(error), tolerance) for error, tolerance in judged if tolerance is not None]
     return 1.05 * max(reach or [abs(error) for error, _ in judged]) or 0.1
 
 
 def _outside(ax: Axes, x: float, error: float, edge: float, look: Look) -> None:
-    """Put a point without a verdict that would squeeze all others at the edge, with its error in figures."""
+    """Clip an outlier without a tolerance to the edge of the panel and annotate its error."""
     y = math.copysign(edge, error)
     point(ax, x, y, marker(look, "none", 4.5))
     ax.annotate(f"{error:+.2f}", (x, y), (5, 0), textcoords="offset points", va="center", fontsize=6.8)
 
 
 def _band(ax: Axes, known: Sequence[tuple[CalibrationRow, float]], case: str) -> None:
-    """Grey from -tolerance to +tolerance, the widest where channels share a truth."""
+    """Draw the band from -tolerance to +tolerance, the widest where channels share a true value."""
     widest: dict[float, float] = {}
     for row, _ in known:
         truth, tolerance = getattr(row, f"true_{case}_nats"), getattr(row, f"{case}_tolerance")

@@ -1,4 +1,4 @@
-"""Certified ceilings and the best heads achieved under them: rows in a file, a layer profile and an eps profile.
+"""Certified upper bounds beside the best head trained: CSV rows, a profile over layers and a profile over eps.
 
 Imports no torch: everything is drawn from the rows that `rvaudit certify` writes.
 """
@@ -39,7 +39,7 @@ _HEIGHT = 2.1
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Return rows as CSV: lists and tables in one field, text that no spreadsheet reads as a formula."""
+    """Return rows as CSV: nested values as JSON in one field, text escaped against spreadsheet formulas."""
     buffer = StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -65,17 +65,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def layer_profile(rows: Sequence[Row]) -> Figure | None:
-    """Return bound (certified) and best head (measured) along the layers, a line an eps; None for a single layer."""
+    """Return bound (certified) and best head (measured) along the layers, one line per eps; None for a single layer."""
     return _profile(rows, "layer", "eps")
 
 
 def eps_profile(rows: Sequence[Row]) -> Figure | None:
-    """Return bound (certified) and best head (measured) against eps, a line a layer; None for a single eps."""
+    """Return bound (certified) and best head (measured) against eps, one line per layer; None for a single eps."""
     return _profile(rows, "eps", "layer")
 
 
 def write_certificate_figures(rows: Sequence[Row], path: Path) -> list[Path]:
-    """Write the profiles that there is something to show in, beside a file of rows; return the paths.
+    """Write the profiles that are not empty beside a file of rows and return the paths.
 
     `rows.csv` gives `rows-layers.png` and `rows-eps.png`, each with an SVG.
     """
@@ -129,7 +129,7 @@ def _draw(ax: Axes, rows: Sequence[Row], along: str, lines: str, looked: Mapping
 
 
 def _curve(ax: Axes, at: Sequence[float], rows: Sequence[Row], look: Look) -> None:
-    """Draw the bound with whiskers up to the population's limit, and the best head's accuracy below it."""
+    """Draw the bound with whiskers up to the population bound, and the accuracy of the best head."""
     for column, fill, dashes in (("certified_bound", "full", "-"), ("best_head_accuracy", "none", "--")):
         known = sorted((x, float(row[column])) for x, row in zip(at, rows, strict=True) if row[column] is not None)
         if not known:

@@ -1,4 +1,4 @@
-"""Figure 3: histograms of what single features tell, and of how much of it an adversary takes away."""
+"""Figure 3: histograms of the normal-case information and of the vulnerability of single features."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +75,7 @@ def _draw(ax: Axes, group: pd.DataFrame, column: str, lines: dict[str, Line2D]) 
 
 
 def _lines(frame: pd.DataFrame) -> dict[str, Line2D]:
-    """A line a network; the second one of a training in a group of panels is dashed, the third dotted."""
+    """Return one line style per network: the second network of a training in a group is dashed, the third dotted."""
     found: dict[str, Line2D] = {}
     met: dict[tuple[str, ...], int] = {}
     for model, rows in frame.groupby("model", sort=False):

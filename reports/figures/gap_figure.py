@@ -1,4 +1,4 @@
-"""Figure 1: representation vulnerability against the adversarial gap, a panel an estimator."""
+"""Figure 1: representation vulnerability against the adversarial gap, one panel per estimator."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Figure 2: information against accuracy, with the curve that limits any head."""
+"""Figure 2: information against accuracy, with the upper bound on any head."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from audit.theory import max_accuracy
+from audit.theory import fano_accuracy_bound
 from reports.estimators import curve_of
 from reports.figures.marks import (
     GREY,
@@ -71,13 +71,13 @@ def figure2(frame: pd.DataFrame) -> Figure:
 
 
 def limit(curve: str, nats: Vector, classes: int) -> Vector:
-    """Return the accuracy that information (nats) allows any head: by exact Fano or by Theorem 3.4, within [1/K, 1].
+    """Return the bound on any head's accuracy given information (nats), by exact Fano or Theorem 3.4, in [1/K, 1].
 
     >>> limit("fano", np.array([0.0, 1.0]), 10).round(3), limit("theorem", np.array([0.0, 1.0]), 10).round(3)
     (array([0.1  , 0.689]), array([0.301, 0.735]))
     """
     if curve == "fano":
-        return np.array([max_accuracy(max(0.0, float(x)), 1 / classes) for x in nats])
+        return np.array([fano_accuracy_bound(max(0.0, float(x)), 1 / classes) for x in nats])
     return np.clip((nats + math.log(2)) / math.log(classes), 1 / classes, 1.0)
 
 
@@ -119,7 +119,7 @@ def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
 
 
 def _ceiling(ax: Axes, worst: tuple[float, float], bound: float, look: Look) -> None:
-    """Draw what no head exceeds over what the own head keeps."""
+    """Draw the certified upper bound above the adversarial accuracy of the network's own head."""
     x, y = worst
     ax.plot([x, x], [y, bound], color=look.colour, linewidth=0.6, linestyle=":", zorder=2)
     ax.plot([x], [bound], marker="_", markersize=7, markeredgewidth=1.4, color=look.colour, linestyle="none", zorder=3)

@@ -1,4 +1,4 @@
-"""Figures 1 and 2 from a committed leaderboard: a CSV, where the records it came from are not there any more."""
+"""Figures 1 and 2 from a committed leaderboard CSV, without the records."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What figures are drawn with: points, whiskers, titles and the key."""
+"""Drawing primitives of figures: points, whiskers, titles and the legend."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,17 +19,17 @@ _TITLE = 52
 
 
 def plottable(frame: pd.DataFrame, needed: Sequence[str]) -> pd.DataFrame:
-    """Return the rows that hold every needed value, in an order that does not depend on that of the records."""
+    """Return the rows with every needed value, in an order independent of that of the records."""
     return frame.dropna(subset=list(needed)).sort_values(["family", "trained_eps", "model", "cell_id"])
 
 
 def points(rows: pd.DataFrame) -> list[dict[Any, Any]]:
-    """Return rows as dictionaries, `refuted` telling which are contradicted."""
+    """Return rows as dictionaries; `refuted` marks contradicted rows."""
     return rows.assign(refuted=contradicted(rows)).to_dict(orient="records")
 
 
 def sheet_of(groups: Sequence[Panel], captions: Sequence[str], keys: tuple[int, int]) -> Sheet:
-    """Return a sheet with a panel a group, the estimators of one setting beside one another."""
+    """Return a sheet with one panel per group, the estimators of one setting side by side."""
     settings = [panel.setting for panel in groups]
     together = [settings.count(setting) for setting in dict.fromkeys(settings)]
     lines = max((len(title_lines(panel)) for panel in groups), default=1)
@@ -58,7 +58,7 @@ def whisker(ax: Axes, x: list[float], y: list[float], look: Look) -> None:
 
 
 def dress(ax: Axes, title: Sequence[str], x_label: str, y_label: str) -> None:
-    """Title a panel and its axes; the labels carry unit and kind."""
+    """Set the titles of a panel and its axes, with unit and kind."""
     ax.set_title("\n".join(label(line, _TITLE) for line in title), loc="left", pad=5)
     ax.set_xlabel(x_label, labelpad=3)
     ax.set_ylabel(y_label, labelpad=3)
@@ -67,7 +67,7 @@ def dress(ax: Axes, title: Sequence[str], x_label: str, y_label: str) -> None:
 
 
 def finish(figure: Figure, axes: list[Axes], keys: tuple[list[Line2D], list[Line2D]], columns: int) -> None:
-    """Put the key under the figure, or say that there is nothing to show."""
+    """Draw the legend under the figure, or a note that there is nothing to show."""
     if keys[0]:
         place_key(figure, *keys, columns)
         return
@@ -76,12 +76,12 @@ def finish(figure: Figure, axes: list[Axes], keys: tuple[list[Line2D], list[Line
 
 
 def family_key(rows: pd.DataFrame) -> list[Line2D]:
-    """Return the key's entries for families."""
+    """Return the legend entries of families."""
     return [named(marker(look, "full"), label(name, 16)) for name, look in looks(rows["family"]).items()]
 
 
 def fill_key(rows: pd.DataFrame) -> list[Line2D]:
-    """Return the key's entries for how models were trained, and for the contradicted."""
+    """Return the legend entries of trainings and of contradicted rows."""
     known = zip(rows["training"], rows["trained_eps"], rows["eps"], strict=True)
     used = {fill_of(training, trained, eps) for training, trained, eps in known}
     fills = [named(marker(GREY, fill), text) for fill, text in FILL_LABELS.items() if fill in used]
@@ -89,7 +89,7 @@ def fill_key(rows: pd.DataFrame) -> list[Line2D]:
 
 
 def named(artist: Line2D, text: str) -> Line2D:
-    """Give an entry of the key its text."""
+    """Set the text of a legend entry."""
     artist.set_label(text)
     return artist
 

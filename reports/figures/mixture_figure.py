@@ -1,4 +1,4 @@
-"""Theorem 3.2 as a picture: RV against the adversarial gap, between the corrected bounds."""
+"""Theorem 3.2: RV against the adversarial gap, between the corrected bounds."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def _draw(ax: Axes, group: pd.DataFrame) -> None:
 
 
 def _exact(mean: float, spread: float) -> tuple[Vector, Vector]:
-    """Gaps and RVs of g = sign(w.x) over all shifts; the formula of `audit.calibration.closed_forms`, on a grid."""
+    """Return gaps and RVs of g = sign(w.x) on a grid of shifts, by the formula of `closed_forms`."""
     shifts = np.linspace(0, mean + 6 * spread, 400)
     rarer = (ndtr((mean - shifts) / spread) + ndtr((-mean - shifts) / spread)) / 2
     return ndtr((shifts - mean) / spread) - ndtr(-mean / spread), _LN2 - entr(rarer) - entr(1 - rarer)

@@ -1,4 +1,4 @@
-"""Figures 4 and 5: images, the saliency maps of networks beside them, and how far the maps follow the images."""
+"""Figures 4 and 5: images beside the saliency maps of networks, with the alignment of map and image."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -37,13 +37,13 @@ def draw_saliency(rows: Path) -> list[Path]:
 
 
 def _split(panels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Panels of so many maps that a page holds them, each beside the images."""
+    """Split maps into panels that fit a page, each beside the images."""
     parts = [(panel, panel["maps"][i : i + _WIDEST]) for panel in panels for i in range(0, len(panel["maps"]), _WIDEST)]
     return [{**panel, "maps": maps} for panel, maps in parts]
 
 
 def saliency_figure(panels: Sequence[Mapping[str, Any]], frame: pd.DataFrame) -> Figure:
-    """Return a grid: a column the images, one more a network and feature; red raises the information, blue lowers it.
+    """Return a grid: one column of images, one per network and feature; red raises the information, blue lowers it.
 
     Under each column stand the means over all images, with standard errors, of Etmann's alignment and of the
     correlation of image and map.

@@ -1,4 +1,4 @@
-"""What an audit costs, as pictures: against layers, radii, seeds, images and models; and how soon a search is done.
+"""Cost of an audit against layers, radii, seeds, images and models, and convergence of the searches.
 
 The rows are those of `benchmarks/`, which lies beside the folder of the docs.
 """
@@ -26,7 +26,7 @@ _MEASURES = (("ratio_counted", "full", "-"), ("ratio_cpu", "none", _DASHED))
 
 
 class Axis(NamedTuple):
-    """One thing that there may be more of, and at how many of it how much more than one may be paid."""
+    """One quantity that scales an audit, with the largest cost allowed at a given count, in units of one."""
 
     name: str
     title: str
@@ -43,7 +43,7 @@ AXES = (
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw speed-scaling.png and speed-search.png into a folder of docs/ and return the paths; none without rows."""
+    """Draw speed-scaling.png and speed-search.png into a folder and return the paths; none without rows."""
     rows = Path(folder).resolve().parents[1] / ROWS
     scaling, convergence, epochs = (_read(rows / f"{name}.csv") for name in ("scaling", "convergence", "epoch"))
     drawn: dict[str, Callable[[], Figure]] = {}
@@ -62,7 +62,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def scaling_figure(rows: pd.DataFrame) -> Figure:
-    """Return cost in units of one layer, radius, seed and model, against how many there are; and peak memory.
+    """Return cost relative to one layer, radius, seed or model against their number, and peak memory.
 
     Filled marks are passes as counted at the network, hollow ones CPU seconds. Rows are those of
     `benchmarks/scaling.py`; a row whose axis is `base` is the one of its estimator that others are measured by.
@@ -82,13 +82,13 @@ def scaling_figure(rows: pd.DataFrame) -> Figure:
 
 
 def along(rows: pd.DataFrame, estimator: str, axis: str) -> pd.DataFrame:
-    """Return an estimator's base case and those with more of one thing, by how many there are of it."""
+    """Return the base case of an estimator and its cases along one axis, by count."""
     chosen = rows[(rows["estimator"] == estimator) & rows["axis"].isin(["base", axis])]
     return chosen.sort_values(axis)
 
 
 def slope(counts: "pd.Series[float]", costs: "pd.Series[float]") -> float:
-    """Return the slope of cost against count, both as logarithms: 1 where cost is proportional, by least squares."""
+    """Return the least-squares slope of log cost against log count: 1 where cost is proportional."""
     return float(np.polyfit(np.log(counts.astype("float64")), np.log(costs.astype("float64")), 1)[0])
 
 
@@ -130,7 +130,7 @@ def _caption(rows: pd.DataFrame, axis: Axis) -> str:
 
 
 def _draw_memory(ax: Axes, rows: pd.DataFrame) -> None:
-    """A line a case, from what the process held before the audit to its peak."""
+    """Draw one line per case, from the memory held before the audit to its peak."""
     look = looks(rows["estimator"])
     for place, row in enumerate(rows.to_dict(orient="records")):
         colour = look[row["estimator"]].colour
@@ -168,7 +168,7 @@ def _lines() -> list[Line2D]:
 
 
 def search_figure(convergence: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
-    """Return worst-case estimates (nats) against passes, a panel a radius, and epochs beside what they are made of.
+    """Return worst-case estimates (nats) against passes, one panel per radius, and epochs beside their parts.
 
     Rows are those of `benchmarks/convergence.py` and `benchmarks/epoch.py`; one of the two may be empty.
     """
@@ -231,7 +231,7 @@ def _sentence(curve: pd.DataFrame) -> str:
 
 
 def _two(first: dict[str, float]) -> tuple[float, float]:
-    """Return what ours and best response took; NaN for a method that is not there."""
+    """Return the passes of ours and of best response; NaN for a missing method."""
     ours = [passes for name, passes in first.items() if name.startswith("search")]
     return (ours[0] if ours else float("nan")), first.get("best-response", float("nan"))
 

@@ -1,4 +1,4 @@
-"""How a figure looks: colours that survive colour blindness, markers, fonts, and layout in inches.
+"""Style of figures: colour-blind-safe colours, markers, fonts, and layout in inches.
 
 Everything is placed by hand from known font sizes, so nothing overlaps and a rebuild gives the same bytes.
 """
@@ -64,7 +64,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A figure of equal panels in a grid, all lengths in inches; captions and the key stand below.
+    """A figure of equal panels in a grid, lengths in inches, with captions and legend below.
 
     `groups` says how many panels belong together: each group starts a row of its own, unless all are single.
     `left`, `head` and `foot` are the room beside, over and under a plot for its labels.
@@ -82,12 +82,12 @@ class Sheet:
 
     @property
     def columns(self) -> int:
-        """How many panels stand side by side: at most three, and rows of a group of about equal length."""
+        """Return the number of panels per row: at most three, with rows of about equal length."""
         largest = max(self._blocks)
         return max(1, math.ceil(largest / max(1, math.ceil(largest / 3))))
 
     def draw(self) -> tuple[Figure, list[Axes]]:
-        """Return the empty figure and one axes a panel."""
+        """Return the empty figure and one axes per panel."""
         places = self._places()
         rows = max((row for row, _ in places), default=0) + 1
         key = 0.17 + _KEY_INCHES * math.ceil(max(self.keys) / self.columns)
@@ -131,7 +131,7 @@ class Sheet:
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """Draw and save inside this: fonts, grid and the fixed salt of SVG identifiers."""
+    """Return a context with fonts, grid and a fixed salt of SVG identifiers, for drawing and saving."""
     # a reader's own matplotlibrc must not change the bytes; the backend is not touched, figures need none
     defaults = {name: value for name, value in mpl.rcParamsDefault.items() if "backend" not in name}
     with mpl.rc_context({**defaults, **_RC}):
@@ -139,13 +139,13 @@ def paper_style() -> Iterator[None]:
 
 
 def looks(families: Iterable[str]) -> dict[str, Look]:
-    """Return a look for every family, the same whatever the order they come in."""
+    """Return a look for every family, independent of their order."""
     names = sorted(set(families))
     return {name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(names)}
 
 
 def fill_of(training: str, trained_eps: float, eps: float) -> str:
-    """Return the filling of a marker: hollow, half or full by what the model was trained for.
+    """Return the fill of a marker by the training radius: hollow, half or full.
 
     Source: Zhu, Zhang & Evans, ICML 2020, Figure 1.
 
@@ -158,7 +158,7 @@ def fill_of(training: str, trained_eps: float, eps: float) -> str:
 
 
 def marker(look: Look, fill: str, size: float = 5.5) -> Line2D:
-    """Return one marker; half-filled and hollow ones are white where they are not coloured."""
+    """Return one marker; the uncoloured part of half-filled and hollow ones is white."""
     face = "white" if fill == "none" else look.colour
     return Line2D(
         [], [], linestyle="none", marker=look.marker, markersize=size, markeredgewidth=0.9,
@@ -168,7 +168,7 @@ def marker(look: Look, fill: str, size: float = 5.5) -> Line2D:
 
 
 def label(text: str, width: int = 34) -> str:
-    """Return text that the figure's font can show, shortened in the middle.
+    """Return text reduced to the glyphs of the font, shortened in the middle.
 
     >>> label("a" * 40, 9)
     'aaaaa…aaa'
@@ -180,7 +180,7 @@ def label(text: str, width: int = 34) -> str:
 
 
 def place_key(figure: Figure, families: Sequence[Line2D], rest: Sequence[Line2D], columns: int) -> None:
-    """Put the key at the bottom, in the room the sheet left: families on the left, everything else beside them."""
+    """Place the legend in the reserved bottom margin: families on the left, everything else beside them."""
     top = (0.08 + _KEY_INCHES * math.ceil(max(len(families), len(rest)) / columns)) / figure.get_figheight()
     for handles, left in ((families, 0.02), (rest, 0.4)):
         figure.legend(

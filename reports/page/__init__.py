@@ -1,1 +1,1 @@
-"""TODO room."""
+"""The HTML report: one self-contained file per run, with its templates."""

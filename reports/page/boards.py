@@ -1,4 +1,4 @@
-"""What the HTML report tabulates: a leaderboard an estimator, its agreement with the others, and its calibration."""
+"""Tables of the HTML report: one leaderboard per estimator, agreement between estimators, calibration."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from reports.text import plain_text, short_name
 
 @dataclass(frozen=True)
 class Board:
-    """The models of one estimator: how it did in calibration, its table, who is refuted by what, its correlations."""
+    """One estimator: calibration, leaderboard, contradicted models with the figures, correlations."""
 
     estimator: str
     quantity: str
@@ -42,7 +42,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Concord:
-    """How the estimators of one setting agree in words, and how firm each one stands."""
+    """Agreement of the estimators of one setting, and the reliability of each."""
 
     title: str
     pairs: Sequence[str]
@@ -51,7 +51,7 @@ class Concord:
 
 @dataclass(frozen=True)
 class Trial:
-    """One channel an estimator was tried on, as text: for each case its truth, the estimate and the error."""
+    """One calibration channel as text: true value, estimate and error of each case."""
 
     estimator: str
     channel: str
@@ -67,7 +67,7 @@ def settings(frame: pd.DataFrame, calibration: Sequence[CalibrationRow]) -> list
 
 
 def concords(frame: pd.DataFrame) -> list[Concord]:
-    """Return the agreement of estimators in words, a setting each."""
+    """Return the agreement of estimators, one entry per setting."""
     return [_concord(agreement) for agreement in agreements(frame)]
 
 

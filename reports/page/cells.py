@@ -1,10 +1,11 @@
-"""The report's leaderboard as text: what stands in a header and in a cell, and what a cell sorts by."""
+"""Headers and cells of the report's leaderboard as text, with their sort keys."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from audit.flags import UNRANKED, FlagCode, code_of
 from reports.tables.columns import KINDS, UNITS
 from reports.tables.table import contradictions, split_flags
 from reports.text import format_eps, plain_text, short_name
@@ -15,7 +16,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """Text to show, the key to sort by (a number as text, or the text), and the whole of it for a tooltip."""
+    """The text of a cell, its sort key (a number as text, or the text), and the full text for a tooltip."""
 
     text: str
     sort: str
@@ -87,14 +88,14 @@ NO_CLAIM = "This estimator does not claim to rank models: its values are shown f
 def unranked_reason(row: Row) -> str:
     """Return why a row is not ranked, with the figures by which it is contradicted; "" for one that is.
 
-    >>> row = {"rank": "unranked", "status": "valid", "flags": "contradicted: 0.3 under 0.5; noisy", "ranks": True}
+    >>> row = {"rank": "unranked", "status": "valid", "flags": "contradicted: 0.3 under 0.5; saturated", "ranks": True}
     >>> unranked_reason(row), unranked_reason({**row, "rank": "1"})
     ('contradicted: 0.3 under 0.5', '')
     """
     if row["rank"] != "unranked":
         return ""
     failure = [] if row["status"] == "valid" else [row["status"]]
-    distrust = [flag for flag in split_flags(row["flags"]) if flag.startswith(("untrusted", "gated"))]
+    distrust = [flag for flag in split_flags(row["flags"]) if code_of(flag) in UNRANKED - {FlagCode.CONTRADICTED}]
     told = plain_text("; ".join([*failure, *contradictions(row["flags"]), *distrust]))
     return told or ("no claim to rank" if not row["ranks"] else "no RV")
 

@@ -1,4 +1,4 @@
-"""Small drawings in numbers: where lines and marks go on a strip and in a chart; the template draws them. Stdlib only.
+"""Coordinates of inline drawings (interval strips, line charts, sparklines) for the template. Stdlib only.
 
 Coordinates are in the units of an SVG's viewBox, y downwards.
 """
@@ -17,7 +17,7 @@ _MOST = 60  # points of a line
 
 @dataclass(frozen=True)
 class Strip:
-    """A value on a strip, the ends of its interval, and a line that every strip of a table shares; "" where none."""
+    """A value on a strip, the ends of its interval, and a reference line shared by a table; "" where there is none."""
 
     at: str
     low: str = ""
@@ -27,7 +27,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line before it is drawn: what it was read on, and its (step, nats) pairs."""
+    """One learning curve: the split it was evaluated on, and its (step, nats) pairs."""
 
     kind: str
     points: Sequence[tuple[float, float]]
@@ -35,7 +35,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines as points of a polyline by kind, dots at the right edge, and the ends of both axes in words."""
+    """Polyline points by kind, end points, and the labels of both axis ends."""
 
     title: str
     words: str
@@ -61,7 +61,7 @@ def strip(value: float, ends: tuple[float, float] = (0.0, 1.0), interval: Sequen
 
 
 def place(value: float, ends: tuple[float, float]) -> str:
-    """Return where a value stands on a strip, at its edge where it is beyond an end.
+    """Return the position of a value on a strip, clipped to its ends.
 
     >>> place(2.0, (0.0, 1.0)), place(0.0, (0.0, 0.0))
     ('155.0', '5.0')
@@ -90,7 +90,7 @@ def thinned(points: Sequence[Item]) -> list[Item]:
 
 
 def spark(values: Sequence[object]) -> str:
-    """Return the points of a small curve (100 x 24) through numbers, or "" where they make none.
+    """Return the polyline points of a sparkline (100 x 24), or "" for fewer than two finite numbers.
 
     >>> spark([0, 1])
     ''

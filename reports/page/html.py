@@ -10,13 +10,14 @@ import pandas as pd
 from jinja2 import DictLoader, Environment, StrictUndefined
 from matplotlib.figure import Figure
 
+from audit.flags import FlagCode
 from audit.records import AuditRecord, CalibrationRow
 from reports.estimators import place
 from reports.figures.all_figures import agreement_figure, calibration_figure, figure1, figure2, figure_bytes
 from reports.page.boards import concords, settings, trials
 from reports.page.cells import HEADERS
 from reports.page.drawings import spark
-from reports.page.explanations import distrusts_attack, distrusts_search, explain, flag_name
+from reports.page.explanations import explain, flag_name
 from reports.page.model_pages import anchors, model_pages
 from reports.statistics.sentences import family_order, summary
 from reports.tables.calibration import calibration_sentence, failed_calibration
@@ -94,31 +95,23 @@ def _policy(css: str, js: str) -> str:
 
 
 def _notices(records: Sequence[AuditRecord]) -> list[str]:
-    trusted = sorted({short_name(record.model) for record in records if record.code_trusted})
-    loose = sorted({short_name(record.model) for record in records if not record.weights_pinned})
-    notices = []
-    if trusted:
-        notices.append(f"User code was trusted to build: {', '.join(trusted)}.")
-    if loose:
-        notices.append(f"No hash of the weights was known beforehand for: {', '.join(loose)}.")
-    attacked, searched = (
-        sorted({short_name(record.model) for record in records if any(told(flag) for flag in record.flags)})
-        for told in (distrusts_attack, distrusts_search)
-    )
-    if attacked:
-        notices.append(
-            f"The adversarial accuracy is an upper bound, attack not trustworthy, of: {', '.join(attacked)}. "
-            "They are not ranked."
-        )
-    if searched:
-        notices.append(
-            "The worst-case information is an upper bound, its search not trustworthy, of: "
-            f"{', '.join(searched)}. They are not ranked."
-        )
-    gated = sorted({short_name(record.model) for record in records if record.gated})
-    if gated:
-        notices.append(f"Failed a gate, so broken or not what they should be: {', '.join(gated)}. They are not ranked.")
-    return notices
+    """Return one sentence for every reason to read some models' numbers with care, with the models it concerns."""
+    found = {
+        "User code was trusted to build: {}.": [r for r in records if r.code_trusted],
+        "No hash of the weights was known beforehand for: {}.": [r for r in records if not r.weights_pinned],
+        "The adversarial accuracy is an upper bound, because the attack failed a trust check, for: {}. They are not "
+        "ranked.": [r for r in records if FlagCode.UNTRUSTED in r.codes],
+        "The worst-case information is an upper bound, because its search failed a trust check, for: {}. They are not "
+        "ranked.": [r for r in records if FlagCode.UNTRUSTED_SEARCH in r.codes],
+        "Failed a sanity check, so broken or not what they claim to be: {}. They are not ranked.": [
+            r for r in records if r.gated
+        ],
+    }
+    return [
+        sentence.format(", ".join(sorted({short_name(record.model) for record in concerned})))
+        for sentence, concerned in found.items()
+        if concerned
+    ]
 
 
 _AGREEMENT = (

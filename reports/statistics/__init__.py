@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Statistics of RV against the adversarial gap: correlations, resampling, reliability, agreement."""

@@ -46,7 +46,7 @@ def reliability(rows: pd.DataFrame) -> Correlation:
 
 
 def disattenuated(x: Vector, y: Vector, trust: Correlation) -> Correlation:
-    """Return Pearson's r divided by the root of RV's reliability: what RV without its noise over seeds would show.
+    """Return Pearson's r divided by the root of RV's reliability: the correlation corrected for noise of RV over seeds.
 
     The outcome's own noise is left in. Source: Spearman (1904).
     """

@@ -1,4 +1,4 @@
-"""What chance alone would give, by shuffling and by drawing again: seeded, so the same numbers give the same answer."""
+"""Permutation tests and bootstraps, seeded: the same numbers give the same result."""
 
 from collections.abc import Sequence
 from itertools import permutations
@@ -45,7 +45,7 @@ def concordance_p(x: Vector, y: Vector) -> float:
 
 
 def spearman_by_family(x: Vector, y: Vector, families: Sequence[str], rho: Correlation) -> Correlation:
-    """Return Spearman's rho with a percentile interval over whole families drawn again: kin are not independent.
+    """Return Spearman's rho with a percentile interval over whole families resampled, as kin are not independent.
 
     Source: the cluster bootstrap (Davison & Hinkley 1997, section 3.8); draws without spread are left out.
     """

@@ -1,4 +1,4 @@
-"""Statistics said in words: the caption under Figure 1 and the order inside families."""
+"""Statistics in words: captions of Figure 1 and comparisons inside families."""
 
 from itertools import combinations
 
@@ -14,7 +14,7 @@ _ORDER_COLUMNS = ["family", "weaker", "stronger", "rv_weaker", "rv_stronger", "h
 
 
 def caption(frame: pd.DataFrame) -> str:
-    """Return a few short sentences a panel: how RV (estimate, nats) goes with the adversarial gap (measured)."""
+    """Return short sentences per panel: correlation of RV (estimate, nats) with the adversarial gap (measured)."""
     groups = panels(frame)
     sentences = [panel_caption(panel.rows) for panel in groups]
     if len(groups) == 1:
@@ -82,7 +82,7 @@ def panel_caption(rows: pd.DataFrame) -> str:
 
 
 def panel_sentences(rows: pd.DataFrame) -> list[str]:
-    """Return what one panel shows: overall, within training groups, given natural accuracy, and a footnote."""
+    """Return the findings of one panel: overall, within training groups, given natural accuracy, and a footnote."""
     if not rows["ranks"].any():
         return ["This estimator does not claim to rank models: shown for replication, no correlation."]
     found = correlations(rows)

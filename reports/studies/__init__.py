@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Pages of the papers' studies, drawn from committed rows."""

@@ -1,4 +1,4 @@
-"""The "Guess First" study as people read it: the paper's table with ours beside, masking, information, and a figure.
+"""Report of the "Guess First" study: the paper's table beside ours, gradient masking, information, and a figure.
 
 Imports no torch: everything is made from the rows that `rvaudit reproduce guess-first` writes.
 """
@@ -53,7 +53,7 @@ def write_guess_first(path: Path, folder: Path | None = None) -> list[Path]:
 
 
 def report_text(rows: pd.DataFrame) -> str:
-    """Return everything that the rows say, as markdown: table, verdicts, masking, information."""
+    """Return the report as markdown: table, verdicts, gradient masking, information."""
     white, adaptive, black = judge_all(rows, WHITE), judge_all(rows, WHITE, "adaptive"), judge_all(rows, BLACK)
     parts = [
         _heading(rows),

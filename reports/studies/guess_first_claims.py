@@ -1,4 +1,4 @@
-"""What the paper claims of its models' order, judged from rows: confirmed, refuted or undecided."""
+"""The paper's claims about the order of models, judged from rows: confirmed, refuted or undecided."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _SHORT = {
 
 @dataclass(frozen=True)
 class Judged:
-    """One pair of the paper's table: its figures' difference and ours, in points, and what that makes of the claim."""
+    """One pair of the paper's table: published difference and ours, in points, and the verdict."""
 
     line: Line
     pair: tuple[str, str]
@@ -96,7 +96,7 @@ def sentence(judged: Judged) -> str:
 
 
 def claims_table(judged: Sequence[Judged]) -> str:
-    """Return verdicts as a markdown table: a line a pair, a column an attack; differences in points, ours (theirs)."""
+    """Return verdicts as a markdown table: a line per pair, a column per attack; points, ours (theirs)."""
     lines = list(dict.fromkeys(each.line for each in judged))
     cells = {(each.pair, each.line): each for each in judged}
     head = ["pair", *(line_title(line) for line in lines)]
@@ -108,7 +108,7 @@ def claims_table(judged: Sequence[Judged]) -> str:
 
 
 def counts(judged: Sequence[Judged]) -> str:
-    """Return how many claims came out which way, in words."""
+    """Return the number of claims by verdict, in words."""
     told = [f"{sum(each.verdict == name for each in judged)} {name}" for name in ("confirmed", "refuted", "undecided")]
     return f"Of {len(judged)} ordered pairs: {', '.join(told)}."
 

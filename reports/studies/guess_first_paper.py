@@ -9,7 +9,7 @@ TITLES = {"cnn": "CNN", "c-dv": "C-DV", "c-js": "C-JS", "c-dv-ie": "C-DV-IE", "c
 
 
 class Line(NamedTuple):
-    """A line of the paper's tables: an attack, who sees what, the norm and the radius in pixel units."""
+    """A line of the paper's tables: attack, access, norm and radius in pixel units."""
 
     attack: str
     access: str

@@ -1,4 +1,4 @@
-"""The rows of the "Guess First" study as numbers over seeds: mean, standard deviation, and whether they hold."""
+"""Rows of the "Guess First" study aggregated over seeds: mean, standard deviation and trust."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -20,7 +20,7 @@ _NAMED_OTHERWISE = {"mean": "fc2"}  # of VIB: where other networks have their se
 
 
 class Over(NamedTuple):
-    """A figure over seeds: its mean and standard deviation, and over how many."""
+    """Mean and standard deviation over seeds, and the number of seeds."""
 
     mean: float
     deviation: float
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def over(values: "pd.Series[float]") -> Over:
-    """Return mean and standard deviation over seeds; the deviation of one seed is NaN, for it is not known."""
+    """Return mean and standard deviation over seeds; the deviation of a single seed is NaN."""
     numbers = [float(value) for value in values]
     return Over(fmean(numbers), stdev(numbers) if len(numbers) > 1 else float("nan"), len(numbers))
 
@@ -89,7 +89,7 @@ def chosen(rows: pd.DataFrame, line: Line) -> "pd.Series[bool]":
 
 
 def difference(one: Figure, other: Figure) -> tuple[float, float]:
-    """Return by how much one accuracy is above another, and the standard error of that.
+    """Return the difference of two accuracies and its standard error.
 
     The error is that of seeds and images, as if the two were independent: images that both saw make it smaller.
     """

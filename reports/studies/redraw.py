@@ -1,4 +1,4 @@
-"""Every figure and page of the committed studies, redrawn from their rows. Needs no torch.
+"""Redraw every figure and page of the committed studies from their rows, without torch.
 
 A study is a folder of rows; what draws it takes the folder and returns the paths it wrote, none where the folder
 holds no rows of its own.
@@ -14,7 +14,7 @@ Draw = Callable[[Path], list[Path]]
 
 
 def _drawer(module: str) -> Draw:
-    """Return what calls `draw` of a module, imported when it is needed."""
+    """Return a function that imports a module on use and calls its `draw`."""
     return lambda folder: list(import_module(_HOMES[module]).draw(folder))
 
 

@@ -1,4 +1,4 @@
-"""Table 1 as a page: mean and standard deviation over seeds, the paper's figures beside, its claims judged in words.
+"""Table 1 as a page: mean and standard deviation over seeds beside the paper's figures, and verdicts on its claims.
 
 Imports no torch: everything is derived from the rows that `rvaudit reproduce table1` writes.
 """
@@ -67,7 +67,7 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the rows say of a claim: the mean difference over seeds in points, its 95 % interval, and a verdict.
+    """The evidence on a claim: mean difference over seeds in points, its 95 % interval, and a verdict.
 
     `low` and `high` are None for a single seed, which says nothing of the spread; `verdict` is holds, reversed or
     undecided.
@@ -114,7 +114,7 @@ def judged(rows: pd.DataFrame) -> list[Judgement]:
 
 
 def to_markdown(rows: pd.DataFrame) -> str:
-    """Return the page: for each data set and scale a table in per cent, then what becomes of the claims."""
+    """Return the page: for each data set and scale a table in per cent, then the verdicts on the claims."""
     parts = []
     for (dataset, scale), own in rows.groupby(["dataset", "scale"], sort=False):
         parts.append(_section(str(dataset), str(scale), own))

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Tables derived from records: the leaderboard, its columns and ranking, comparisons, calibration."""

@@ -1,4 +1,4 @@
-"""What an estimator made of channels whose information is known: a sentence for the header of its ranking."""
+"""Calibration of an estimator in one sentence, for the header of its ranking."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ def calibration_of(folders: Iterable[Path]) -> list[CalibrationRow]:
 
 
 def calibration_sentence(rows: Sequence[CalibrationRow], estimator: str) -> str:
-    """Return how many channels an estimator passed and its largest error in nats; or that nobody calibrated it."""
+    """Return how many channels an estimator passed and its largest error in nats, or that it was not calibrated."""
     own = [row for row in rows if row.estimator == estimator]
     judged = [row for row in own if errors(row, judged_only=True)]
     if not own:
@@ -66,7 +66,7 @@ def channel_name(row: CalibrationRow) -> str:
 
 
 def _unjudged(rows: Sequence[CalibrationRow]) -> str:
-    """A passed estimator must not seem to have passed what it was never judged on."""
+    """Name the channels without a verdict, so that "passed" does not seem to cover them."""
     judged = {case for row in rows for case in errors(row, judged_only=True)}
     return "".join(f" ({case} case only)" for case in judged) if len(judged) == 1 else ""
 

@@ -1,4 +1,4 @@
-"""The checks and gates of records as rows of text."""
+"""Attack checks and sanity checks of records as rows of text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ _OUTCOMES = {True: "passed", False: "failed", None: "does not apply"}
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One check or gate: what was asked, how it came out, and what was measured."""
+    """One check: identifier (number in older records), name, level, outcome, measured value and criterion."""
 
-    number: str
+    id: str
     name: str
     level: str
     outcome: str
@@ -33,7 +33,7 @@ def _check(check: Mapping[str, Any]) -> CheckRow:
     figure, why = check.get("figure"), plain_text(str(check.get("reason") or ""))
     criterion = plain_text(str(check.get("criterion", "")))
     return CheckRow(
-        number=plain_text(str(check.get("number", ""))),
+        id=plain_text(str(check.get("id", check.get("number", "")))),
         name=plain_text(str(check.get("name", ""))),
         level=plain_text(str(check.get("level", ""))),
         outcome=_OUTCOMES.get(check.get("passed"), "unknown"),

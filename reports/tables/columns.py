@@ -1,4 +1,4 @@
-"""The leaderboard's columns: what each holds, in which unit, and of which kind its numbers are. Stdlib only."""
+"""Columns of the leaderboard: meaning, unit and kind of each. Stdlib only."""
 
 import csv
 from dataclasses import dataclass

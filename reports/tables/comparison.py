@@ -1,4 +1,4 @@
-"""Two runs side by side: paired differences of their cells, with intervals, and what of their identities differs."""
+"""Comparison of two runs: paired differences of their cells with intervals, and differences of their identities."""
 
 import json
 import math
@@ -63,7 +63,7 @@ class Overall:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs have in common, and the cells that only one of them has."""
+    """The cells that two runs share, and those that only one has."""
 
     HEADER: ClassVar[tuple[str, ...]] = (
         "model", "layer", "eps", "estimator", "RV", "95 % interval", "seeds", "natural", "adversarial", "identity",
@@ -90,7 +90,7 @@ class Comparison:
         ]  # fmt: skip
 
     def sentences(self) -> list[str]:
-        """Return what the rows come to, and what could not be paired."""
+        """Return a summary of the pairs, and the unpaired cells."""
         lines = [
             f"Over {plural(each.rv.pairs, 'model')}, {each.layer}, {format_eps(each.eps)}, {each.estimator}: "
             f"RV differs by {each.rv.mean:+.3f} nats, {_interval(each.rv)}"

@@ -1,4 +1,4 @@
-"""What records say against one another: worst-case information must not rise with the radius.
+"""Consistency across records: worst-case information must not rise with the radius.
 
 A larger ball holds the smaller ball's images, so its worst case is at most the smaller ball's.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import hypot
 
+from audit.flags import FlagCode, flag
 from audit.records import AuditRecord
 from reports.text import format_eps
 
@@ -48,7 +49,7 @@ def _checked(record: AuditRecord, witnesses: Sequence[AuditRecord]) -> AuditReco
 
 
 def _excess(record: AuditRecord, other: AuditRecord) -> float:
-    """By how much the worst case is above a smaller ball's, less what the errors excuse; 0 where not comparable."""
+    """Return the excess of the worst case over a smaller ball's, less the error margin; 0 where not comparable."""
     if not record.valid or record.worst_nats is None or other.worst_nats is None or other.eps >= record.eps:
         return 0.0
     error = hypot(record.worst_nats_se or 0.0, other.worst_nats_se or 0.0)
@@ -57,14 +58,14 @@ def _excess(record: AuditRecord, other: AuditRecord) -> float:
 
 def _flag(record: AuditRecord, other: AuditRecord) -> str:
     here, there = _distinct(record.worst_nats or 0.0, other.worst_nats or 0.0)
-    return (
-        f"contradicted: worst_nats {here} at eps {format_eps(record.eps)} is above {there} "
-        f"at eps {format_eps(other.eps)}"
+    return flag(
+        FlagCode.CONTRADICTED,
+        f"worst_nats {here} at eps {format_eps(record.eps)} is above {there} at eps {format_eps(other.eps)}",
     )
 
 
 def _distinct(one: float, other: float) -> tuple[str, str]:
-    """Two numbers with two decimals, or as many as tell them apart.
+    """Return two numbers with two decimals, or as many as needed to differ.
 
     >>> _distinct(1.3, 0.9), _distinct(0.9013, 0.9)
     (('1.30', '0.90'), ('0.901', '0.900'))

@@ -1,4 +1,4 @@
-"""The leaderboard: who comes first, and who may not be ranked at all."""
+"""The leaderboard: rows ranked by RV, and rows excluded from the ranking."""
 
 from io import BytesIO
 from pathlib import Path
@@ -52,7 +52,7 @@ def to_parquet(table: pd.DataFrame) -> bytes:
 
 
 def _without_empty(table: pd.DataFrame) -> pd.DataFrame:
-    """Leave the columns of a certificate out where no row has one."""
+    """Drop the certificate columns where no row has a certificate."""
     empty = "certified_tier" in table and not table["certified_tier"].any()
     return table.drop(columns=list(CERTIFICATE)) if empty else table
 

@@ -1,4 +1,4 @@
-"""Records as one tidy table, and which of its rows may be compared and ranked."""
+"""Records as one tidy table, with the rows that may be compared and ranked."""
 
 import math
 from collections.abc import Iterable
@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from audit.flags import UNRANKED, FlagCode, code_of
 from audit.records import AuditRecord
 from reports.estimators import place
-from reports.page.explanations import distrusts_attack
 from reports.tables.columns import COLUMNS, KINDS, UNITS
 from reports.tables.contradictions import cross_check
 from reports.text import format_eps, format_norm, plain_text, short_name, shorten
@@ -74,8 +74,8 @@ def split_flags(flags: str) -> list[str]:
 
 
 def contradictions(flags: str) -> list[str]:
-    """Return the flags of a cell of the table by which an estimate is refuted."""
-    return [flag for flag in split_flags(flags) if flag.startswith("contradicted")]
+    """Return the contradiction flags of a cell of the table."""
+    return [flag for flag in split_flags(flags) if code_of(flag) is FlagCode.CONTRADICTED]
 
 
 def contradicted(frame: pd.DataFrame) -> "pd.Series[bool]":
@@ -84,13 +84,13 @@ def contradicted(frame: pd.DataFrame) -> "pd.Series[bool]":
 
 
 def sound(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows hold an RV that nothing refutes, of a fit network, by searches to be believed."""
+    """Return which rows hold an uncontradicted RV of a sound network by searches that passed their checks."""
     return frame["status"].eq("valid") & frame["rv"].notna() & ~contradicted(frame) & ~_out_of_the_ranking(frame)
 
 
 def _out_of_the_ranking(frame: pd.DataFrame) -> "pd.Series[bool]":
-    """Return which rows are of a network that failed a gate, or hold a number whose search failed a trust check."""
-    out = [any(flag.startswith(("gated", "untrusted")) for flag in split_flags(cell)) for cell in frame["flags"]]
+    """Return which rows carry a flag that excludes them from the ranking."""
+    out = [any(code_of(flag) in UNRANKED for flag in split_flags(cell)) for cell in frame["flags"]]
     return pd.Series(out, index=frame.index, dtype=bool)
 
 
@@ -138,7 +138,7 @@ def _cells(record: AuditRecord) -> dict[str, object]:
 def _trust(record: AuditRecord) -> str:
     if all(check.get("level") == "gate" for check in record.checks):
         return "not checked"
-    return UPPER_BOUND if any(map(distrusts_attack, record.flags)) else "trusted"
+    return UPPER_BOUND if FlagCode.UNTRUSTED in record.codes else "trusted"
 
 
 def _by_seed(record: AuditRecord) -> str:

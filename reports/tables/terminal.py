@@ -1,4 +1,4 @@
-"""The leaderboard on a terminal: as many columns as fit, the most telling first, names made harmless."""
+"""The leaderboard on a terminal: as many columns as fit, the most important first, names sanitised."""
 
 from collections.abc import Sequence
 

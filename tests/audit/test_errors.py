@@ -20,7 +20,7 @@ def test_every_error_has_its_exit_code():
     assert all(issubclass(kind, AuditError) for kind in found.values())
 
 
-def test_an_unknown_name_answers_with_the_nearest_and_the_legal_ones():
+def test_unknown_name_suggests_the_nearest_and_lists_legal_names():
     message = str(UnknownNameError("norm", "lnf", ["linf", "l2", "l1", "l2"]))
     assert message == "unknown norm 'lnf'; did you mean 'linf'? Legal: l1, l2, linf"
 
@@ -31,7 +31,7 @@ def test_an_unknown_name_answers_with_the_nearest_and_the_legal_ones():
         ([], "x", "; none is known"),
         (["ab", "cd"], "zz", "; Legal: ab, cd"),
         ([f"layer{i}" for i in range(20)], "layer1x", "; did you mean 'layer1'"),
-        ([f"layer{i}" for i in range(20)], "zz", "; 20 names are known, none of them near"),
+        ([f"layer{i}" for i in range(20)], "zz", "; 20 names are known, none of them similar"),
     ],
 )
 def test_suggestions(legal, value, wanted):

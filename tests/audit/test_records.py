@@ -15,11 +15,25 @@ from audit.storage import canonical_json, digest, write_atomically
 @pytest.fixture
 def record():
     return AuditRecord(
-        cell_id="cell", model="bundled:vgg", source="bundled", family="vgg", training="standard", trained_eps=0.0,
-        dataset="digits", layer="logits", norm="linf", eps=0.2, weights_sha256="0" * 64, estimator="mine",
-        attack="pgd-20", seeds=2, images=100, rv=0.1 + 0.2, flags=("saturated",),
+        cell_id="cell",
+        model="bundled:vgg",
+        source="bundled",
+        family="vgg",
+        training="standard",
+        trained_eps=0.0,
+        dataset="digits",
+        layer="logits",
+        norm="linf",
+        eps=0.2,
+        weights_sha256="0" * 64,
+        estimator="mine",
+        attack="pgd-20",
+        seeds=2,
+        images=100,
+        rv=0.1 + 0.2,
+        flags=("saturated",),
         details={"per_seed": [{"seed": 0}], "name": "\u202e\x1b模型"},
-    )  # fmt: skip
+    )
 
 
 def test_round_trip_is_exact(record, tmp_path):
@@ -30,7 +44,7 @@ def test_round_trip_is_exact(record, tmp_path):
     assert list(store) == read_records(tmp_path) == [record]
 
 
-def test_records_come_in_the_order_of_their_names(record, tmp_path):
+def test_records_are_read_in_the_order_of_their_names(record, tmp_path):
     for name in "cab":
         RecordStore(tmp_path).write(replace(record, cell_id=name))
     assert [r.cell_id for r in RecordStore(tmp_path)] == ["a", "b", "c"]
@@ -48,8 +62,8 @@ def test_status_and_flags(record):
     [
         ({"schema": "rvaudit.record/99"}, "record schema 'rvaudit.record/99' is not"),
         ({"schema": None}, "record schema None is not"),
-        ({"surprise": 1, "another": 2}, "does not know: another, surprise"),
-        ({"model": ...}, "record lacks a field: .*'model'"),
+        ({"surprise": 1, "another": 2}, "fields unknown to this version: another, surprise"),
+        ({"model": ...}, "record has a missing field: .*'model'"),
     ],
 )
 def test_another_schema_is_refused(record, change, message):
@@ -59,25 +73,25 @@ def test_another_schema_is_refused(record, change, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
-def test_a_file_that_is_no_record_is_named(content, tmp_path):
+def test_a_file_that_is_not_a_record_is_reported(content, tmp_path):
     (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / "x.json").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"x\.json is not a record"):
         read_records(tmp_path)
 
 
-def test_a_folder_without_records_is_named(tmp_path):
+def test_a_folder_without_records_is_reported(tmp_path):
     with pytest.raises(EnvironmentFault, match="holds no records"):
         read_records(tmp_path / "nowhere")
 
 
-def test_not_a_number_is_never_written(record, tmp_path):
+def test_nan_is_never_written(record, tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         RecordStore(tmp_path).write(replace(record, rv=float("nan")))
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
     write_atomically(path, "old")
 
@@ -91,24 +105,24 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failed_rename_leaves_nothing(tmp_path):
+def test_a_failed_rename_leaves_no_temporary_file(tmp_path):
     (tmp_path / "taken").mkdir()
     with pytest.raises(EnvironmentFault, match="cannot write"):
         write_atomically(tmp_path / "taken", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentFault, match="cannot write"):
         write_atomically(tmp_path / "file" / "inner", "x")
 
 
-def test_a_killed_writer_leaves_a_whole_file(tmp_path):
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     write_atomically(path, "old")
     code = (
-        "import os, signal, sys; from pathlib import Path; from audit.records import write_atomically\n"
+        "import os, signal, sys; from pathlib import Path; from audit.storage import write_atomically\n"
         "os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomically(Path(sys.argv[1]), 'new' * 1000)"
     )
@@ -117,7 +131,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_files_are_readable_by_others(tmp_path):
+def test_files_are_readable_by_all_users(tmp_path):
     write_atomically(tmp_path / "deep" / "file.bin", b"\x00")
     assert (tmp_path / "deep" / "file.bin").stat().st_mode & 0o777 == 0o644
 

@@ -8,13 +8,14 @@ import pytest
 
 from audit.adversary.label_attack import TIERS, cross_entropy_objective, margin
 from audit.adversary.pgd import PGD, minimise
-from audit.information.labels import LabelLevel
+from audit.config.yaml_source import read_config
+from audit.information.label_entropy import LabelEntropy
 from audit.random_keys import keyed_generator
 from audit.records import AuditRecord
-from audit.run.cell import read_config
-from audit.run.cell_runner import RunOptions
-from audit.run.run_loop import expand, run
-from model_zoo.images.load import ImageRequest, load_images
+from audit.run.cell import expand
+from audit.run.loading import RunOptions
+from audit.run.run_loop import run
+from model_zoo.images.datasets import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,8 @@ def audited(name: str, folder: Path) -> AuditRecord:
     nets = "tests/third_party_nets.py"
     (folder / "b.yaml").write_text(text.replace("../shared", str(FOLDER)).replace(nets, str(ROOT / nets)))
     (cell, *_) = [cell for cell in expand(read_config(folder / "b.yaml")) if f"&name={name}&" in cell.ref]
-    little = replace(cell.settings, seeds=cell.settings.seeds[:1], estimator=LabelLevel(steps=1), attack=TIERS["smoke"])
+    estimator = LabelEntropy(steps=1)
+    little = replace(cell.settings, seeds=cell.settings.seeds[:1], estimator=estimator, attack=TIERS["smoke"])
     options = RunOptions(SourceSettings(trust_code=True, offline=True), device="cpu")
     (record,) = run([replace(cell, settings=little)], folder / "run", options)
     return record

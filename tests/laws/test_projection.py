@@ -1,4 +1,4 @@
-"""Laws of every threat model: projection is legal, idempotent and fixes legal points; directions are steepest."""
+"""Laws of every threat model: projections are legal, idempotent and fix legal points; directions are steepest."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ anything = hnp.arrays(np.float32, SHAPE, elements=st.floats(-3, 3, width=32))
 
 
 def excess(threat, images, clean):
-    """How far images stick out of the ball or the pixel range, measured in float64."""
+    """The largest distance of images from the ball or the pixel range, in float64."""
     order = {"linf": torch.inf, "l2": 2, "l1": 1}[threat.norm]
     length = torch.linalg.vector_norm((images.double() - clean.double()).flatten(1), order, dim=1)
     return max(float((length - threat.eps).max()), float(-images.min()), float(images.max() - 1))
@@ -47,7 +47,7 @@ def test_projection_fixes_legal_images_bit_for_bit(norm, clean, images, eps):
 def test_projection_of_real_sizes_is_legal_and_idempotent(norm, size):
     generator = torch.Generator().manual_seed(0)
     clean = torch.rand(16, 3, size, size, generator=generator)
-    # flat images under one shift round all pixels the same way: the worst case for the ball
+    # uniform images shifted by a constant round equally in all pixels, the worst case for the length
     clean[8:] = torch.linspace(0.4, 0.6, 8).view(-1, 1, 1, 1)
     images = clean + torch.randn(16, 3, size, size, generator=generator)
     images[8:] = clean[8:] + 0.1
@@ -66,7 +66,7 @@ def test_random_start_is_legal(norm, clean, eps, seed):
 
 
 @NORMS
-def test_random_start_depends_on_the_generator_only(norm):
+def test_random_starts_depend_on_the_generator_only(norm):
     threat, clean = threat_model(norm, 0.3), torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     before = torch.random.get_rng_state()
     first, again, other = (threat.random_start(clean, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
@@ -74,7 +74,7 @@ def test_random_start_depends_on_the_generator_only(norm):
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert (threat.distance(first, clean) > 0).all()
-    # the draw is float32 on the CPU and only then moved: the same images in another precision, the same start
+    # numbers are drawn in float32 on the CPU: equal starts for images of another precision
     wide = threat.random_start(clean.double(), torch.Generator().manual_seed(1))
     torch.testing.assert_close(wide.float(), first, atol=1e-6, rtol=0)
 
@@ -109,7 +109,7 @@ def test_l2_direction_survives_underflow_and_overflow(scale):
 
 
 def simplex_threshold(delta, eps):
-    """The l1 projection by bisection on the soft threshold: slow, and written from the optimality condition."""
+    """The l1 projection by bisection on the soft threshold, from the optimality condition."""
     low, high = 0.0, float(np.abs(delta).max())
     if np.abs(delta).sum() <= eps:
         return delta

@@ -1,4 +1,4 @@
-"""Laws of the search: closed forms on linear objectives, never worse than clean, the same for every batch size."""
+"""Laws of searches: closed forms on linear objectives, never worse than clean, independent of the batch size."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from audit.adversary.accuracy import measure_accuracy
 from audit.adversary.label_attack import AUDIT
 from audit.adversary.pgd import PGD, minimise
 from audit.adversary.threat import THREATS, Linf, threat_model
-from audit.types import Judged
+from audit.types import ObjectiveValue
 
 NORMS = pytest.mark.parametrize("norm", sorted(THREATS))
 DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
@@ -20,7 +20,7 @@ def seeded(seed=0):
 
 def linear(weight):
     def objective(images, index):
-        return Judged((images * weight).flatten(1).sum(1), torch.zeros(len(images), dtype=torch.bool))
+        return ObjectiveValue((images * weight).flatten(1).sum(1), torch.zeros(len(images), dtype=torch.bool))
 
     return objective
 
@@ -58,9 +58,9 @@ class SmallNet(nn.Module):
 
 
 def wavy(images, index):
-    """An objective with many local minima, its phase different for every image of the set."""
+    """An objective with many local minima, of a different phase for every image."""
     value = (torch.sin(20 * images.flatten(1) + index[:, None])).sum(1)
-    return Judged(value, value.detach() < -8)
+    return ObjectiveValue(value, value.detach() < -8)
 
 
 @NORMS
@@ -73,14 +73,14 @@ def test_never_worse_than_clean_and_always_legal(norm):
         assert (threat.distance(found.images, clean) <= 0.1 + 1e-6).all()
         assert found.images.min() >= 0
         assert found.images.max() <= 1
-        # what is reported is what a plain evaluation of the returned images gives
+        # reported values are those of the returned images
         torch.testing.assert_close(wavy(found.images, torch.arange(40)).value, found.value)
         assert found.passes <= 40 * pgd.steps * pgd.restarts
 
 
 @NORMS
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_the_batch_size_decides_nothing(norm, batch_size):
+def test_results_are_independent_of_the_batch_size(norm, batch_size):
     threat = threat_model(norm, 0.01 if norm == "linf" else 0.1)
     clean = torch.rand(30, 1, 8, 8, generator=seeded())
     wanted = minimise(wavy, clean, threat, PGD(6, 0.4, restarts=2), seeded(3))
@@ -95,7 +95,7 @@ def test_images_dropped_early_do_not_change_the_others():
     clean = torch.rand(20, 1, 8, 8, generator=seeded())
 
     def judged(done):
-        return lambda images, index: Judged(wavy(images, index).value, done[index])
+        return lambda images, index: ObjectiveValue(wavy(images, index).value, done[index])
 
     nobody = torch.zeros(20, dtype=torch.bool)
     some = nobody.clone()
@@ -108,7 +108,7 @@ def test_images_dropped_early_do_not_change_the_others():
 
 
 class LinearOracle(nn.Module):
-    """Two classes split by a plane: the distance of an image to the boundary is known in every norm."""
+    """Two classes separated by a plane, with a known distance from an image in every norm."""
 
     def __init__(self, shape):
         super().__init__()
@@ -126,10 +126,10 @@ class LinearOracle(nn.Module):
 
 @NORMS
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32)])
-def test_attacks_reach_the_known_boundary_and_no_nearer(norm, shape):
+def test_attacks_reach_the_boundary_within_a_quarter_and_never_undercut_it(norm, shape):
     oracle = LinearOracle(shape)
     clean = 0.45 + 0.1 * torch.rand(12, *shape, generator=seeded(1))
-    # every image at the same distance from the plane, on its own side: the closed form is one number
+    # move every image to the same distance from the plane, on its own side
     score = oracle(clean).detach()[:, 0]
     wanted = score.sign() * 0.02 * oracle.weight.detach().pow(2).sum().sqrt()
     shift = ((wanted - score) / oracle.weight.detach().pow(2).sum()).view(-1, 1, 1, 1)
@@ -140,12 +140,12 @@ def test_attacks_reach_the_known_boundary_and_no_nearer(norm, shape):
     reached = measure_accuracy(oracle, clean, labels, threat_model(norm, 1.25 * farthest), AUDIT, 0)
     assert reached.natural.value == 1
     assert reached.adversarial.value == 0
-    held = measure_accuracy(oracle, clean, labels, threat_model(norm, 0.99 * nearest), AUDIT, 0)
-    assert held.adversarial.value == 1
+    robust = measure_accuracy(oracle, clean, labels, threat_model(norm, 0.99 * nearest), AUDIT, 0)
+    assert robust.adversarial.value == 1
 
 
 @NORMS
-def test_measuring_leaves_no_gradient_and_no_trace_in_the_global_generator(norm):
+def test_measuring_changes_neither_gradients_nor_the_global_generator(norm):
     network, images = SmallNet(), torch.rand(10, 1, 8, 8, generator=seeded())
     labels = network(images).argmax(1)
     before = torch.random.get_rng_state()
@@ -155,17 +155,17 @@ def test_measuring_leaves_no_gradient_and_no_trace_in_the_global_generator(norm)
 
 
 @NORMS
-def test_adversarial_accuracy_never_rises_with_eps_and_starts_at_natural(norm):
+def test_adversarial_accuracy_never_rises_with_eps_and_starts_at_clean_accuracy(norm):
     network, images = SmallNet(), torch.rand(30, 1, 8, 8, generator=seeded())
     labels = network(images).argmax(1)
     labels[:6] = (labels[:6] + 1) % 3
-    ladder = [0.0, 0.01, 0.1, 1.0] if norm == "linf" else [0.0, 0.1, 1.0, 10.0]
-    results = [measure_accuracy(network, images, labels, threat_model(norm, e), AUDIT, 0) for e in ladder]
+    radii = [0.0, 0.01, 0.1, 1.0] if norm == "linf" else [0.0, 0.1, 1.0, 10.0]
+    results = [measure_accuracy(network, images, labels, threat_model(norm, e), AUDIT, 0) for e in radii]
     assert results[0].adversarial == results[0].natural
     assert results[0].passes == 0
     values = [r.adversarial.value for r in results]
     assert values == sorted(values, reverse=True)
     assert values[-1] < values[0]
-    # images that were wrong from the start are never robust
+    # misclassified clean images are never robust
     assert not any(r.robust[:6].any() for r in results)
     assert all(r.natural.value == 0.8 for r in results)

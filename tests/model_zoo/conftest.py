@@ -1,4 +1,4 @@
-"""Small networks, weights in many layouts, and a server on this machine, for the tests of the registry."""
+"""Fixtures of the model zoo tests: small networks, state dicts, and a local HTTP server."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ def number():
 
 
 def build_small(num_classes: int = 10) -> nn.Module:
-    """A network for images of 3x8x8."""
+    """Return a network for images of shape 3x8x8."""
     layers = (nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, num_classes))
     return nn.Sequential(*layers)
 
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, dict[str, tuple[bytes, int | None]], list[str]]]:
-    """A server's address, the bodies it gives (with the length it announces) and the paths it was asked for."""
+    """Yield the address of a server, its bodies with Content-Length by path, and the list of requested paths."""
     handler = type("Handler", (_Handler,), {"answers": {}, "asked": []})
     http = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
@@ -99,7 +99,7 @@ def offline(tmp_path: Path) -> SourceSettings:
 
 
 def _contract(model: LoadedModel) -> None:
-    """Eval mode, frozen parameters, scores of the announced shape, and a gradient for the images."""
+    """Check eval mode, frozen parameters, output shape, and the gradient to the images."""
     assert not any(module.training for module in model.network.modules())
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
     assert model.image_shape is not None

@@ -33,7 +33,7 @@ def test_missing_source_lists_the_forms() -> None:
     "ref",
     ["timm:", "timm:a/b", "torchvision:a/b/c", "robustbench:cifar10/Linf", "hf-hub:resnet", "bundled:../x", "file:"],
 )
-def test_malformed_targets_say_the_form(ref: str) -> None:
+def test_malformed_targets_are_refused_with_the_expected_form(ref: str) -> None:
     with pytest.raises(UsageError, match=r"is malformed; write "):
         parse_ref(ref)
 

@@ -1,4 +1,4 @@
-"""Ten checkpoints nobody here made: they load, and classify as well as their makers say."""
+"""Ten third-party checkpoints: they load and have their published accuracy."""
 
 import os
 from functools import cache
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_zoo.images.load import ImageRequest, ImageSet, check_fit, load_images
+from model_zoo.images.datasets import ImageRequest, ImageSet, check_fit, load_images
 from model_zoo.load import SourceSettings, load_model
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def _images(name: str) -> ImageSet:
 
 
 @pytest.mark.parametrize(("name", "factory", "normalisation", "accuracy"), MODELS)
-def test_accuracy_is_the_published_one(name: str, factory: str, normalisation: str, accuracy: float) -> None:
+def test_accuracy_equals_the_published_accuracy(name: str, factory: str, normalisation: str, accuracy: float) -> None:
     nets = ROOT / "tests" / "third_party_nets.py"
     ref = f"file:{FOLDER}/checkpoints/{name}?arch={nets}:{factory}&num_classes=10{normalisation}"
     model, images = load_model(ref, SourceSettings(trust_code=True)), _images(name)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from audit.records import AuditRecord, CalibrationRow, RecordStore
-from audit.theory import max_accuracy
+from audit.theory import fano_accuracy_bound
 
 FAMILIES = ("baseline-h", "densenet", "resnet", "vgg")
 EPS = 0.2
@@ -154,7 +154,7 @@ def suite_member(position: int, estimator: str, eps: float, seeds: int = 3) -> A
         rv_se=error,
         adversarial_accuracy_bound=min(1.0, (worst + 0.6931) / 2.3026) if limits else None,
         adversarial_risk_bound=max(0.0, 1 - (worst + 0.6931) / 2.3026) if limits else None,
-        fano_accuracy_bound=max_accuracy(max(worst, 0.0), 0.1) if limits else None,
+        fano_accuracy_bound=fano_accuracy_bound(max(worst, 0.0), 0.1) if limits else None,
         adversarial_accuracy=adversarial,
         adversarial_accuracy_low=max(adversarial - 0.03, 0.0),
         adversarial_accuracy_high=adversarial + 0.03,

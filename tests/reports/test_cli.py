@@ -12,9 +12,10 @@ from reports import cli
 
 @pytest.fixture(autouse=True)
 def fake_measuring_commands(monkeypatch):
-    """Stand in for audit.commands.verbs: one command that fails in a chosen way, one that returns an exit code."""
-    module = types.ModuleType("audit.commands.verbs")
-    module.COMMANDS = {"model-list": "List models.", "run": "Run a benchmark."}
+    """Replace the mounted commands by one that fails in a chosen way and one that returns an exit code."""
+    module = types.ModuleType("fake_commands")
+    table = types.ModuleType("audit.commands.table")
+    table.COMMANDS = {"model-list": ("fake_commands", "List models."), "run": ("fake_commands", "Run a benchmark.")}
 
     @click.command("run", help="Run a benchmark.")
     @click.option("--batch-size", type=int, default=0)
@@ -35,10 +36,11 @@ def fake_measuring_commands(monkeypatch):
         }[how]
 
     module.run_command, module.model_list_command = run_command, model_list_command
-    monkeypatch.setitem(sys.modules, "audit.commands.verbs", module)
+    monkeypatch.setitem(sys.modules, "fake_commands", module)
+    monkeypatch.setitem(sys.modules, "audit.commands.table", table)
 
 
-def test_help_lists_own_and_measuring_commands(capsys):
+def test_help_lists_own_and_mounted_commands(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     for name in ("figures", "leaderboard", "report", "run", "model-list"):
@@ -73,7 +75,7 @@ def test_errors_become_a_sentence_and_an_exit_code(how, code, said, capsys):
     assert captured.out == ""
 
 
-def test_usage_errors_name_what_was_meant(capsys):
+def test_usage_errors_name_the_nearest_command(capsys):
     assert cli.main(["leaderbord"]) == 2
     assert "leaderboard" in capsys.readouterr().err
     assert cli.main(["leaderboard"]) == 2
@@ -97,7 +99,7 @@ def test_leaderboard_on_a_terminal(mixed_zoo, write_run, capsys, monkeypatch):
     assert "natural accuracy" not in narrow
 
 
-def test_hostile_names_reach_no_terminal(hostile, write_run, capsys):
+def test_control_characters_of_names_are_removed(hostile, write_run, capsys):
     assert cli.main(["leaderboard", str(write_run(hostile))]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
@@ -149,9 +151,9 @@ def test_no_records_exit_with_three(tmp_path, capsys):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys, types; m = types.ModuleType('audit.commands.verbs'); m.COMMANDS = {}; sys.modules['audit.commands.verbs'] = m\n"
-        "from reports.cli import main; main(['--help'])\n"
-        "print([n for n in ('torch', 'numpy', 'pandas', 'matplotlib', 'rich') if n in sys.modules])"
+        "import sys; from reports.cli import main; main(['--help'])\n"
+        "names = ('torch', 'numpy', 'pandas', 'matplotlib', 'rich', 'pydantic', 'audit.commands.run')\n"
+        "print([name for name in names if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

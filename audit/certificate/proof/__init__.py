@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Proof in exact arithmetic that an image with the target features exists near a witness."""

@@ -1,18 +1,21 @@
-"""The tier `proved`: near every witness lies an image whose features are the target exactly, in real arithmetic.
+"""Rigorous proof of collisions: near every witness lies an image whose features equal the target in real arithmetic.
 
-What is proved, for a piecewise-linear network whose parameters, normalisation included, are taken as the real numbers
-that they are: there is a real image x + d, every pixel within eps of the clean one and within the pixel range, whose
-exact features equal the float64 target z to every digit. So images with one target truly meet, and no rounding of
-anybody's forward pass is a part of the claim. The forward pass of a working network in float32 is not what it is about.
+Claim, for a piecewise-linear network whose parameters and normalisation are taken as exact real numbers: there is a
+real image x + d, every pixel within eps of the clean one and within the pixel range, whose exact features equal the
+float64 target z. Images with one target therefore collide exactly. The claim is about the network as a function, not
+about the rounding of a forward pass in float32.
 
-How. Near the witness x the network is one affine map while no ReLU changes sides and no maximum its place. Its value at
-x is enclosed (audit.certificate.proof.arithmetic), and its derivatives along the columns of a matrix A (pixels, features), any approximate
-right inverse of the Jacobian J: J A = I + E. Where ||E|| < 1 there is a w with g(x) + J A w = z and |w| <= omega =
-|z - g(x)| / (1 - ||E||), so that 1 / (||A|| / (1 - ||E||)) is a computed lower bound of the smallest singular value.
-Along d = A w a pixel moves by at most |A_i| omega and a pre-activation by at most |J_k A| omega: where all of them stay
-on their side and all pixels inside, the affine map is the network at x + d. Every bound includes all rounding.
+Proof. Near the witness x the network g is one affine map, as long as no ReLU and no maximum changes its active branch.
+`proof.arithmetic` encloses g(x) and the derivatives of g along the columns of a matrix A (P, D), an approximate right
+inverse of the Jacobian J (D, P): J A = I + E. If ||E|| < 1, there is a w with g(x) + J A w = z and
 
-Source: Krawczyk 1969 and Rump 2010, "Verification methods", for the kind of argument.
+    |w| <= omega = |z - g(x)| / (1 - ||E||),
+
+so 1 / (||A|| / (1 - ||E||)) is a computed lower bound on the smallest singular value of J. Along d = A w a pixel
+changes by at most |A_i| omega and a pre-activation by at most |J_k A| omega. If no pre-activation changes its sign, no
+maximum its position, and all pixels stay inside, then g(x + d) = z. Every bound includes all rounding errors.
+
+Source: Krawczyk 1969 and Rump 2010, "Verification methods", for this kind of argument.
 """
 
 from contextlib import suppress
@@ -22,111 +25,113 @@ import torch
 from torch import Tensor
 
 from audit.adversary.threat import ThreatModel
-from audit.certificate.collisions import Meetings
-from audit.certificate.proof.arithmetic import Exact, Slope
+from audit.certificate.collisions import Collisions
+from audit.certificate.proof.arithmetic import Derivatives, Enclosure
 from audit.certificate.proof.operations import Unprovable
-from audit.certificate.proof.pieces import Program
+from audit.certificate.proof.pieces import TracedLayer
 from audit.errors import InvalidModelError
 from audit.representation.layers import Representation
 from audit.types import Images
 
-_UP = 1 + 1e-9  # bounds are enlarged by this, for the rounding of their own computation
-_FREE = 1e-7  # pixels nearer than this to a wall are left where they are
-_ROUNDED = 1e-15  # what the difference of two pixels and a radius can lose in float64
+_UP = 1 + 1e-9  # enlarges bounds to cover the rounding of their own computation
+_FIXED_BELOW = 1e-7  # pixels with less slack are not moved
+_PIXEL_ROUNDING = 1e-15  # maximum rounding error of pixel differences in float64
+_MAX_ERROR = 0.5  # of ||E||, below the 1 that the proof requires
+_MIN_EIGENVALUE = 1e-13  # of J J^T, relative to the largest
 
 
-class Witnessed(NamedTuple):
-    """One witness (1, C, H, W) of a clean image (1, C, H, W), and the target (1, D) it is to reach, all float64."""
+class _Witness(NamedTuple):
+    """A moved image (1, C, H, W), its clean image (1, C, H, W), and the target (1, D) of its features, all float64."""
 
     moved: Images
     clean: Images
     target: Tensor
 
 
-def unprovable(precise: object, clean: Images) -> str | None:
-    """Return why nothing can be proved for a layer's float64 copy, or None; `clean` (N, C, H, W), one is looked at."""
+def reason_unprovable(precise: object, clean: Images) -> str | None:
+    """Return why nothing can be proved about the float64 copy of a layer, or None; uses the first of `clean`."""
     try:
-        program = _program(precise, clean[:1].double())
-        program.forward(Exact.of(clean[:1].double().cpu()))
+        layer = _traced(precise, clean[:1].double())
+        layer.forward(Enclosure.of(clean[:1].double().cpu()))
     except (Unprovable, InvalidModelError) as error:
         return str(error)
     return None
 
 
-def proved(precise: object, clean: Images, meetings: Meetings, threat: ThreatModel) -> Tensor:
-    """Return which rows (R,) of meetings are proved; `clean` (N, C, H, W) are the images that they count.
+def prove_collisions(precise: object, clean: Images, collisions: Collisions, threat: ThreatModel) -> Tensor:
+    """Return which rows (R,) of collisions are proved for the float64 copy of a layer.
 
-    None is where the network is not one that can be read.
+    `clean` (N, C, H, W) are the images that `collisions.members` indexes. No row is proved if the network contains an
+    unsupported operation.
     """
-    rows = range(len(meetings.members))
+    rows = range(len(collisions.members))
     result = torch.zeros(len(rows), dtype=torch.bool)
     try:
-        program = _program(precise, clean[:1].double())
+        layer = _traced(precise, clean[:1].double())
     except (Unprovable, InvalidModelError):
         return result.to(clean.device)
     for row in rows:
-        member, at = meetings.members[row], meetings.at[row]
-        parts = (meetings.moved[row], clean[member].double(), meetings.targets[at])
-        with suppress(InvalidModelError):  # a number that is none proves nothing
-            result[row] = _has_root(program, Witnessed(*(part[None].cpu() for part in parts)), threat)
+        member, at = collisions.members[row], collisions.at[row]
+        parts = (collisions.moved[row], clean[member].double(), collisions.targets[at])
+        with suppress(InvalidModelError):  # non-finite numbers prove nothing
+            result[row] = _has_root(layer, _Witness(*(part[None].cpu() for part in parts)), threat)
     return result.to(clean.device)
 
 
-def _program(precise: object, image: Images) -> Program:
+def _traced(precise: object, image: Images) -> TracedLayer:
     if not isinstance(precise, Representation):
-        raise Unprovable("a proof reads the network's modules: the layer has to be a Representation of one")
-    return Program.of(precise, image)
+        raise Unprovable("the proof traces the network's modules, so the layer has to be a Representation of one")
+    return TracedLayer.of(precise, image)
 
 
 @torch.no_grad()
-def _has_root(program: Program, case: Witnessed, threat: ThreatModel) -> bool:
-    """Return whether an image inside the ball and the witness's affine piece has exactly the target's features."""
-    slack = _slack(case, threat)
+def _has_root(layer: TracedLayer, witness: _Witness, threat: ThreatModel) -> bool:
+    """Return whether an image in the ball and in the witness's affine piece provably has the target's features."""
+    slack = _slack(witness, threat)
     if bool((slack < 0).any()):
         return False
-    jacobian = program.jacobian(case.moved)
-    live = (jacobian != 0).any(1)
-    inverse = _right_inverse(jacobian[live] * (slack > _FREE))
+    jacobian = layer.jacobian(witness.moved)
+    movable = (jacobian != 0).any(1)  # features that depend on a pixel
+    inverse = _right_inverse(jacobian[movable] * (slack > _FIXED_BELOW))
     if inverse is None:
         return False
-    value, pattern = program.forward(Exact.of(case.moved))
-    missing = value.add(Exact.of(case.target).negated())
-    left = missing.magnitude()[0]
-    columns = inverse.T.reshape(-1, *case.moved.shape[1:])
-    slopes, steepness = program.along(Slope(Exact.of(columns)), pattern)
-    # features that no pixel moves have to be there already, to the last digit
-    if bool((left[~live] > 0).any()) or bool((slopes.norm()[0, ~live] > 0).any()):
+    value, pattern = layer.forward(Enclosure.of(witness.moved))
+    residual = value.add(Enclosure.of(witness.target).negate()).magnitude()[0]
+    directions = inverse.T.reshape(-1, *witness.moved.shape[1:])
+    derivatives, slopes = layer.derivatives(Derivatives(Enclosure.of(directions)), pattern)
+    # features that no pixel moves have to equal the target already
+    if bool((residual[~movable] > 0).any()) or bool((derivatives.norm()[0, ~movable] > 0).any()):
         return False
-    omega = _reach(slopes, live, left)
-    if omega is None or bool((inverse.norm(dim=1) * omega * _UP > slack).any()):
+    radius = _root_radius(derivatives, movable, residual)
+    if radius is None or bool((inverse.norm(dim=1) * radius * _UP > slack).any()):
         return False
-    return pattern.holds(steepness, omega)
+    return pattern.is_constant_within(radius, slopes)
 
 
-def _reach(slopes: Slope, live: Tensor, left: Tensor) -> float | None:
-    """Return omega, a bound on the length of w; None where J A is not known to be invertible."""
-    product = slopes.parts.shaped(lambda part: part[:, live])
-    eye = Exact.of(torch.eye(len(product.high), dtype=torch.float64))
-    apart = float(product.add(eye.negated()).magnitude().norm())
-    if not apart * _UP < 0.5:
+def _root_radius(derivatives: Derivatives, movable: Tensor, residual: Tensor) -> float | None:
+    """Return omega, a bound on |w|; None if J A is not known to be invertible."""
+    product = derivatives.parts.rearrange(lambda part: part[:, movable])
+    eye = Enclosure.of(torch.eye(len(product.high), dtype=torch.float64))
+    error = float(product.add(eye.negate()).magnitude().norm())
+    if not error * _UP < _MAX_ERROR:
         return None
-    return float(left[live].norm()) / (1 - apart * _UP) * _UP
+    return float(residual[movable].norm()) / (1 - error * _UP) * _UP
 
 
-def _slack(case: Witnessed, threat: ThreatModel) -> Tensor:
-    """Return how far each pixel (P,) may surely still go in either direction; negative where it is outside already."""
+def _slack(witness: _Witness, threat: ThreatModel) -> Tensor:
+    """Return a lower bound (P,) on how far each pixel may move in both directions; negative if it is outside."""
     low, high = threat.pixel_range
-    ball = threat.eps - (case.moved - case.clean).abs() - _ROUNDED
-    # differences from the range's ends have the right sign; their size is used only where a pixel moves
-    ends = torch.minimum(case.moved - low, high - case.moved) / _UP
+    ball = threat.eps - (witness.moved - witness.clean).abs() - _PIXEL_ROUNDING
+    # differences from the ends of the range have exact signs; their size only matters where a pixel moves
+    ends = torch.minimum(witness.moved - low, high - witness.moved) / _UP
     return torch.minimum(ball, ends).flatten()
 
 
 def _right_inverse(jacobian: Tensor) -> Tensor | None:
-    """Return about J^T (J J^T)^-1, (P, D); None where features cannot be moved independently."""
+    """Return an approximation (P, D) of J^T (J J^T)^-1; None if the features cannot be moved independently."""
     if len(jacobian) == 0:
         return jacobian.T
     values, vectors = torch.linalg.eigh(jacobian @ jacobian.T)
-    if not float(values[0]) > 1e-13 * float(values[-1]):
+    if not float(values[0]) > _MIN_EIGENVALUE * float(values[-1]):
         return None
     return jacobian.T @ (vectors / values) @ vectors.T

@@ -1,1 +1,1 @@
-"""TODO room."""
+"""The authors' released estimator and critic, for replication."""

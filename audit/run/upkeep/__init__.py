@@ -1,1 +1,1 @@
-"""TODO room."""
+"""Before, during and after a run: cost forecast, progress, verification, environment."""

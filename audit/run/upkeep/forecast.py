@@ -1,8 +1,8 @@
-"""What a benchmark will cost: passes, time, memory and disk, from a short calibration instead of formulas.
+"""Forecast of a benchmark's cost: passes, time, memory and disk, from a short calibration.
 
-Each estimator and the attack are run on two small sets of images of one small network; passes and the time beside
-them are read as lines in the number of images. Then every model's own time per pass is measured on one batch. The
-result is rough: attacks stop early at images that fall early, and a busy machine is slower.
+The attack and each estimator are run on two small sets of images with one small network. Passes, and the time beyond
+them, are taken as linear in the number of images; the time of a pass is then measured on each model. The forecast is
+rough: attacks stop early at images that they break early, and a busy machine is slower.
 """
 
 import json
@@ -10,45 +10,50 @@ import time
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from audit.adversary.accuracy import logits_of
-from audit.adversary.robustness import Target, attacked
+from audit.adversary.robustness import TargetModel, evaluate_robustness
 from audit.adversary.threat import ThreatModel
 from audit.config.settings import AuditSettings
-from audit.run.layer_audit import LayerAudit, assemble
+from audit.run.assembly import AuditedNetwork, AuditParts, assemble
+from audit.run.identity import NetworkIdentity, audit_identity
+from audit.run.layer_audit import LayerAudit
 from audit.types import Images, Labels
 
 SIZES = (60, 180)  # images of the calibration: few, but enough for every estimator's splits
-_LARGE = 20_000  # values of an image, above which a small batch times a pass well enough
+_LARGE = 20_000  # values of an image; a small batch of larger images suffices to time a pass
 
 
-class Line(NamedTuple):
-    """A cost that is `fixed` and grows by `per_image` with the images; never negative."""
+class LinearCost(NamedTuple):
+    """A cost `fixed + per_image * images`, at least 0."""
 
     fixed: float
     per_image: float
 
     def at(self, images: int) -> float:
-        """Return the cost for so many images."""
+        """Return the cost of a number of images.
+
+        >>> LinearCost(2.0, 0.5).at(10)
+        7.0
+        """
         return max(0.0, self.fixed + self.per_image * images)
 
 
 class Rates(NamedTuple):
-    """What one attack and one seed of one estimator cost: passes, and seconds that are no passes.
+    """The cost of one attack and of one seed of one estimator: passes, and seconds beyond those of the passes.
 
-    `record_bytes` is what a record of one seed takes on the disk.
+    `record_bytes` is the size of a record of one seed.
     """
 
-    attack_passes: Line
-    attack_seconds: Line
-    passes: Line
-    seconds: Line
+    attack_passes: LinearCost
+    attack_seconds: LinearCost
+    passes: LinearCost
+    seconds: LinearCost
     record_bytes: int
 
 
-class Sample(NamedTuple):
-    """A small network with images (N, C, H, W) and labels (N,) to calibrate on; N is at least the largest of SIZES."""
+class CalibrationSet(NamedTuple):
+    """A small network with images (N, C, H, W) and labels (N,), N at least the larger of SIZES."""
 
     network: nn.Module
     images: Images
@@ -56,7 +61,7 @@ class Sample(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """What the cells of one model will cost: single-image forward+backward passes, seconds, bytes."""
+    """The cost of one model's cells: forward+backward passes of single images, seconds, bytes of memory and disk."""
 
     passes: float
     seconds: float
@@ -64,40 +69,69 @@ class Forecast(NamedTuple):
     disk: int
 
 
-def calibrate(sample: Sample, threat: ThreatModel, settings: AuditSettings) -> Rates:
-    """Run one attack and one seed of one estimator on a few images, twice, and return what they cost."""
-    each = seconds_per_pass(sample.network, sample.images[:64])
-    runs = [_measured(sample, count, threat, settings) for count in SIZES]
-    lines = [_line([run[number] for run in runs]) for number in range(4)]
-    attack, spent, passes, seconds = lines
+class Work(NamedTuple):
+    """Unfinished cells of one model: images, seeds, the number of attacks, and the rates of each cell's estimator."""
+
+    images: int
+    seeds: int
+    attacks: int
+    rates: tuple[Rates, ...]
+
+
+class _Cost(NamedTuple):
+    attack_passes: float
+    attack_seconds: float
+    passes: float
+    seconds: float
+    record_bytes: int
+
+
+def calibrate(calibration: CalibrationSet, threat: ThreatModel, settings: AuditSettings) -> Rates:
+    """Measure the cost of one attack and one seed of one estimator at both sizes, and return the rates."""
+    per_pass = seconds_per_pass(calibration.network, calibration.images[:64])
+    small, large = (_measured(calibration, count, threat, settings) for count in SIZES)
+    attack_passes = _linear(small.attack_passes, large.attack_passes)
+    passes = _linear(small.passes, large.passes)
     return Rates(
-        attack,
-        Line(spent.fixed - each * attack.fixed, spent.per_image - each * attack.per_image),
+        attack_passes,
+        _beyond_passes(_linear(small.attack_seconds, large.attack_seconds), attack_passes, per_pass),
         passes,
-        Line(seconds.fixed - each * passes.fixed, seconds.per_image - each * passes.per_image),
-        int(runs[-1][4]),
+        _beyond_passes(_linear(small.seconds, large.seconds), passes, per_pass),
+        large.record_bytes,
     )
 
 
-def _measured(
-    sample: Sample, count: int, threat: ThreatModel, settings: AuditSettings
-) -> tuple[float, float, float, float, int]:
-    """Return passes and seconds of the attack and of the estimator, and the size of the record."""
-    network, images, labels = sample.network, sample.images[:count], sample.labels[:count]
+def _measured(calibration: CalibrationSet, count: int, threat: ThreatModel, settings: AuditSettings) -> _Cost:
+    network, images, labels = calibration.network, calibration.images[:count], calibration.labels[:count]
     started = time.monotonic()
-    robustness = attacked(Target(network, images, labels), threat, settings.attack, 0)
+    robustness = evaluate_robustness(TargetModel(network, images, labels), threat, settings.attack, 0)
     between = time.monotonic()
-    measured = LayerAudit(network, images, labels, "logits", settings).under(threat)
+    result = LayerAudit(network, images, labels, "logits", settings).under(threat)
     ended = time.monotonic()
-    record = assemble(robustness, measured, "logits", threat, settings)
-    size = len(json.dumps(record.to_dict(), indent=1, allow_nan=False))
-    own = sum(run.passes for run in measured.per_seed)
-    return float(robustness.accuracy.passes), between - started, own, ended - between, size
+    parts = AuditParts(
+        network=AuditedNetwork(model="", source="", family="", dataset="", weights_sha256=""),
+        layer="logits",
+        threat=threat,
+        settings=settings,
+        robustness=robustness,
+        result=result,
+        sanity_checks=(),
+        identity=audit_identity(NetworkIdentity("", "", "", ""), "", "logits", threat, settings),
+        device=images.device,
+        seconds=ended - started,
+    )
+    size = len(json.dumps(assemble(parts).to_dict(), indent=1, allow_nan=False))
+    passes = sum(run.passes for run in result.per_seed)
+    return _Cost(float(robustness.accuracy.passes), between - started, passes, ended - between, size)
 
 
-def _line(values: list[float]) -> Line:
-    slope = max(0.0, (values[1] - values[0]) / (SIZES[1] - SIZES[0]))
-    return Line(values[0] - slope * SIZES[0], slope)
+def _linear(small: float, large: float) -> LinearCost:
+    slope = max(0.0, (large - small) / (SIZES[1] - SIZES[0]))
+    return LinearCost(small - slope * SIZES[0], slope)
+
+
+def _beyond_passes(seconds: LinearCost, passes: LinearCost, per_pass: float) -> LinearCost:
+    return LinearCost(seconds.fixed - per_pass * passes.fixed, seconds.per_image - per_pass * passes.per_image)
 
 
 def seconds_per_pass(network: nn.Module, images: Images) -> float:
@@ -113,47 +147,17 @@ def seconds_per_pass(network: nn.Module, images: Images) -> float:
     return (time.monotonic() - began) / len(batch)
 
 
-def batch_bytes(network: nn.Module, images: Images, batch: int) -> int:
-    """Return what a batch takes at least: weights, images, outputs of all innermost modules and their gradients."""
-    sizes: list[int] = []
-    handles = [
-        module.register_forward_hook(lambda _m, _i, out: sizes.append(_bytes(out)))
-        for module in network.modules()
-        if not any(True for _ in module.children())
-    ]
-    try:
-        logits_of(network, images[:1], 1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    weights = sum(_bytes(tensor) for tensor in network.state_dict().values())
-    return weights + batch * (2 * sum(sizes) + 4 * _bytes(images[:1]))
-
-
-def _bytes(output: object) -> int:
-    return output.numel() * output.element_size() if isinstance(output, Tensor) else 0
-
-
-class Work(NamedTuple):
-    """The cells of one model that are to do: how many images and seeds, which attacks, which estimators' cells."""
-
-    images: int
-    seeds: int
-    attacks: int
-    rates: tuple[Rates, ...]
-
-
 def forecast(work: Work, seconds: float, memory: int) -> Forecast:
     """Return the cost of one model's cells; `seconds` is its time per pass, `memory` that of a batch.
 
-    Layers and estimators share what the attack found, so it counts once a threat model.
+    Layers and estimators share attacks, so each threat model's attack counts once.
     """
     if not work.rates:
         return Forecast(0.0, 0.0, memory, 0)
     first, images = work.rates[0], work.images
     attack = work.attacks * first.attack_passes.at(images)
     own = work.seeds * sum(rates.passes.at(images) for rates in work.rates)
-    beside = work.attacks * first.attack_seconds.at(images)
-    beside += work.seeds * sum(rates.seconds.at(images) for rates in work.rates)
+    beyond = work.attacks * first.attack_seconds.at(images)
+    beyond += work.seeds * sum(rates.seconds.at(images) for rates in work.rates)
     disk = sum(rates.record_bytes for rates in work.rates)
-    return Forecast(attack + own, (attack + own) * seconds + beside, memory, disk)
+    return Forecast(attack + own, (attack + own) * seconds + beyond, memory, disk)

@@ -1,4 +1,4 @@
-"""How far a run is: which cells are done, failed or to do, read from its folder alone. Imports no torch."""
+"""Progress of a run: which cells are done, failed or to do, from its folder alone. Imports no torch."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,11 +11,11 @@ from audit.records import AuditRecord, RecordStore
 
 DONE, FAILED, TO_DO = "done", "failed", "to do"
 Key = tuple[str, str, str, str, float, str]
-"""Model reference, data set, layer, norm, eps and estimator: what tells the cells of one run apart."""
+"""Model reference, data set, layer, norm, eps and estimator: unique for each cell of a run."""
 
 
-class Standing(NamedTuple):
-    """One cell and how it stands; `reason` says why it failed, `cell_id` names the record where it is done."""
+class CellStatus(NamedTuple):
+    """State of one cell; `reason` is that of a failure, `cell_id` the name of the record of a finished cell."""
 
     model: str
     dataset: str
@@ -30,16 +30,16 @@ class Standing(NamedTuple):
 
     @property
     def key(self) -> Key:
-        """Return what tells the cell apart from the others of its run."""
+        """The key of the cell in its run."""
         return (self.model, self.dataset, self.layer, self.norm, self.eps, self.estimator)
 
 
-def standings(
+def cell_statuses(
     config: BenchmarkConfig, records: Iterable[AuditRecord], expand: Callable[[str], list[str]]
-) -> list[Standing]:
-    """Return how every cell of a benchmark stands; `expand` gives the references that a pattern stands for.
+) -> list[CellStatus]:
+    """Return the state of every cell of a benchmark; `expand` returns the references that a pattern matches.
 
-    Raises UnknownNameError for a pattern that nothing matches.
+    Raises UnknownNameError for a pattern without a match.
     """
     valid: dict[Key, AuditRecord] = {}
     failed: dict[tuple[object, ...], str] = {}
@@ -50,28 +50,28 @@ def standings(
             failed[(record.model, *_setting(record), record.estimator)] = record.reason
     found = []
     for planned in config.planned():
-        found += [_standing(planned, ref, valid, failed) for ref in expand(planned.model.ref)]
+        found += [_status(planned, ref, valid, failed) for ref in expand(planned.model.ref)]
     return found
 
 
-def run_standings(folder: Path, expand: Callable[[str], list[str]]) -> list[Standing]:
-    """Return how every cell of a run folder stands.
+def run_statuses(folder: Path, expand: Callable[[str], list[str]]) -> list[CellStatus]:
+    """Return the state of every cell of a run folder.
 
-    Raises EnvironmentFault where the folder is no run, IntegrityError for a file among its records that is none.
+    Raises EnvironmentFault for a folder that is no run, IntegrityError for a file among its records that is none.
     """
     copy = Path(folder) / "benchmark.yaml"
     if not copy.is_file():
         raise EnvironmentFault(f"{folder} is no run folder: it has no benchmark.yaml")
-    return standings(read_config(copy), RecordStore(folder), expand)
+    return cell_statuses(read_config(copy), RecordStore(folder), expand)
 
 
 def record_key(record: AuditRecord) -> Key:
-    """Return what tells a record's cell apart from the others of its run."""
+    """Return the key of a record's cell in its run."""
     notes = record.details.get("notes") or {}
     return (str(notes.get("recorded_ref", record.model)), *_setting(record), record.estimator)
 
 
-def counts(found: Iterable[Standing]) -> dict[str, int]:
+def counts(found: Iterable[CellStatus]) -> dict[str, int]:
     """Return how many cells are done, failed and to do."""
     states = [each.state for each in found]
     return {state: states.count(state) for state in (DONE, FAILED, TO_DO)}
@@ -81,13 +81,13 @@ def _setting(record: AuditRecord) -> tuple[str, str, str, float]:
     return (record.dataset, record.layer, record.norm, record.eps)
 
 
-def _standing(
+def _status(
     planned: Planned, ref: str, valid: dict[Key, AuditRecord], failed: dict[tuple[object, ...], str]
-) -> Standing:
+) -> CellStatus:
     setting = (planned.dataset, planned.layer, planned.norm, planned.eps)
-    cell = Standing(ref, *setting, planned.estimator.shown, TO_DO, images=planned.images)
+    cell = CellStatus(ref, *setting, planned.estimator.shown, TO_DO, images=planned.images)
     if cell.key in valid:
         return cell._replace(state=DONE, cell_id=valid[cell.key].cell_id)
-    label = planned.model.name or ref  # by which a failed record knows the model
+    label = planned.model.name or ref  # the model of a failed record
     reason = failed.get((label, *setting, planned.estimator.shown))
     return cell if reason is None else cell._replace(state=FAILED, reason=reason)

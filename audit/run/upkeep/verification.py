@@ -1,6 +1,6 @@
-"""Is a run what it says: ids follow from identities, numbers from one another, and nothing impossible stands in it.
+"""Verify the records of a run folder: ids against identities, numbers against each other and against theory.
 
-Reads records alone and imports no torch; recomputing cells is the command's part.
+Reads records only and imports no torch; the command recomputes cells.
 """
 
 import json
@@ -14,21 +14,21 @@ from audit.config.yaml_source import read_config
 from audit.errors import AuditError, ConfigError, IntegrityError
 from audit.records import AuditRecord
 from audit.storage import digest
-from audit.theory import max_accuracy, max_adversarial_accuracy, min_adversarial_risk
+from audit.theory import adversarial_accuracy_bound, adversarial_risk_bound, fano_accuracy_bound
 
 _ROUNDING = 1e-9
-_SHARES = 1e-6  # of accuracies, which are counts over images
+_SHARES = 1e-6  # tolerance of accuracies, which are counts over images
 
 
 class Violation(NamedTuple):
-    """Something that cannot be so: the file it stands in, and what."""
+    """An inconsistency: the file it is in, and its description."""
 
     file: str
     what: str
 
 
 def check_run(folder: Path) -> tuple[list[AuditRecord], list[Violation]]:
-    """Return the records of a run folder that can be read, and everything that is wrong with any of them."""
+    """Return the readable records of a run folder, and every violation found in it."""
     records, found = [], _stamp(Path(folder))
     for path in sorted((Path(folder) / "cells").glob("*.json")):
         try:
@@ -42,36 +42,33 @@ def check_run(folder: Path) -> tuple[list[AuditRecord], list[Violation]]:
 
 
 def check_record(record: AuditRecord) -> list[str]:
-    """Return what is impossible in one record, one sentence each; nothing for a failed one, which holds no numbers."""
+    """Return the inconsistencies of one record, one sentence each; a failed record must hold no numbers."""
     if not record.valid:
-        return [] if record.rv is None else ["failed, yet it has an rv"]
+        return [] if record.rv is None else ["failed, but has an rv"]
     checks = (_identity, _reduced, _limits, _accuracies, _radius, _bounds_shown)
     return [what for check in checks for what in check(record)]
 
 
 def _wrong(record: AuditRecord, path: Path) -> list[str]:
     try:
-        named = [] if path.stem == record.cell_id else [f"has the id {record.cell_id}, which is not its name"]
+        named = [] if path.stem == record.cell_id else [f"has the id {record.cell_id}, which is not its file name"]
         return named + check_record(record)
     except (TypeError, ValueError, KeyError, AttributeError, AuditError) as error:
         return [f"holds a value of the wrong kind: {error}"]
 
 
 def _stamp(folder: Path) -> list[Violation]:
-    """The stamp is of the configuration that the folder's copy describes."""
+    """Check that run.sha256 is the digest of the configuration in benchmark.yaml."""
     stamp, copy = folder / "run.sha256", folder / "benchmark.yaml"
     if not stamp.is_file() or not copy.is_file():
         return [Violation(folder.name, "is no run folder: benchmark.yaml or run.sha256 is missing")]
     try:
-        said = digest(read_config(copy).canonical())
+        expected = digest(read_config(copy).canonical())
     except ConfigError as error:
-        return [Violation(copy.name, f"is no benchmark: {error.faults[0]}")]
-    same = said == stamp.read_text(encoding="utf-8", errors="replace").strip()
-    return (
-        []
-        if same
-        else [Violation(copy.name, "is not the configuration that run.sha256 is of, or another version stamped it")]
-    )
+        return [Violation(copy.name, f"is not a benchmark: {error.faults[0]}")]
+    if expected == stamp.read_text(encoding="utf-8", errors="replace").strip():
+        return []
+    return [Violation(copy.name, "does not match run.sha256: it was edited, or another version wrote it")]
 
 
 def _identity(record: AuditRecord) -> Iterator[str]:
@@ -80,10 +77,10 @@ def _identity(record: AuditRecord) -> Iterator[str]:
         yield "has no identity"
         return
     if digest(identity) != record.cell_id:
-        yield f"its identity gives the id {digest(identity)}, not {record.cell_id}"
+        yield f"the digest of its identity is {digest(identity)}, not {record.cell_id}"
     for name in ("weights_sha256", "layer", "norm", "eps"):
         if identity.get(name) != getattr(record, name):
-            yield f"{name} is {getattr(record, name)!r}, its identity says {identity.get(name)!r}"
+            yield f"{name} is {getattr(record, name)!r}, but {identity.get(name)!r} in its identity"
     seeds = identity.get("settings", {}).get("seeds", [])
     if len(seeds) != record.seeds or seeds != [row["seed"] for row in record.details["per_seed"]]:
         yield f"its seeds are not those of its identity, {seeds}"
@@ -92,7 +89,7 @@ def _identity(record: AuditRecord) -> Iterator[str]:
 
 
 def _reduced(record: AuditRecord) -> Iterator[str]:
-    """Published values are the means over seeds, their errors what seeds and samples give."""
+    """Check means and standard errors over seeds."""
     seeds = record.details["per_seed"]
     for row in seeds:
         if not _near(row["rv"], row["normal_nats"] - row["worst_nats"]):
@@ -104,9 +101,9 @@ def _reduced(record: AuditRecord) -> Iterator[str]:
     }
     for name, sampling in errors.items():
         values = [row[name] for row in seeds]
-        yield from _told(record, name, fmean(values), "the mean of its seeds")
-        yield from _told(record, f"{name}_se", _stderr(values, sampling), "what its seeds give")
-    yield from _told(record, "rv", _value(record.normal_nats) - _value(record.worst_nats), "normal - worst")
+        yield from _deviation(record, name, fmean(values), "the mean of its seeds")
+        yield from _deviation(record, f"{name}_se", _stderr(values, sampling), "the standard error of its seeds")
+    yield from _deviation(record, "rv", _value(record.normal_nats) - _value(record.worst_nats), "normal - worst")
 
 
 def _stderr(values: Sequence[float], sampling: Sequence[float]) -> float:
@@ -115,13 +112,14 @@ def _stderr(values: Sequence[float], sampling: Sequence[float]) -> float:
 
 
 def _limits(record: AuditRecord) -> Iterator[str]:
-    """Theorem 3.4 and its risk follow from worst_nats; exact Fano also from class shares, which lie in [1/K, 1]."""
+    """Check Theorem 3.4 and its risk, functions of worst_nats, and exact Fano for class shares in [1/K, 1]."""
     worst, classes = _value(record.worst_nats), record.num_classes
     if record.adversarial_accuracy_bound is None or classes is None:
         return
-    yield from _told(record, "adversarial_accuracy_bound", max_adversarial_accuracy(worst, classes), "Theorem 3.4")
-    yield from _told(record, "adversarial_risk_bound", min_adversarial_risk(worst, classes), "Theorem 3.4")
-    least = max_accuracy(max(0.0, worst), 1 / classes)
+    bound = adversarial_accuracy_bound(worst, classes)
+    yield from _deviation(record, "adversarial_accuracy_bound", bound, "Theorem 3.4")
+    yield from _deviation(record, "adversarial_risk_bound", adversarial_risk_bound(worst, classes), "Theorem 3.4")
+    least = fano_accuracy_bound(max(0.0, worst), 1 / classes)
     if record.fano_accuracy_bound is None or not least - _ROUNDING <= record.fano_accuracy_bound <= 1:
         yield f"fano_accuracy_bound is {record.fano_accuracy_bound}, for {classes} classes it is at least {least}"
 
@@ -129,38 +127,38 @@ def _limits(record: AuditRecord) -> Iterator[str]:
 def _accuracies(record: AuditRecord) -> Iterator[str]:
     natural, adversarial = _value(record.natural_accuracy), _value(record.adversarial_accuracy)
     if adversarial > natural:
-        yield f"adversarial accuracy {adversarial} is above the natural one, {natural}"
-    yield from _told(record, "adversarial_gap", natural - adversarial, "natural - adversarial")
+        yield f"adversarial accuracy {adversarial} is above the clean accuracy {natural}"
+    yield from _deviation(record, "adversarial_gap", natural - adversarial, "natural - adversarial")
     for name, value in (("natural_accuracy", natural), ("adversarial_accuracy", adversarial)):
         low, high = _value(getattr(record, f"{name}_low")), _value(getattr(record, f"{name}_high"))
         if not 0 <= low <= value + _ROUNDING or not value - _ROUNDING <= high <= 1:
             yield f"{name} {value} is outside its interval [{low}, {high}]"
         if abs(value * record.images - round(value * record.images)) > _SHARES * record.images:
-            yield f"{name} {value} is no share of {record.images} images"
+            yield f"{name} {value} is not a fraction of {record.images} images"
 
 
 def _radius(record: AuditRecord) -> Iterator[str]:
     if not 0 <= record.eps < inf or (record.norm == "linf" and record.eps > 1):
-        yield f"eps {record.eps} is no legal {record.norm} radius"
+        yield f"eps {record.eps} is not a legal {record.norm} radius"
 
 
 def _bounds_shown(record: AuditRecord) -> Iterator[str]:
-    """An estimate that a measurement refutes may stand there, but must say so; a certificate cannot be refuted."""
+    """Check that estimates refuted by a measurement are flagged, and that no measurement exceeds a certificate."""
     certified, best = record.certified_bound, record.best_head_accuracy
     if certified is not None and best is not None and best > certified + _ROUNDING:
-        yield f"its best head keeps {best}, more than the certified {certified}"
+        yield f"its best head reaches {best}, above the certified bound {certified}"
     worst, normal = _value(record.worst_nats), _value(record.normal_nats)
-    doubt = 2 * (_value(record.worst_nats_se) + _value(record.normal_nats_se))
+    margin = 2 * (_value(record.worst_nats_se) + _value(record.normal_nats_se))
     if record.contradicted:
         return
-    if worst > normal + doubt + _ROUNDING:
-        yield f"worst_nats {worst} is above normal_nats {normal}, and no flag says so"
+    if worst > normal + margin + _ROUNDING:
+        yield f"worst_nats {worst} is above normal_nats {normal} without a flag"
     bound, low = record.fano_accuracy_bound, _value(record.adversarial_accuracy_low)
     if bound is not None and bound < low - _ROUNDING:
-        yield f"its bound {bound} is under the measured adversarial accuracy's {low}, and no flag says so"
+        yield f"its bound {bound} is below {low}, the low end of the measured adversarial accuracy, without a flag"
 
 
-def _told(record: AuditRecord, name: str, expected: float, source: str) -> Iterator[str]:
+def _deviation(record: AuditRecord, name: str, expected: float, source: str) -> Iterator[str]:
     if not _near(_value(getattr(record, name)), expected):
         yield f"{name} is {getattr(record, name)}, {source} is {expected}"
 
@@ -171,35 +169,35 @@ def _near(one: float, other: float) -> bool:
 
 def _value(number: float | None) -> float:
     if number is None or isinstance(number, bool) or not isinstance(number, int | float):
-        raise ValueError(f"{number!r} stands where a number is needed")
+        raise ValueError(f"{number!r} is not a number")
     return number
 
 
-_DEVIATIONS = ("normal_nats", "worst_nats", "rv")
-_SAME_NATS, _SAME_IMAGES = 1e-3, 2  # one device computes the same up to the order of sums
+_COMPARED = ("normal_nats", "worst_nats", "rv")
+_SAME_NATS, _SAME_IMAGES = 1e-3, 2  # on one device, where only the order of sums differs
 
 
 def differences(stored: AuditRecord, again: AuditRecord) -> list[str]:
-    """Return where a cell computed again disagrees with its record, one sentence each.
+    """Return the differences of a recomputed cell to its record, one sentence each.
 
-    On the same device with the same packages values agree up to the order of sums; elsewhere within their doubt.
+    On the same device with the same packages values agree up to the order of sums; elsewhere within their errors.
     """
     if not again.valid:
-        return [f"it fails when computed again: {again.reason}"]
+        return [f"it fails when recomputed: {again.reason}"]
     if stored.cell_id != again.cell_id:
-        return [f"computed again it is the cell {again.cell_id}: weights, images or settings are others"]
+        return [f"recomputed it is the cell {again.cell_id}: weights, images or settings differ"]
     same = _provenance(stored) == _provenance(again)
     found = []
-    for name in _DEVIATIONS:
+    for name in _COMPARED:
         one, other = _value(getattr(stored, name)), _value(getattr(again, name))
         allowed = _SAME_NATS + (0.0 if same else 3 * hypot(_error(stored, name), _error(again, name)))
         if abs(one - other) > allowed:
-            found.append(f"{name} is {one}, computed again {other}")
+            found.append(f"{name} is {one}, recomputed {other}")
     for name in ("natural_accuracy", "adversarial_accuracy"):
         one, other = _value(getattr(stored, name)), _value(getattr(again, name))
         width = _value(getattr(stored, f"{name}_high")) - _value(getattr(stored, f"{name}_low"))
         if abs(one - other) > (_SAME_IMAGES / stored.images if same else width) + _ROUNDING:
-            found.append(f"{name} is {one}, computed again {other}")
+            found.append(f"{name} is {one}, recomputed {other}")
     return found
 
 

@@ -1,29 +1,29 @@
-"""How checkpoints are made: `rvaudit train RECIPE` makes a bundled one again, or one of the "Guess First" networks."""
+"""Recipes for training models: the bundled models, the CIFAR-10 model set, and the "Guess First" networks."""
 
 from audit.errors import UnknownNameError
 from audit.studies.recipes.cifar import CifarRecipe, is_trained, train_cifar
-from audit.studies.recipes.digits import RECIPES, Recipe, train_recipe
-from audit.studies.recipes.guess_first import GUESS_FIRST, GuessFirstRecipe, GuessFirstRun, train_guess_first
+from audit.studies.recipes.digits import DIGITS_RECIPES, DigitsRecipe, train_digits
+from audit.studies.recipes.guess_first import GUESS_FIRST_RECIPES, GuessFirstRecipe, GuessFirstRun, train_guess_first
 
 __all__ = [
-    "GUESS_FIRST",
-    "RECIPES",
+    "DIGITS_RECIPES",
+    "GUESS_FIRST_RECIPES",
     "CifarRecipe",
+    "DigitsRecipe",
     "GuessFirstRecipe",
     "GuessFirstRun",
-    "Recipe",
     "find_recipe",
     "is_trained",
     "train_cifar",
+    "train_digits",
     "train_guess_first",
-    "train_recipe",
 ]
 
 
-def find_recipe(name: str) -> Recipe | GuessFirstRecipe:
+def find_recipe(name: str) -> DigitsRecipe | GuessFirstRecipe:
     """Return a recipe by name; raises UnknownNameError with the nearest names."""
-    if name in RECIPES:
-        return RECIPES[name]
-    if name not in GUESS_FIRST:
-        raise UnknownNameError("recipe", name, [*RECIPES, *GUESS_FIRST])
-    return GUESS_FIRST[name]
+    if name in DIGITS_RECIPES:
+        return DIGITS_RECIPES[name]
+    if name not in GUESS_FIRST_RECIPES:
+        raise UnknownNameError("recipe", name, [*DIGITS_RECIPES, *GUESS_FIRST_RECIPES])
+    return GUESS_FIRST_RECIPES[name]

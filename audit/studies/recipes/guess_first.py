@@ -1,47 +1,41 @@
-"""Recipes of "Guess First": networks on label hypotheses, their baselines, and the substitute of black-box attacks.
+"""Recipes of "Guess First": hypothesis networks, their baselines, and the substitute network of transfer attacks.
 
 Source: Zhu, An & Niu 2020, section 4.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from audit.adversary.accuracy import measure_accuracy
-from audit.adversary.label_attack import TIERS
-from audit.adversary.threat import Linf
 from audit.errors import UsageError
-from audit.storage import write_atomically
+from audit.studies.recipes.model_cards import build_seeded, describe_model, published_accuracies, write_model
 from audit.training.label_hypothesis import HypothesisTraining, train_hypothesis
 from model_zoo.architectures import build
-from model_zoo.images.load import ImageRequest, load_images
-from model_zoo.weights.checkpoints import write_safetensors
+from model_zoo.images.datasets import ImageRequest, load_images
 
 EPS = 0.15
-"""The radius of the accuracies on the cards, l-inf, in pixel units: the paper's smaller one."""
+"""The l-inf radius of the accuracies on the cards, in pixel units: the smaller radius of the paper."""
 
 ELIMINATION, WARM_UP = 0.1, 0.5
-"""The weight of information elimination, and the share of the epochs before it begins.
+"""The weight of information elimination, and the fraction of the epochs before it starts.
 
-At weight 1, or without warm-up, networks on 8,000 digits of MNIST stay at chance; at 0.1 after half of the epochs one
-seed of each named .97 and .98 of 800 training images put aside. On the small digits: benchmarks/elimination.py.
+With weight 1, or without warm-up, networks on 8,000 MNIST digits stay at chance; with 0.1 after half of the epochs, one
+seed of each variant classifies .97 and .98 of 800 held-out training images. Small digits: benchmarks/elimination.py.
 """
 
 KL_WEIGHT = 1e-2
-"""The weight of the information bottleneck's divergence, chosen in the same way."""
+"""The weight of the KL divergence of the information bottleneck, chosen by the same rule."""
 
-_SHOWN = 500  # held-out images that a card's accuracies are measured on
+_CARD_IMAGES = 500  # held-out images for the accuracies on the cards
 
 
 @dataclass(frozen=True)
 class GuessFirstRecipe:
-    """One column of the paper's table: an architecture and how it is trained."""
+    """One column of the paper's table: an architecture and its training."""
 
     id: str
     architecture: str
@@ -49,17 +43,17 @@ class GuessFirstRecipe:
 
     @property
     def variant(self) -> str:
-        """The name without its prefix: c-js-ie, say."""
+        """The name without its prefix, such as c-js-ie."""
         return self.id.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class GuessFirstRun:
-    """What a recipe is trained on and for how long; None takes the recipe's own number of epochs.
+    """Data, epochs (None: those of the recipe) and seed of one training run.
 
-    A set with splits is trained on its first `count` training images (all, without it) and measured on its test
-    images. A reference without splits, such as parquet:PATH, is cut: the first `count` images (four fifths, without
-    it) are trained on, the rest is held out.
+    A data set with splits is trained on its first `count` training images (None: all) and measured on its test images.
+    A reference without splits, such as parquet:PATH, is divided: the first `count` images (None: four fifths) are for
+    training, the rest is held out.
     """
 
     dataset: str = "digits"
@@ -70,17 +64,17 @@ class GuessFirstRun:
 
     @property
     def dataset_name(self) -> str:
-        """The data set's name, or of a reference the name of its file, without the folders of this machine."""
+        """The name of the data set; for a reference, the file name without its folder."""
         _, colon, path = self.dataset.partition(":")
         return re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).stem if colon else self.dataset)
 
     def name(self, recipe: GuessFirstRecipe) -> str:
-        """Return the stem of the files: recipe, data set and seed."""
+        """Return the stem of the files: variant, data set and seed."""
         return f"guess-first-{recipe.variant}-{self.dataset_name}-{self.seed}"
 
 
 class TrainingData(NamedTuple):
-    """Images (N, C, H, W) and labels (N,) to learn from, held-out ones (M, C, H, W) and (M,), and the classes."""
+    """Training images (N, C, H, W) with labels (N,), held-out images (M, C, H, W) with labels (M,), class names."""
 
     images: Tensor
     labels: Tensor
@@ -89,7 +83,7 @@ class TrainingData(NamedTuple):
     classes: tuple[str, ...]
 
 
-def _recipes() -> dict[str, GuessFirstRecipe]:
+def _make_recipes() -> dict[str, GuessFirstRecipe]:
     base = HypothesisTraining()
     conditioned = {
         f"{name}{suffix}": replace(base, objective=objective, elimination=weight, warm_up=WARM_UP if weight else 0.0)
@@ -106,14 +100,14 @@ def _recipes() -> dict[str, GuessFirstRecipe]:
     return {recipe.id: recipe for recipe in recipes}
 
 
-GUESS_FIRST = _recipes()
-"""The six columns of the paper's table and `lenet`, the substitute, by name."""
+GUESS_FIRST_RECIPES = _make_recipes()
+"""The six columns of the paper's table and the substitute `lenet`, by name."""
 
 
 def load_training_data(run: GuessFirstRun) -> TrainingData:
-    """Return what a run learns from and what it holds out.
+    """Return the training and held-out images of a run.
 
-    Raises what `load_images` raises, and UsageError where `count` leaves nothing to hold out.
+    Raises the errors of `load_images`, and UsageError where `count` leaves no held-out images.
     """
     if ":" not in run.dataset:
         request = ImageRequest(run.count, "train", run.data_dir)
@@ -123,20 +117,18 @@ def load_training_data(run: GuessFirstRun) -> TrainingData:
     count = len(whole.images) * 4 // 5 if run.count is None else run.count
     if not 0 < count < len(whole.images):
         raise UsageError(
-            f"{count} of the {len(whole.images)} images of {run.dataset} are to be trained on: "
+            f"{count} of the {len(whole.images)} images of {run.dataset} cannot be for training: "
             f"legal are 1 to {len(whole.images) - 1}, the rest is held out"
         )
-    parts = whole.images[:count], whole.labels[:count], whole.images[count:], whole.labels[count:]
-    return TrainingData(*parts, whole.classes)
+    return TrainingData(
+        whole.images[:count], whole.labels[:count], whole.images[count:], whole.labels[count:], whole.classes
+    )
 
 
-def fresh_network(recipe: GuessFirstRecipe, data: TrainingData, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a recipe's network with initial weights of a seed, and the arguments it is built with."""
+def build_network(recipe: GuessFirstRecipe, data: TrainingData, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network of a recipe with the initial weights of a seed, and its constructor arguments."""
     arguments: dict[str, Any] = {"image_shape": tuple(data.images.shape[1:]), "num_classes": len(data.classes)}
-    # initial weights are drawn globally by torch: fix the draw, leave the caller's stream alone
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build(recipe.architecture, arguments), arguments
+    return build_seeded(lambda: build(recipe.architecture, arguments), seed), arguments
 
 
 def train_guess_first(
@@ -146,27 +138,25 @@ def train_guess_first(
     progress: Callable[[int, float], None] = lambda _epoch, _loss: None,
     data: TrainingData | None = None,
 ) -> dict[str, Any]:
-    """Train a recipe's network, write its weights and card `<name>.safetensors` and `.json`, and return the card.
+    """Train the network of a recipe, write `<name>.safetensors` and its card `<name>.json`, and return the card.
 
-    A run that was stopped is taken up at its last whole epoch, from `<name>.partial.pt` in the same folder. `data`
-    spares reading the data set again. Load the result as `file:<folder>/<name>.safetensors`.
+    Training resumes after its last complete epoch, from `<name>.partial.pt` in the same folder. `data` avoids reading
+    the data set again. Load the result as `file:<folder>/<name>.safetensors`.
     """
     data = load_training_data(run) if data is None else data
-    training = training_of(recipe, run)
-    network, arguments = fresh_network(recipe, data, run.seed)
+    network, arguments = build_network(recipe, data, run.seed)
     folder.mkdir(parents=True, exist_ok=True)
     name = run.name(recipe)
     partial = folder / f"{name}.partial.pt"
-    train_hypothesis(network, data.images, data.labels, training, progress, partial)
-    sha256 = write_safetensors(network.state_dict(), folder / f"{name}.safetensors")
-    card = _card(recipe, run, arguments, network, data) | {"id": name, "sha256": sha256}
-    write_atomically(folder / f"{name}.json", json.dumps(card, indent=1) + "\n")
+    train_hypothesis(network, data.images, data.labels, training_of(recipe, run), progress, partial)
+    card = _card(recipe, run, arguments, network, data) | {"id": name}
+    complete = write_model(network, folder / f"{name}.safetensors", card)
     partial.unlink(missing_ok=True)
-    return card
+    return complete
 
 
 def training_of(recipe: GuessFirstRecipe, run: GuessFirstRun) -> HypothesisTraining:
-    """Return the settings of a recipe's training in a run."""
+    """Return the training settings of a recipe in a run."""
     epochs = recipe.training.epochs if run.epochs is None else run.epochs
     return replace(recipe.training, epochs=epochs, seed=run.seed)
 
@@ -174,31 +164,12 @@ def training_of(recipe: GuessFirstRecipe, run: GuessFirstRun) -> HypothesisTrain
 def _card(
     recipe: GuessFirstRecipe, run: GuessFirstRun, arguments: dict[str, Any], network: nn.Module, data: TrainingData
 ) -> dict[str, Any]:
-    network.requires_grad_(False)
-    attack = TIERS["smoke"]
-    images, labels = data.held_out_images[:_SHOWN], data.held_out_labels[:_SHOWN]
-    measured = measure_accuracy(network, images, labels, Linf(EPS), attack, seed=0)
-    source = f"measured on the first {len(images)} held-out images"
+    images, labels = data.held_out_images[:_CARD_IMAGES], data.held_out_labels[:_CARD_IMAGES]
+    sources = f"measured on the first {len(images)} held-out images", f"{EPS}"
     return {
-        "architecture": recipe.architecture,
-        "arguments": arguments,
-        "num_classes": arguments["num_classes"],
-        "image_shape": list(arguments["image_shape"]),
-        "family": recipe.architecture,
-        "dataset": run.dataset_name,
-        "training": "standard",
-        "trained_norm": "",
-        "trained_eps": 0.0,
-        "licence": "MIT",
+        **describe_model(recipe.architecture, arguments, recipe.architecture, run.dataset_name, 0.0),
         "reference": "Zhu, An & Niu 2020, Guess First to Enable Better Compression and Adversarial Robustness",
         "recipe": f"rvaudit train {recipe.id}: {training_of(recipe, run).epochs} epochs, seed {run.seed}, "
         f"{len(data.images)} training images",
-        "published": [
-            {"metric": "natural_accuracy", "value": measured.natural.value, "source": source},
-            {
-                "metric": "adversarial_accuracy",
-                "value": measured.adversarial.value,
-                "source": f"{source}, {attack.name} at l-inf {EPS}",
-            },
-        ],
+        "published": published_accuracies(network, images, labels, EPS, sources),
     }

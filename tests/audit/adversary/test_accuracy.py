@@ -33,13 +33,13 @@ def test_wilson_solves_its_defining_equation():
 
 
 @pytest.mark.parametrize(("successes", "count"), [(0, 0), (-1, 4), (5, 4)])
-def test_wilson_refuses_what_is_no_share(successes, count):
-    with pytest.raises(UsageError, match="not a share"):
+def test_wilson_refuses_counts_that_are_no_proportion(successes, count):
+    with pytest.raises(UsageError, match="not a proportion"):
         wilson(successes, count)
 
 
-class Fixed(nn.Module):
-    """Answers with the first pixels of an image as its logits."""
+class PixelLogits(nn.Module):
+    """The first two pixels of an image as logits."""
 
     def forward(self, images):
         return images.flatten(1)[:, :2]
@@ -49,45 +49,45 @@ IMAGES = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.5], [0.1, 0.9]]).view(4, 
 LABELS = torch.zeros(4, dtype=torch.int64)
 
 
-def test_known_verdicts():
-    found = measure_accuracy(Fixed(), IMAGES, LABELS, Linf(0.15), TIERS["smoke"], 0)
-    assert found.natural.value == 0.5  # a tie and a wrong answer do not count
+def test_known_accuracies():
+    found = measure_accuracy(PixelLogits(), IMAGES, LABELS, Linf(0.15), TIERS["smoke"], 0)
+    assert found.natural.value == 0.5  # a tie and a misclassified image do not count
     assert found.robust.tolist() == [True, False, False, False]
     assert found.adversarial.value == 0.25
     assert found.passes > 0
 
 
-def test_a_margin_of_exactly_two_eps_is_a_tie_and_lost():
-    assert measure_accuracy(Fixed(), IMAGES[:1], LABELS[:1], Linf(0.4), TIERS["smoke"], 0).adversarial.value == 0
+def test_a_margin_of_two_eps_ends_in_a_tie_and_counts_as_broken():
+    assert measure_accuracy(PixelLogits(), IMAGES[:1], LABELS[:1], Linf(0.4), TIERS["smoke"], 0).adversarial.value == 0
 
 
-def test_eps_zero_is_natural_accuracy():
-    found = measure_accuracy(Fixed(), IMAGES, LABELS, Linf(0.0), TIERS["smoke"], 0)
+def test_adversarial_equals_clean_accuracy_at_eps_zero():
+    found = measure_accuracy(PixelLogits(), IMAGES, LABELS, Linf(0.0), TIERS["smoke"], 0)
     assert found.natural == found.adversarial == wilson(2, 4)
     assert found.robust.tolist() == [True, True, False, False]
 
 
-def test_images_misclassified_from_the_start_never_count():
-    class Contrary(nn.Module):
-        """Wrong on the clean image, right everywhere else."""
+def test_misclassified_clean_images_are_never_robust():
+    class WrongOnCleanImages(nn.Module):
+        """Wrong on clean images, correct elsewhere."""
 
         def forward(self, images):
             right = (images.flatten(1)[:, :1] != 0.5).float()
             return torch.cat([right + 0 * images.flatten(1)[:, :1], 1 - right], 1)
 
     images = torch.full((3, 1, 1, 2), 0.5)
-    found = measure_accuracy(Contrary(), images, LABELS[:3], Linf(0.1), TIERS["smoke"], 0)
+    found = measure_accuracy(WrongOnCleanImages(), images, LABELS[:3], Linf(0.1), TIERS["smoke"], 0)
     assert (found.natural.value, found.adversarial.value, found.passes) == (0, 0, 0)
 
 
-def test_the_same_seed_gives_the_same_answer_and_nothing_else_matters():
+def test_results_depend_on_the_seed_only():
     images = 0.2 + 0.6 * torch.rand(40, 1, 1, 2, generator=torch.Generator().manual_seed(0))
     labels = images.flatten(1).argmax(1)
     runs = []
     for batch_size in (1, 7, 64):
         attack = two_losses(PGD(9, 0.25, batch_size=batch_size), PGD(3, 0.25, False, batch_size=batch_size))
         torch.rand(3)
-        runs.append(measure_accuracy(Fixed(), images, labels, Linf(0.1), attack, 5))
+        runs.append(measure_accuracy(PixelLogits(), images, labels, Linf(0.1), attack, 5))
     assert len({tuple(run.robust.tolist()) for run in runs}) == 1
     assert len({run.passes for run in runs}) == 1
     wanted = (images.flatten(1).diff(dim=1).abs().flatten() > 0.2).float().mean()
@@ -99,19 +99,19 @@ def test_outputs_that_are_not_finite_are_refused(bad):
     images = IMAGES.clone()
     images[1, 0, 0, 0] = bad
     with pytest.raises(InvalidModelError, match="not finite for 1 of 4 images"):
-        logits_of(Fixed(), images, 2)
+        logits_of(PixelLogits(), images, 2)
     with pytest.raises(InvalidModelError, match="not finite for 1 of 4 images"):
-        measure_accuracy(Fixed(), images, LABELS, Linf(0.1), TIERS["smoke"], 0)
+        measure_accuracy(PixelLogits(), images, LABELS, Linf(0.1), TIERS["smoke"], 0)
 
 
-def test_a_network_that_fails_only_under_attack_is_refused_too():
-    class Trap(nn.Module):
+def test_a_network_with_nan_outputs_under_attack_is_refused():
+    class NanUnderAttack(nn.Module):
         def forward(self, images):
             logits = images.flatten(1)
             return torch.where(logits[:, :1] < 0.7, logits * torch.nan, logits)
 
     with pytest.raises(InvalidModelError, match="not finite"):
-        measure_accuracy(Trap(), IMAGES[:1], LABELS[:1], Linf(0.3), TIERS["smoke"], 0)
+        measure_accuracy(NanUnderAttack(), IMAGES[:1], LABELS[:1], Linf(0.3), TIERS["smoke"], 0)
 
 
 def test_attacks_have_names():
@@ -120,7 +120,7 @@ def test_attacks_have_names():
     assert two_losses(PGD(5, restarts=2), PGD(40)).name == "ce-5x2+margin-40"
 
 
-def test_bad_attacks_say_what_is_legal():
+def test_illegal_attacks_are_refused_with_the_legal_values():
     with pytest.raises(UnknownNameError, match=r"margins.*margin"):
         Stage("margins", PGD())
     for loss, targets in (("targeted", 0), ("ce", 2)):

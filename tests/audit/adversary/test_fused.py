@@ -1,11 +1,11 @@
-"""The fast copy: the same outputs and verdicts as the network itself, or the network itself."""
+"""Fused copies: equal outputs and verdicts, or the network itself."""
 
 import pytest
 import torch
 from torch import nn
 
 from audit.adversary.accuracy import measure_accuracy
-from audit.adversary.fused import faster
+from audit.adversary.fused import fused_copy
 from audit.adversary.label_attack import AUDIT, LabelAttack, Stage, two_losses
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import Linf, threat_model
@@ -25,8 +25,15 @@ class Block(nn.Module):
 def residual(classes=3):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), Block(6), nn.AdaptiveAvgPool2d(2),
-                                nn.Flatten(), nn.Linear(24, classes))  # fmt: skip
+        network = nn.Sequential(
+            nn.Conv2d(1, 6, 3),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            Block(6),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(24, classes),
+        )
         for part in network.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.running_mean.normal_()
@@ -34,7 +41,7 @@ def residual(classes=3):
                 part.weight.data.uniform_(0.5, 2)
                 part.bias.data.normal_()
         network.eval()
-        with torch.no_grad():  # answers that differ between images, and can be changed
+        with torch.no_grad():  # predictions that differ between images and can be attacked
             network[-1].weight.mul_(10)
             network[-1].bias.copy_(network[-1].bias - network(images()).mean(0))
     return network
@@ -50,7 +57,7 @@ def norms(network):
 
 def test_batch_norms_are_folded_and_the_outputs_are_the_same():
     network = residual()
-    copy = faster(network, images())
+    copy = fused_copy(network, images())
     assert (norms(network), norms(copy)) == (3, 0)
     assert torch.allclose(copy(images()), network(images()), atol=1e-5)
     assert all(parameter.requires_grad for parameter in network.parameters())
@@ -71,9 +78,21 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding", "side"),
-    [(4, 2, 1, 8), (3, 2, 1, 8), (4, 2, 0, 8), (3, 2, 0, 8), (7, 2, 3, 12), (2, 2, 0, 8), (1, 2, 0, 8), (5, 4, 2, 12),
-     (4, 4, 0, 8), ((3, 4), 2, (1, 0), 8), (3, 2, 2, 8), (2, 3, 1, 9)],
-)  # fmt: skip
+    [
+        (4, 2, 1, 8),
+        (3, 2, 1, 8),
+        (4, 2, 0, 8),
+        (3, 2, 0, 8),
+        (7, 2, 3, 12),
+        (2, 2, 0, 8),
+        (1, 2, 0, 8),
+        (5, 4, 2, 12),
+        (4, 4, 0, 8),
+        ((3, 4), 2, (1, 0), 8),
+        (3, 2, 2, 8),
+        (2, 3, 1, 9),
+    ],
+)
 def test_a_stride_on_pixels_is_undone_and_the_outputs_and_gradients_are_the_same(
     channels, kernel, stride, padding, side
 ):
@@ -81,7 +100,7 @@ def test_a_stride_on_pixels_is_undone_and_the_outputs_and_gradients_are_the_same
         torch.manual_seed(1)
         network = nn.Sequential(nn.Conv2d(channels, 6, kernel, stride, padding), nn.ReLU(), nn.Flatten()).eval()
     pixels = torch.rand(5, channels, side, side, generator=keyed_generator(3)).requires_grad_()
-    copy = faster(network, pixels.detach())
+    copy = fused_copy(network, pixels.detach())
     assert not any(isinstance(part, nn.Conv2d) for part in copy.modules())
     ours, theirs = copy(pixels), network(pixels)
     assert torch.allclose(ours, theirs, atol=1e-6)
@@ -92,17 +111,23 @@ def test_a_stride_on_pixels_is_undone_and_the_outputs_and_gradients_are_the_same
 
 @pytest.mark.parametrize(
     "conv",
-    [nn.Conv2d(8, 4, 3, 2, 1), nn.Conv2d(3, 6, 3, 2, 1, groups=3), nn.Conv2d(3, 4, 3, 2, 1, dilation=2),
-     nn.Conv2d(3, 4, 3, 2, 1, padding_mode="reflect"), nn.Conv2d(3, 4, 3, (1, 2), 1), nn.Conv2d(3, 4, 3, 3, 1)],
-)  # fmt: skip
-def test_other_strides_are_left_as_they_are(conv):
+    [
+        nn.Conv2d(8, 4, 3, 2, 1),
+        nn.Conv2d(3, 6, 3, 2, 1, groups=3),
+        nn.Conv2d(3, 4, 3, 2, 1, dilation=2),
+        nn.Conv2d(3, 4, 3, 2, 1, padding_mode="reflect"),
+        nn.Conv2d(3, 4, 3, (1, 2), 1),
+        nn.Conv2d(3, 4, 3, 3, 1),
+    ],
+)
+def test_other_strides_are_unchanged(conv):
     network = nn.Sequential(conv, nn.Flatten()).eval()
     pixels = torch.rand(3, conv.in_channels, 8, 8, generator=keyed_generator(3))
-    assert faster(network, pixels) is network
+    assert fused_copy(network, pixels) is network
 
 
 class Twice(nn.Module):
-    """One convolution that reads the scaled pixels and then its own answer: folding would scale both."""
+    """One convolution applied to scaled pixels and then to its own output: folding would scale both."""
 
     def __init__(self, conv):
         super().__init__()
@@ -122,7 +147,7 @@ def test_pixel_scales_are_folded_and_the_outputs_are_the_same():
         network = Scaled(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten())).eval()
     clean = torch.rand(20, 3, 8, 8, generator=keyed_generator(3))
     before = network.inner[0].weight.clone()
-    copy = faster(network, clean)
+    copy = fused_copy(network, clean)
     assert copy is not network
     assert divisions(copy) == 0
     assert torch.allclose(copy(clean), network(clean), atol=1e-5)
@@ -139,9 +164,9 @@ def test_pixel_scales_are_folded_and_the_outputs_are_the_same():
     ],
     ids=["no convolution", "groups", "a scale a pixel", "a shared convolution"],
 )
-def test_scales_that_do_not_fold_are_left_as_they_are(inner, shape):
+def test_scales_that_cannot_be_folded_are_unchanged(inner, shape):
     network = Scaled(inner, shape).eval()
-    assert faster(network, torch.rand(20, 3, 8, 8, generator=keyed_generator(3))) is network
+    assert fused_copy(network, torch.rand(20, 3, 8, 8, generator=keyed_generator(3))) is network
 
 
 class Branching(nn.Module):
@@ -165,8 +190,8 @@ class Noisy(nn.Module):
         return self.inner(x + 0.1 * torch.randn(x.shape, generator=GENERATOR))
 
 
-class Shapely(nn.Module):
-    """Tracing sees one batch size only: the fold would be right for these sixteen images and wrong for others."""
+class BatchSizeDependent(nn.Module):
+    """A traced copy would be right for a batch of sixteen images and wrong for a single one."""
 
     def __init__(self):
         super().__init__()
@@ -176,19 +201,19 @@ class Shapely(nn.Module):
         return self.inner(x) * (2.0 if len(x) == 1 else 1.0)
 
 
-@pytest.mark.parametrize("kind", [Branching, Noisy, Shapely])
-def test_what_cannot_be_traced_truly_is_left_as_it_is(kind):
+@pytest.mark.parametrize("kind", [Branching, Noisy, BatchSizeDependent])
+def test_networks_that_cannot_be_traced_are_returned_themselves(kind):
     network = kind().eval()
-    assert faster(network, images()) is network
+    assert fused_copy(network, images()) is network
 
 
-def test_networks_in_training_or_with_nothing_to_fold_are_left_as_they_are():
-    assert faster(network := residual().train(), images()) is network
-    assert faster(network := nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), images()) is network
+def test_networks_in_training_mode_or_with_nothing_to_fold_are_returned_themselves():
+    assert fused_copy(network := residual().train(), images()) is network
+    assert fused_copy(network := nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), images()) is network
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_fast_path_gives_the_verdicts_of_the_plain_one(norm):
+def test_the_fused_copy_gives_the_same_verdicts(norm):
     network, clean = residual(), images(60)
     labels = network(clean).argmax(1)
     threat = threat_model(norm, {"linf": 0.02, "l2": 0.1, "l1": 0.8}[norm])
@@ -201,19 +226,19 @@ def test_the_fast_path_gives_the_verdicts_of_the_plain_one(norm):
     assert fast.passes == plain.passes
 
 
-def test_where_the_copy_lies_the_network_itself_is_searched(monkeypatch):
-    """A copy that calls everything lost at once may stop no search."""
+def test_the_network_itself_is_searched_if_the_copy_is_wrong(monkeypatch):
+    """A copy that misclassifies every image must not stop a search."""
     network, clean = residual(), images(30)
     labels = network(clean).argmax(1)
 
-    class Liar(nn.Module):
+    class WrongCopy(nn.Module):
         def forward(self, x):
             return -network(x)
 
-    monkeypatch.setattr("audit.adversary.accuracy.faster", lambda _network, _images: Liar())
-    lied = measure_accuracy(network, clean, labels, Linf(0.05), two_losses(PGD(10)), 0)
+    monkeypatch.setattr("audit.adversary.accuracy.fused_copy", lambda _network, _images: WrongCopy())
+    found = measure_accuracy(network, clean, labels, Linf(0.05), two_losses(PGD(10)), 0)
     monkeypatch.undo()
-    honest = measure_accuracy(
+    wanted = measure_accuracy(
         network, clean, labels, Linf(0.05), LabelAttack((Stage("margin", PGD(10)),), fast=False), 0
     )
-    assert int(lied.robust.sum()) <= int(honest.robust.sum()) < 30
+    assert int(found.robust.sum()) <= int(wanted.robust.sum()) < 30

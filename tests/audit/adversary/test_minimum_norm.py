@@ -1,4 +1,4 @@
-"""The minimum-norm attacks: closed forms on linear networks, images legal and confirmed, nothing left behind."""
+"""Minimum-norm attacks: closed forms on linear networks, legal and confirmed images, no side effects."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def seeded(seed=0):
 
 
 class Planes(nn.Module):
-    """K linear logits that tie at the grey image: all distances to the boundary have a closed form."""
+    """K linear logits, equal at the grey image: all distances to the boundary have a closed form."""
 
     def __init__(self, classes, shape=(1, 8, 8)):
         super().__init__()
@@ -29,14 +29,14 @@ class Planes(nn.Module):
         return torch.einsum("nchw,kchw->nk", images - 0.5, self.weight)
 
     def distance(self, images, labels):
-        """The L2 distance to the nearest plane between the label and another class: (N,)."""
+        """The l2 distance to the nearest plane between the label and another class, (N,)."""
         weight, logits = self.weight.detach(), self(images).detach()
         gaps = logits.gather(1, labels[:, None]) - logits
         lengths = (weight[labels][:, None] - weight).flatten(2).norm(dim=2)
         return torch.where(lengths > 0, gaps / lengths.clamp_min(1e-9), torch.inf).amin(1)
 
     def images_at(self, distance, count):
-        """Images of all classes, each exactly so far from the boundary, and their labels."""
+        """Images of all classes at a given distance from the boundary, and their labels."""
         labels = torch.arange(count) % len(self.weight)
         weight = self.weight.detach()
         away = weight[labels] - weight.mean(0) + 0.3 * torch.randn(count, *weight.shape[1:], generator=seeded(1))
@@ -46,7 +46,7 @@ class Planes(nn.Module):
 
 @ATTACKS
 @pytest.mark.parametrize("classes", [2, 3, 4])
-def test_the_known_boundary_is_reached_and_never_undercut(attack, settings, classes):
+def test_the_boundary_is_reached_within_a_quarter_and_never_undercut(attack, settings, classes):
     network = Planes(classes)
     images, labels = network.images_at(0.3, 12)
     torch.testing.assert_close(network.distance(images, labels), torch.full((12,), 0.3), rtol=1e-4, atol=0)
@@ -55,7 +55,7 @@ def test_the_known_boundary_is_reached_and_never_undercut(attack, settings, clas
     assert not found.broken(0.99 * 0.3).any()
 
 
-def test_carlini_wagner_heads_for_the_nearest_class_alone_and_comes_nearer_than_ddn():
+def test_carlini_wagner_comes_nearer_than_ddn_with_many_classes():
     network = Planes(4)
     images, labels = network.images_at(0.3, 12)
     exact = carlini_wagner(network, images, labels, QUICK["carlini-wagner"][1]).norms
@@ -64,10 +64,10 @@ def test_carlini_wagner_heads_for_the_nearest_class_alone_and_comes_nearer_than_
 
 
 @ATTACKS
-def test_norms_are_those_of_the_images_and_the_images_are_lost_and_legal(attack, settings):
+def test_images_are_adversarial_and_legal_with_the_reported_norms(attack, settings):
     network = Planes(4)
     images, labels = network.images_at(0.2, 8)
-    images[:4, :, :4] = (images[:4, :, :4] > 0.5).float()  # black and white pixels, where the range binds
+    images[:4, :, :4] = (images[:4, :, :4] > 0.5).float()  # black and white pixels, at the ends of the range
     labels[:4] = network(images[:4]).argmax(1)
     found = attack(network, images, labels, settings)
     assert found.norms.isfinite().all()
@@ -78,7 +78,7 @@ def test_norms_are_those_of_the_images_and_the_images_are_lost_and_legal(attack,
 
 
 @ATTACKS
-def test_images_that_are_lost_already_cost_nothing(attack, settings):
+def test_misclassified_images_take_no_passes(attack, settings):
     network = Planes(3)
     images, labels = network.images_at(0.3, 6)
     labels[:2] = (labels[:2] + 1) % 3
@@ -93,7 +93,7 @@ def test_images_that_are_lost_already_cost_nothing(attack, settings):
 
 @ATTACKS
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_neither_batch_size_nor_neighbours_decide_anything(attack, settings, batch_size):
+def test_results_are_independent_of_batch_size_and_other_images(attack, settings, batch_size):
     network = Planes(4)
     images, labels = network.images_at(0.3, 7)
     wanted = attack(network, images, labels, settings)
@@ -105,7 +105,7 @@ def test_neither_batch_size_nor_neighbours_decide_anything(attack, settings, bat
 
 
 @ATTACKS
-def test_no_images_are_no_work(attack, settings):
+def test_without_images_there_are_no_passes(attack, settings):
     found = attack(Planes(2), torch.empty(0, 1, 8, 8), torch.empty(0, dtype=torch.long), settings)
     assert found.images.shape == (0, 1, 8, 8)
     assert found.norms.shape == (0,)
@@ -113,22 +113,22 @@ def test_no_images_are_no_work(attack, settings):
 
 
 class Constant(Planes):
-    """Always the first class, with a gradient that leads nowhere."""
+    """Always the first class, with a tiny gradient."""
 
     def forward(self, images):
         return super().forward(images) * 1e-6 + torch.tensor([1.0, 0.0])
 
 
 @ATTACKS
-def test_what_cannot_be_broken_has_no_norm_and_keeps_its_image(attack, settings):
+def test_robust_images_have_an_infinite_norm_and_stay_clean(attack, settings):
     images = torch.rand(3, 1, 8, 8, generator=seeded())
     found = attack(Constant(2), images, torch.zeros(3, dtype=torch.long), settings)
     assert torch.equal(found.norms, torch.full((3,), torch.inf))
     assert torch.equal(found.images, images)
 
 
-class FooledWhileSearching(Planes):
-    """Names another class whenever a gradient is wanted: a search believes it, a plain forward pass does not."""
+class WrongWithGradients(Planes):
+    """Misclassifies while gradients are enabled, and not in a plain forward pass."""
 
     def forward(self, images):
         logits = super().forward(images)
@@ -136,8 +136,8 @@ class FooledWhileSearching(Planes):
 
 
 @ATTACKS
-def test_what_a_plain_forward_pass_does_not_confirm_is_not_found(attack, settings):
-    network = FooledWhileSearching(2)
+def test_images_rejected_by_a_plain_forward_pass_are_discarded(attack, settings):
+    network = WrongWithGradients(2)
     images, labels = Planes(2).images_at(0.3, 4)
     found = attack(network, images, labels, settings)
     assert torch.equal(found.norms, torch.full((4,), torch.inf))
@@ -145,7 +145,7 @@ def test_what_a_plain_forward_pass_does_not_confirm_is_not_found(attack, setting
 
 
 @ATTACKS
-def test_nothing_is_left_behind(attack, settings):
+def test_neither_gradients_nor_generators_change(attack, settings):
     network = Planes(3)
     images, labels = network.images_at(0.3, 3)
     before, given = torch.random.get_rng_state(), images.clone()
@@ -157,16 +157,16 @@ def test_nothing_is_left_behind(attack, settings):
     assert not found.images.requires_grad
 
 
-class Cut(Planes):
+class Detached(Planes):
     def forward(self, images):
         return super().forward(images.detach()).detach()
 
 
 @ATTACKS
-def test_a_network_without_a_gradient_is_an_error_not_a_robust_network(attack, settings):
+def test_a_network_without_a_gradient_is_refused(attack, settings):
     images, labels = Planes(2).images_at(0.3, 2)
     with pytest.raises(InvalidModelError, match="gives no gradient"):
-        attack(Cut(2), images, labels, settings)
+        attack(Detached(2), images, labels, settings)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def test_a_network_without_a_gradient_is_an_error_not_a_robust_network(attack, s
         (DDN, {"steps": 0}, "steps 0 of DDN"),
         (DDN, {"batch_size": 0}, "batch_size 0 of DDN"),
         (DDN, {"initial_norm": float("inf")}, "initial_norm inf of DDN"),
-        (DDN, {"gamma": 1.0}, r"gamma 1.0 is outside \(0, 1\)"),
+        (DDN, {"gamma": 1.0}, r"gamma 1.0 of DDN is outside \(0, 1\)"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, wrong, said):
+def test_illegal_settings_are_refused(settings, wrong, said):
     with pytest.raises(UsageError, match=said):
         settings(**wrong)

@@ -1,4 +1,4 @@
-"""Saliency of the information: its gradient, its alignment, and where it may not look."""
+"""Saliency maps: gradients by finite differences, invariances, alignment and illegal settings."""
 
 import pytest
 import torch
@@ -19,49 +19,49 @@ def linear(outputs=2):
     return nn.Sequential(nn.Flatten(), nn.Linear(16, outputs, bias=False))
 
 
-def test_the_map_is_the_gradient_of_the_plug_in_value():
-    read, x = linear().double(), images().double()
-    found = layer_saliency(read, x, SaliencySettings(draws=300)).maps
+def test_the_map_is_the_gradient_of_the_plug_in_estimate():
+    encode, x = linear().double(), images().double()
+    found = layer_saliency(encode, x, SaliencySettings(draws=300)).maps
     with torch.no_grad():
-        scale = 0.5 * float(read(x).var(0, correction=0).mean().sqrt())
+        scale = 0.5 * float(encode(x).var(0, correction=0).mean().sqrt())
 
         def value(at):
-            return float(plug_in_terms(read(at) / scale, keyed_generator(3), 300)[0].mean())
+            return float(plug_in_terms(encode(at) / scale, keyed_generator(3), 300)[0].mean())
 
         for seed in range(6):
-            way = found / found.norm() + 0.3 * torch.randn(x.shape, generator=keyed_generator(seed)) / len(x)
-            slope = (value(x + 1e-3 * way) - value(x - 1e-3 * way)) / 2e-3
-            assert slope == pytest.approx(float((found * way).sum()) / len(x), rel=0.06)
+            direction = found / found.norm() + 0.3 * torch.randn(x.shape, generator=keyed_generator(seed)) / len(x)
+            slope = (value(x + 1e-3 * direction) - value(x - 1e-3 * direction)) / 2e-3
+            assert slope == pytest.approx(float((found * direction).sum()) / len(x), rel=0.06)
 
 
-def test_scaling_the_layer_scales_nothing_and_batches_decide_nothing():
-    read, x = linear(), images()
-    plain = layer_saliency(read, x, SaliencySettings()).maps
-    assert torch.allclose(layer_saliency(lambda b: 50 * read(b), x, SaliencySettings()).maps, plain, atol=1e-4)
-    assert torch.allclose(layer_saliency(read, x, SaliencySettings(batch_size=7)).maps, plain, atol=1e-5)
+def test_maps_are_invariant_to_the_scale_of_the_layer_and_the_batch_size():
+    encode, x = linear(), images()
+    plain = layer_saliency(encode, x, SaliencySettings()).maps
+    assert torch.allclose(layer_saliency(lambda b: 50 * encode(b), x, SaliencySettings()).maps, plain, atol=1e-4)
+    assert torch.allclose(layer_saliency(encode, x, SaliencySettings(batch_size=7)).maps, plain, atol=1e-5)
 
 
-def test_a_feature_looks_only_where_its_weights_are():
-    read, x = linear(), images()
-    read[1].weight.data[1, 8:] = 0
-    maps = feature_saliency(read, x, 1, SaliencySettings()).maps.flatten(1)
+def test_the_map_of_a_linear_feature_is_supported_on_its_weights():
+    encode, x = linear(), images()
+    encode[1].weight.data[1, 8:] = 0
+    maps = feature_saliency(encode, x, 1, SaliencySettings()).maps.flatten(1)
     assert (maps[:, 8:] == 0).all()
     assert (maps[:, :8] != 0).any(1).all()
-    cosine = torch.nn.functional.cosine_similarity(maps, read[1].weight[1].detach()[None]).abs()
+    cosine = torch.nn.functional.cosine_similarity(maps, encode[1].weight[1].detach()[None]).abs()
     assert torch.allclose(cosine, torch.ones(len(x)), atol=1e-4)
 
 
-def test_a_layer_that_tells_nothing_has_maps_of_zeros_and_no_alignment():
+def test_a_constant_layer_has_zero_maps_without_alignment():
     x = images()
     maps = layer_saliency(lambda b: 0 * b.flatten(1)[:, :2] + 1, x, SaliencySettings()).maps
     assert (maps == 0).all()
     assert alignment(x, maps).alignment.isnan().all()
 
 
-def test_noise_grows_where_all_images_are_told_apart():
+def test_noise_grows_until_images_are_not_separated():
     torch.manual_seed(0)
-    read, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3000)), images()
-    found = layer_saliency(read, x, SaliencySettings())
+    encode, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3000)), images()
+    found = layer_saliency(encode, x, SaliencySettings())
     assert found.noise > 0.5
     assert found.maps.flatten(1).any(1).all()
     assert layer_saliency(linear(), x, SaliencySettings()).noise == 0.5
@@ -74,12 +74,12 @@ def test_alignment_of_known_maps():
     assert torch.allclose(aligned.cosine, torch.ones(30).double())
     assert torch.allclose(aligned.correlation, torch.ones(30).double())
     flat = alignment(x, torch.ones_like(x) + 0.001 * torch.randn(x.shape, generator=keyed_generator(1)))
-    assert flat.cosine.min() > 0.7  # a constant map aligns with any image
-    assert flat.correlation.mean() < 0.5  # and correlates with none
+    assert flat.cosine.min() > 0.7  # a constant map has a high cosine with any image
+    assert flat.correlation.mean() < 0.5  # and a low correlation
 
 
-def test_wrong_settings_are_refused():
-    with pytest.raises(UsageError, match="coordinate 2 is not there: the layer has 0 to 1"):
+def test_illegal_settings_are_refused():
+    with pytest.raises(UsageError, match="coordinate 2 is out of range: the layer has 0 to 1"):
         feature_saliency(linear(), images(), 2, SaliencySettings())
     with pytest.raises(UsageError, match="noise 0 must be"):
         SaliencySettings(noise=0)

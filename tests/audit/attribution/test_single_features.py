@@ -1,13 +1,13 @@
-"""Single features: their ends, their receptive fields, and networks of every source at a named layer."""
+"""Single features: ranges, receptive fields, closed forms, and networks of several libraries."""
 
 import pytest
 import torch
 from torch import nn
 
 from audit.adversary.threat import L2, Linf
-from audit.attribution.receptive_field import field_size, receptive_field, units
+from audit.attribution.receptive_field import field_size, receptive_field, unit_features
 from audit.attribution.saliency import SaliencySettings, layer_saliency
-from audit.attribution.single_features import FeatureRequest, FeatureSettings, audit_features, reach
+from audit.attribution.single_features import FeatureRequest, FeatureSettings, audit_features, feature_ranges
 from audit.calibration.closed_forms import gaussian
 from audit.errors import UnknownNameError, UsageError
 from audit.random_keys import keyed_generator
@@ -26,45 +26,45 @@ def convolutional(side=8):
 
 
 @pytest.mark.parametrize(("threat", "dual"), [(Linf(0.03), 1), (L2(0.03), 2)])
-def test_the_ends_of_a_linear_feature_are_exact(threat, dual):
+def test_the_range_of_a_linear_feature_is_exact(threat, dual):
     torch.manual_seed(1)
     network, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.3 + 0.4 * images()
-    ends = reach(Representation(network, "1"), x, torch.arange(3), threat, FeatureSettings(steps=2))
-    half = threat.eps * network[1].weight.norm(p=dual, dim=1).detach()
-    assert torch.allclose(ends.high - ends.clean, half.expand(40, 3), atol=1e-5)
-    assert torch.allclose(ends.clean - ends.low, half.expand(40, 3), atol=1e-5)
+    ranges = feature_ranges(Representation(network, "1"), x, torch.arange(3), threat, FeatureSettings(steps=2))
+    half_width = threat.eps * network[1].weight.norm(p=dual, dim=1).detach()
+    assert torch.allclose(ranges.high - ranges.clean, half_width.expand(40, 3), atol=1e-5)
+    assert torch.allclose(ranges.clean - ranges.low, half_width.expand(40, 3), atol=1e-5)
 
 
-def test_the_ends_are_values_inside_the_ball_and_cost_what_is_counted():
+def test_ranges_contain_values_inside_the_ball_and_passes_are_counted():
     network, x, counted = convolutional(), images(), []
-    read = Representation(network, "2")
+    encode = Representation(network, "2")
 
     def counting(batch):
         counted.append(len(batch))
-        return read(batch)
+        return encode(batch)
 
-    columns = units(network, "2", x).columns
-    ends = reach(counting, x, columns, Linf(0.1), FeatureSettings(steps=3))
-    assert (ends.low <= ends.clean).all()
-    assert (ends.clean <= ends.high).all()
-    drawn = read((x + 0.1 * (2 * torch.rand(20, *x.shape) - 1)[0]).clamp(0, 1))[:, columns]
-    assert ((ends.low - 1e-5 <= drawn) & (drawn <= ends.high + 1e-5)).all()
+    columns = unit_features(network, "2", x).columns
+    ranges = feature_ranges(counting, x, columns, Linf(0.1), FeatureSettings(steps=3))
+    assert (ranges.low <= ranges.clean).all()
+    assert (ranges.clean <= ranges.high).all()
+    drawn = encode((x + 0.1 * (2 * torch.rand(20, *x.shape) - 1)[0]).clamp(0, 1))[:, columns]
+    assert ((ranges.low - 1e-5 <= drawn) & (drawn <= ranges.high + 1e-5)).all()
     pairs = 2 * len(x) * len(columns)
-    assert sum(counted) == len(x) + pairs * (3 + 2)  # one shared pass; then a step each, and both ends judged
-    assert ends.passes == len(x) * (1 + len(columns)) / 2 + pairs * (3 + 1)
+    assert sum(counted) == len(x) + pairs * (3 + 2)  # one shared pass, then one for each step and two evaluations
+    assert ranges.passes == len(x) * (1 + len(columns)) / 2 + pairs * (3 + 1)
 
 
-def test_chunks_and_batches_decide_nothing(monkeypatch):
+def test_results_do_not_depend_on_chunks_and_batches(monkeypatch):
     network, x = convolutional(), images()
     whole = audit_features(network, x, "2", Linf(0.1), FeatureSettings(steps=2))
-    monkeypatch.setattr("audit.attribution.single_features._HELD", 1)
+    monkeypatch.setattr("audit.attribution.single_features._MAX_COPIED_PIXELS", 1)
     parts = audit_features(network, x, "2", Linf(0.1), FeatureSettings(steps=2, batch_size=7))
     assert [r.feature for r in parts.rows] == [r.feature for r in whole.rows]
     for one, other in zip(parts.rows, whole.rows, strict=True):
         assert one.rv == pytest.approx(other.rv, abs=1e-4)
 
 
-def test_no_ball_no_vulnerability_and_ranked_most_vulnerable_first():
+def test_eps_0_has_no_vulnerability_and_rows_are_ranked_by_it():
     network, x = convolutional(), images()
     assert all(row.rv == 0 and row.reach == 0 for row in audit_features(network, x, "2", Linf(0.0)).rows)
     rows = audit_features(network, x, "2", Linf(0.05)).rows
@@ -72,7 +72,7 @@ def test_no_ball_no_vulnerability_and_ranked_most_vulnerable_first():
     assert {row.feature for row in rows} == {0, 1, 2, 3}
 
 
-def test_a_projection_of_known_information_is_found_whatever_its_scale():
+def test_a_projection_matches_its_closed_form_at_any_scale():
     values = torch.special.ndtri((torch.arange(400) + 0.5).double() / 400).float()
     x = (0.5 + 0.05 * values).clamp(0, 1).view(-1, 1, 1, 1)
     truth = gaussian(0.5, 0.5)
@@ -85,7 +85,7 @@ def test_a_projection_of_known_information_is_found_whatever_its_scale():
         assert row.reach == pytest.approx(0.5, abs=0.02)
 
 
-def test_noise_of_the_layer_tells_strong_features_from_weak_ones():
+def test_layer_noise_distinguishes_features_of_different_scale():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2, bias=False))
     network[1].weight.data = torch.stack([torch.full((64,), 1.0), torch.full((64,), 0.01)])
     own = {r.feature: r for r in audit_features(network, images(100), "1", Linf(0.0)).rows}
@@ -96,38 +96,38 @@ def test_noise_of_the_layer_tells_strong_features_from_weak_ones():
     assert layer[1].normal_nats < 0.05 < layer[0].normal_nats
 
 
-def test_a_dead_feature_tells_nothing_and_says_that_it_has_no_gradient():
+def test_an_inactive_feature_has_no_information_and_no_gradient():
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.ReLU())
     network[1].bias.data = torch.tensor([-100.0, 0.0])
     rows = {row.feature: row for row in audit_features(network, images(), "2", Linf(0.1)).rows}
     assert (rows[0].silent, rows[0].rv, rows[0].reach) == (1.0, 0.0, 0.0)
 
 
-def test_a_unit_sees_its_receptive_field_only():
+def test_a_unit_depends_on_its_receptive_field_only():
     network, x = convolutional(), images()
-    read, found = Representation(network, "2"), units(network, "2", x)
+    encode, found = Representation(network, "2"), unit_features(network, "2", x)
     assert found.unit == (2, 2)
-    field = receptive_field(read, x, found.columns)
+    field = receptive_field(encode, x, found.columns)
     assert field_size(field) == (5, 5)  # 3x3 with stride 2 over 3x3 with stride 1
     changed = torch.where(field, x, 1 - x)
-    assert torch.equal(read(changed)[:, found.columns], read(x)[:, found.columns])
-    corner = receptive_field(read, x, units(network, "2", x, (0, 0)).columns)
+    assert torch.equal(encode(changed)[:, found.columns], encode(x)[:, found.columns])
+    corner = receptive_field(encode, x, unit_features(network, "2", x, (0, 0)).columns)
     assert field_size(corner) == (3, 3)
     assert field_size(receptive_field(Representation(network, "logits"), x, torch.arange(5))) == (8, 8)
     assert field_size(torch.zeros(8, 8, dtype=torch.bool)) == (0, 0)
 
 
 @pytest.mark.parametrize(("layer", "unit", "message"), [
-    ("2", (4, 0), r"unit \(4, 0\) is not on the map of layer '2', which is 4x4"),
+    ("2", (4, 0), r"unit \(4, 0\) is outside the map of layer '2', which is 4x4"),
     ("5", (0,), r"layer '5' has no map, so no unit \(0,\)"),
 ])  # fmt: skip
-def test_a_unit_that_is_not_there_is_refused(layer, unit, message):
+def test_a_unit_outside_the_map_is_refused(layer, unit, message):
     with pytest.raises(UsageError, match=message):
-        units(convolutional(), layer, images(), unit)
+        unit_features(convolutional(), layer, images(), unit)
 
 
-def test_wrong_settings_are_refused():
-    with pytest.raises(UsageError, match="feature 9 is not there: the layer has features 0 to 3"):
+def test_illegal_settings_are_refused():
+    with pytest.raises(UsageError, match="feature 9 is out of range: the layer has features 0 to 3"):
         audit_features(convolutional(), images(), "2", Linf(0.1), request=FeatureRequest((9,)))
     with pytest.raises(UsageError, match="steps 0"):
         FeatureSettings(steps=0)

@@ -1,4 +1,4 @@
-"""Calibration: the truth passes, a wrong estimator fails, and every row says whose it is and what of."""
+"""Calibration: correct estimators pass, wrong ones fail, and rows identify estimator and channel."""
 
 from dataclasses import dataclass, replace
 from math import log
@@ -6,20 +6,22 @@ from math import log
 import pytest
 
 from audit.calibration import calibrate as calibration
-from audit.calibration.calibrate import PLANS, applicable, calibrate, settings_key
-from audit.information.critic_descent import WorstCaseSearch
-from audit.information.critic_training import CriticTraining
-from audit.information.estimator import NOTHING_KNOWN, MIEstimate
-from audit.information.labels import LabelInformation, LabelLevel
+from audit.calibration.calibrate import applicable_channels, calibrate, settings_key
+from audit.calibration.plans import PLANS, plan_of
+from audit.errors import UsageError
+from audit.information.estimator import COLD_START, MIEstimate
+from audit.information.label_entropy import LabelEntropy
+from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
 from audit.information.registry import ESTIMATORS
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
+from audit.information.settings import CriticTraining, WorstCaseSearch
 
 QUICK = {
     "sandwich": Sandwich(),
     "mine": Mine(CriticTraining(steps=10, every=5), WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1)),
-    "label-level": LabelLevel(),
+    "label-level": LabelEntropy(),
     "label-information": LabelInformation(),
     "ref-local": Reference(width=8, steps=2, search_steps=1, every=1),
     "ref-mean": Reference(False, width=8, steps=2, search_steps=1, every=1),
@@ -29,33 +31,32 @@ SAMPLES = {"sandwich": 500, "label-level": 1000, "label-information": 1000}
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
-    for name, estimator in QUICK.items():
-        plan = PLANS[type(estimator)]
-        monkeypatch.setitem(calibration.PLANS, type(estimator), replace(plan, samples=SAMPLES.get(name, 100)))
+    for name, plan in list(PLANS.items()):
+        monkeypatch.setitem(PLANS, name, replace(plan, samples=SAMPLES.get(name, 100)))
 
 
 @dataclass(frozen=True)
-class Boastful(Sandwich):
-    """Half a nat too much, everywhere."""
+class Biased(Sandwich):
+    """Adds a constant bias."""
 
-    too_much: float = 0.5
+    bias: float = 0.5
 
-    def _read(self, features, scale, seed) -> MIEstimate:
-        found = super()._read(features, scale, seed)
-        return replace(found, nats=found.nats + self.too_much)
+    def _estimate(self, features, scale, seed) -> MIEstimate:
+        found = super()._estimate(features, scale, seed)
+        return replace(found, nats=found.nats + self.bias)
 
 
 @dataclass(frozen=True)
-class Blind(LabelLevel):
-    """A search that finds nothing."""
+class WithoutSearch(LabelEntropy):
+    """Reports the normal case as the worst case."""
 
-    def vulnerability(self, subject, threat, seed, known=NOTHING_KNOWN):
-        found = super().vulnerability(subject, threat, seed, known)
+    def vulnerability(self, inputs, threat, seed, warm_start=COLD_START):
+        found = super().vulnerability(inputs, threat, seed, warm_start)
         return found._replace(worst=found.normal)
 
 
 @pytest.mark.parametrize("name", ["sandwich", "label-level", "label-information"])
-def test_a_right_estimator_passes_on_the_brief_list(name):
+def test_correct_estimators_pass_on_the_brief_channels(name):
     rows = calibrate(QUICK[name], brief=True)
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
     assert all(row.normal_tolerance is not None for row in rows)
@@ -64,21 +65,23 @@ def test_a_right_estimator_passes_on_the_brief_list(name):
     assert {row.samples for row in rows} == {SAMPLES[name]}
 
 
-def test_an_estimator_that_says_too_much_fails_everywhere():
-    assert not any(row.passed for row in calibrate(Boastful(steps=2, start_steps=1), brief=True))
-    assert not any(row.passed for row in calibrate(Boastful(steps=2, start_steps=1, too_much=-0.3), brief=True))
+def test_a_biased_estimator_fails_on_every_channel():
+    assert not any(row.passed for row in calibrate(Biased(steps=2, start_steps=1), brief=True))
+    assert not any(row.passed for row in calibrate(Biased(steps=2, start_steps=1, bias=-0.3), brief=True))
 
 
-def test_an_estimator_whose_search_finds_nothing_fails_where_the_worst_case_is_known():
-    rows = calibrate(Blind(), brief=True)
+def test_an_estimator_without_a_search_fails_on_known_worst_cases():
+    rows = calibrate(WithoutSearch(), brief=True)
     (sign,) = [row for row in rows if row.channel == "sign of a Gaussian mixture"]
     assert sign.normal_nats == sign.worst_nats == pytest.approx(log(2), abs=1e-3)
     assert not sign.passed or sign.true_normal_nats - sign.true_worst_nats < sign.worst_tolerance
-    wide = [
-        row for row in calibrate(Blind()) if row.true_worst_nats and row.true_normal_nats - row.true_worst_nats > 0.1
+    vulnerable = [
+        row
+        for row in calibrate(WithoutSearch())
+        if row.true_worst_nats and row.true_normal_nats - row.true_worst_nats > 0.1
     ]
-    assert wide
-    assert not any(row.passed for row in wide)
+    assert vulnerable
+    assert not any(row.passed for row in vulnerable)
 
 
 @pytest.mark.parametrize("name", ["mine", "ref-local", "ref-mean"])
@@ -86,28 +89,28 @@ def test_rows_of_trained_critics_carry_their_name_and_verdict(name):
     rows = calibrate(QUICK[name], brief=True)
     assert {row.estimator for row in rows} == {QUICK[name].name}
     judged = [row for row in rows if row.normal_tolerance is not None]
-    assert bool(judged) == (name == "mine")  # an estimator for replication claims nothing
+    assert bool(judged) == (name == "mine")  # the released estimators have no tolerance
     assert all(row.worst_tolerance is None for row in rows)
     assert all((row.worst_nats is None) == (row.parameters == "eps 0") for row in rows)
 
 
-def test_channels_beyond_the_claim_get_no_verdict(monkeypatch):
-    monkeypatch.setitem(calibration.PLANS, Sandwich, replace(PLANS[Sandwich], most_nats=0.4, most_dimensions=1))
+def test_channels_beyond_the_limits_get_no_verdict(monkeypatch):
+    monkeypatch.setitem(PLANS, "sandwich", replace(PLANS["sandwich"], max_nats=0.4, max_dimensions=1))
     for row in calibrate(Sandwich(steps=1, start_steps=1), brief=True):
         assert (row.normal_tolerance is None) == (row.true_normal_nats > 0.4 or "bits" in row.channel)
 
 
-def test_each_estimator_is_held_against_what_it_estimates():
-    level, information = applicable(LabelLevel()), applicable(LabelInformation())
-    assert {channel.tells for channel in information} == {"label"}
+def test_channels_match_the_quantity_of_each_estimator():
+    level, information = applicable_channels(LabelEntropy()), applicable_channels(LabelInformation())
+    assert {channel.target for channel in information} == {"label"}
     assert all(channel.classes for channel in level)
-    assert {channel.tells for channel in [*applicable(Sandwich()), *applicable(Mine())]} == {"image"}
-    assert all("projection" in channel.name for channel in applicable(Reference()))
+    assert {channel.target for channel in [*applicable_channels(Sandwich()), *applicable_channels(Mine())]} == {"image"}
+    assert all("projection" in channel.name for channel in applicable_channels(Reference()))
 
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
-def test_the_brief_list_is_one_row_a_channel_and_never_empty(name):
-    brief, whole = applicable(ESTIMATORS[name], brief=True), applicable(ESTIMATORS[name])
+def test_brief_channels_are_distinct_and_exist_for_every_estimator(name):
+    brief, whole = applicable_channels(ESTIMATORS[name], brief=True), applicable_channels(ESTIMATORS[name])
     names = [channel.name for channel in brief]
     assert 1 <= len(names) == len(set(names)) <= 7
     assert len(brief) < len(whole)
@@ -116,22 +119,36 @@ def test_the_brief_list_is_one_row_a_channel_and_never_empty(name):
 
 
 def test_every_estimator_has_a_plan():
-    assert all(type(estimator) in PLANS for estimator in ESTIMATORS.values())
+    assert set(PLANS) == set(ESTIMATORS)
+    assert all(plan_of(estimator) is PLANS[name] for name, estimator in ESTIMATORS.items())
 
 
-def test_the_channel_decides_the_noise_of_the_sandwich_and_nothing_else_changes():
+def test_a_plan_is_found_by_name_and_then_by_type():
+    assert plan_of(QUICK["mine"]) is plan_of(Mine(CriticTraining(bound="nwj"))) is PLANS["mine"]
+    assert plan_of(Biased()) is PLANS["sandwich"]
+
+
+def test_an_estimator_without_a_plan_is_refused(monkeypatch):
+    monkeypatch.delitem(PLANS, "mine")
+    with pytest.raises(
+        UsageError, match="estimator 'mine-infonce' has no calibration plan; plans exist for sandwich, "
+    ):
+        calibrate(Mine(), brief=True)
+
+
+def test_the_channel_sets_the_noise_of_the_sandwich():
     quick = Sandwich(steps=1, start_steps=1)
     assert calibrate(quick, brief=True) == calibrate(replace(quick, noise=3.0), brief=True)
 
 
-def test_who_watches_is_told_each_channel():
+def test_progress_receives_each_channel():
     seen = []
-    rows = calibrate(LabelLevel(targets=2, kept=1, steps=1), brief=True, watch=lambda *told: seen.append(told))
+    rows = calibrate(LabelEntropy(targets=2, kept=1, steps=1), brief=True, progress=lambda *step: seen.append(step))
     assert [number for _, number in seen] == list(range(len(rows)))
     assert [name for name, _ in seen] == [f"{row.channel}, {row.parameters}" for row in rows]
 
 
-def test_a_key_names_the_settings():
+def test_keys_identify_settings():
     assert settings_key(Sandwich()) == settings_key(Sandwich())
     assert settings_key(Sandwich()).startswith("sandwich-")
     keys = [settings_key(each) for each in ESTIMATORS.values()]
@@ -141,11 +158,13 @@ def test_a_key_names_the_settings():
     assert settings_key(Sandwich(quantisers=(2, 8))) == settings_key(Sandwich(quantisers=(2, 8)))
 
 
-def test_channels_that_cannot_be_stratified_are_averaged_over_samples():
-    (channel,) = [each for each in applicable(Sandwich()) if each.normal_nats == 1.0 and each.name == "5-d Gaussian"]
-    plan = PLANS[Sandwich]
+def test_channels_without_stratification_are_averaged_over_samples():
+    (channel,) = [
+        each for each in applicable_channels(Sandwich()) if each.normal_nats == 1.0 and each.name == "5-d Gaussian"
+    ]
+    plan = PLANS["sandwich"]
     row = calibration._row(Sandwich(), channel, plan)
-    alone = [calibration._found(Sandwich(), channel, plan.samples, seed).normal for seed in range(4)]
+    alone = [calibration._estimate(Sandwich(), channel, plan, seed).normal for seed in range(4)]
     assert row.normal_nats == pytest.approx(sum(each.nats for each in alone) / 4)
     assert len({each.nats for each in alone}) == 4
     assert 0.4 < row.normal_nats_se / alone[0].stderr < 0.6

@@ -1,20 +1,21 @@
-"""Channels of known information: legal images, truths of the closed forms, samples that bear them out."""
+"""Channels of known information: legal images, closed forms, and samples that agree with them."""
 
 from math import log
 
 import pytest
 import torch
 
-from audit.calibration.channels import SPAN, as_images, as_values, channels
+from audit.calibration.catalogue import all_channels
+from audit.calibration.channels import SPAN, as_images, as_values
 from audit.calibration.closed_forms import bits, gaussian, sign_of_gaussian, three_points, two_points, uniform
 from audit.theory import binary_entropy
 
-ALL = channels()
+ALL = all_channels()
 EVERY = pytest.mark.parametrize("channel", ALL, ids=[f"{c.name}, {c.parameters}" for c in ALL])
 
 
 def numbers(channel):
-    """The numbers of `sigma 0.5, shift 0.1`."""
+    """Return the numbers of parameters such as `sigma 0.5, shift 0.1`."""
     return [float(part.split(" ")[1]) for part in channel.parameters.split(", ")]
 
 
@@ -32,15 +33,15 @@ def test_samples_are_legal_images_with_labels(channel, count):
     assert (images.dtype, labels.dtype) == (torch.float32, torch.long)
     assert 0 <= float(images.min()) <= float(images.max()) <= 1
     assert 0 <= int(labels.min()) <= int(labels.max()) < max(2, channel.classes)
-    encoded = channel.noiseless()(images)
+    encoded = channel.noiseless_encoder()(images)
     assert encoded.features.isfinite().all()
-    assert encoded.answers.shape == (count, channel.classes)
-    assert float(encoded.answers.exp().sum(1).sub(1).abs().max() if channel.classes else 0.0) < 1e-5
+    assert encoded.log_probs.shape == (count, channel.classes)
+    assert float(encoded.log_probs.exp().sum(1).sub(1).abs().max() if channel.classes else 0.0) < 1e-5
 
 
 @EVERY
-def test_moving_inside_the_ball_stays_inside_the_pixels(channel):
-    # otherwise the closed form's worst case could not be reached
+def test_balls_lie_inside_the_pixel_range(channel):
+    # otherwise the worst case of the closed form would be out of reach
     images = channel.sample(2000, 0).images
     assert 0 <= channel.eps <= 0.125
     outside = (images < channel.eps) | (images > 1 - channel.eps)
@@ -48,13 +49,13 @@ def test_moving_inside_the_ball_stays_inside_the_pixels(channel):
 
 
 @EVERY
-def test_samples_are_drawn_by_their_seed(channel):
+def test_samples_are_deterministic_given_the_seed(channel):
     before = torch.random.get_rng_state()
     first, again, other = channel.sample(100, 0), channel.sample(100, 0), channel.sample(100, 1)
     assert first.images.equal(again.images)
     assert first.labels.equal(again.labels)
     assert not first.images.equal(other.images)
-    noisy, same, new = channel.noisy(0), channel.noisy(0), channel.noisy(1)
+    noisy, same, new = channel.noisy_encoder(0), channel.noisy_encoder(0), channel.noisy_encoder(1)
     values = noisy(first.images).features
     assert values.equal(same(first.images).features)
     if channel.sigma:
@@ -63,7 +64,7 @@ def test_samples_are_drawn_by_their_seed(channel):
     assert torch.random.get_rng_state().equal(before)
 
 
-TRUTHS = {
+CLOSED_FORMS = {
     "two points": two_points,
     "three points": three_points,
     "Gaussian": gaussian,
@@ -75,13 +76,13 @@ TRUTHS = {
 
 
 @EVERY
-def test_truths_are_the_closed_forms(channel):
-    if channel.name in TRUTHS:
-        truth = TRUTHS[channel.name](*numbers(channel))
-        assert (channel.normal_nats, channel.worst_nats) == pytest.approx(truth)
+def test_information_is_that_of_the_closed_forms(channel):
+    if channel.name in CLOSED_FORMS:
+        exact = CLOSED_FORMS[channel.name](*numbers(channel))
+        assert (channel.normal_nats, channel.worst_nats) == pytest.approx(exact)
     elif channel.name == "sign of a Gaussian mixture":
-        truth = sign_of_gaussian(*numbers(channel))
-        assert (channel.normal_nats, channel.worst_nats) == (truth.normal, truth.worst)
+        exact = sign_of_gaussian(*numbers(channel))
+        assert (channel.normal_nats, channel.worst_nats) == (exact.normal, exact.worst)
     elif channel.name.endswith("-d Gaussian"):
         dimension = int(channel.name.removesuffix("-d Gaussian"))
         assert channel.normal_nats == pytest.approx(dimension / 2 * log(1 + channel.sigma**-2), abs=1e-5)
@@ -92,15 +93,15 @@ def test_truths_are_the_closed_forms(channel):
     assert channel.worst_nats is None or 0 <= channel.worst_nats <= channel.normal_nats
 
 
-def test_every_kind_is_there_and_no_channel_twice():
-    assert {c.name for c in ALL} >= {*TRUTHS, "constant", "1 noiseless bits", "3 noiseless bits", "20-d Gaussian"}
+def test_every_kind_of_channel_exists_and_channels_are_unique():
+    assert {c.name for c in ALL} >= {*CLOSED_FORMS, "constant", "1 noiseless bits", "3 noiseless bits", "20-d Gaussian"}
     assert len({(c.name, c.parameters) for c in ALL}) == len(ALL)
-    assert {c.name for c in ALL if not c.exact} == {"Gaussian"}
-    assert {c.sigma for c in ALL if not c.exact} == {0.1}
+    assert {c.name for c in ALL if not c.worst_is_exact} == {"Gaussian"}
+    assert {c.sigma for c in ALL if not c.worst_is_exact} == {0.1}
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (7, 20)])
-def test_reals_come_back_from_images(shape):
+def test_reals_survive_the_encoding_as_images(shape):
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     images = as_images(values)
     assert images.shape == (shape[0], 1, 1, shape[1])
@@ -112,21 +113,21 @@ def test_reals_come_back_from_images(shape):
     ("name", "parameters", "points"),
     [("two points", "sigma 0.5, shift 0.5", (-1.0, 1.0)), ("three points", "sigma 0.25, shift 0.5", (-1.0, 0.0, 1.0))],
 )
-def test_noisy_samples_of_atoms_tell_what_the_closed_form_says(name, parameters, points):
+def test_noisy_samples_of_atoms_have_the_information_of_the_closed_form(name, parameters, points):
     channel = named(name, parameters)
     x = as_values(channel.sample(30_000, 0).images)
-    z = channel.noisy(0)(channel.sample(30_000, 0).images).features
-    told = -((z - x) ** 2) / (2 * channel.sigma**2)
+    z = channel.noisy_encoder(0)(channel.sample(30_000, 0).images).features
+    own = -((z - x) ** 2) / (2 * channel.sigma**2)
     mixture = torch.stack([-((z - p) ** 2) / (2 * channel.sigma**2) for p in points]).logsumexp(0) - log(len(points))
-    assert float((told - mixture).mean()) == pytest.approx(channel.normal_nats, abs=0.01)
+    assert float((own - mixture).mean()) == pytest.approx(channel.normal_nats, abs=0.01)
 
 
 @pytest.mark.parametrize("sigma", [1.0, 0.25])
-def test_noisy_samples_of_reals_and_pictures_have_their_moments(sigma):
+def test_noisy_samples_of_reals_and_projections_have_the_expected_moments(sigma):
     for name in ("Gaussian", "projection of 8x8 images"):
         channel = named(name, f"sigma {sigma:g}, shift 0.25")
         images = channel.sample(5000, 0).images
-        clean, noisy = channel.noiseless()(images).features, channel.noisy(0)(images).features
+        clean, noisy = channel.noiseless_encoder()(images).features, channel.noisy_encoder(0)(images).features
         assert float(clean.mean()) == pytest.approx(0, abs=2e-3)
         assert float(clean.std()) == pytest.approx(1, abs=5e-3)
         assert float((noisy - clean).std()) == pytest.approx(sigma, rel=0.03)
@@ -135,35 +136,38 @@ def test_noisy_samples_of_reals_and_pictures_have_their_moments(sigma):
 
 
 @pytest.mark.parametrize(("size", "shift"), [(8, 0.25), (16, 0.5)])
-def test_the_radius_moves_the_projection_of_a_picture_by_the_shift(size, shift):
+def test_the_radius_moves_the_projection_by_the_shift(size, shift):
     channel = named(f"projection of {size}x{size} images", f"sigma 1, shift {shift:g}")
     images = channel.sample(50, 0).images.requires_grad_()
-    (slope,) = torch.autograd.grad(channel.noiseless()(images).features.sum(), images)
-    moved = channel.noiseless()(images + channel.eps * slope.sign()).features - channel.noiseless()(images).features
+    (slope,) = torch.autograd.grad(channel.noiseless_encoder()(images).features.sum(), images)
+    moved = (
+        channel.noiseless_encoder()(images + channel.eps * slope.sign()).features
+        - channel.noiseless_encoder()(images).features
+    )
     assert moved.flatten().tolist() == pytest.approx([shift] * 50, abs=1e-4)
 
 
-def test_the_sign_is_wrong_as_often_as_it_should_be():
+def test_the_risks_of_the_sign_match_the_closed_form():
     channel = named("sign of a Gaussian mixture", "mean 0.6, spread 1, shift 0.7")
     images, labels = channel.sample(4000, 0)
-    answers = channel.noiseless()(images).answers.argmax(1)
-    truth = sign_of_gaussian(0.6, 1.0, 0.7)
-    assert float((answers != labels).float().mean()) == pytest.approx(truth.risk, abs=2e-3)
-    # at worst all that can is one answer: the least entropy that the ball allows
-    other = channel.noiseless()(images - channel.eps).answers.argmax(1)
-    assert binary_entropy(float(other.float().mean())) == pytest.approx(truth.worst, abs=2e-3)
+    predictions = channel.noiseless_encoder()(images).log_probs.argmax(1)
+    exact = sign_of_gaussian(0.6, 1.0, 0.7)
+    assert float((predictions != labels).float().mean()) == pytest.approx(exact.risk, abs=2e-3)
+    # in the worst case every image within reach has the same prediction, which minimises the entropy
+    attacked = channel.noiseless_encoder()(images - channel.eps).log_probs.argmax(1)
+    assert binary_entropy(float(attacked.float().mean())) == pytest.approx(exact.worst, abs=2e-3)
 
 
-def test_noiseless_bits_are_all_there_and_equally_often():
+def test_noiseless_bits_are_uniform_and_recovered():
     for count in (1, 2, 3):
         channel = named(f"{count} noiseless bits", "eps 0")
         images, labels = channel.sample(800, 0)
-        answers = channel.noiseless()(images).answers.argmax(1)
-        assert answers.equal(labels)
-        assert answers.bincount().tolist() == [800 // 2**count] * 2**count
+        predictions = channel.noiseless_encoder()(images).log_probs.argmax(1)
+        assert predictions.equal(labels)
+        assert predictions.bincount().tolist() == [800 // 2**count] * 2**count
 
 
-def test_labels_of_two_gaussians_are_told_as_the_closed_form_says():
+def test_labels_of_two_gaussians_have_the_information_of_the_closed_form():
     channel = named("labels of two Gaussians", "sigma 1, shift 0.5")
     images, labels = channel.sample(20_000, 0)
     z, side = as_values(images)[:, 0], 2.0 * labels - 1
@@ -171,10 +175,10 @@ def test_labels_of_two_gaussians_are_told_as_the_closed_form_says():
     assert log(2) - float(surprise.mean()) == pytest.approx(channel.normal_nats, abs=0.01)
 
 
-def test_the_gradient_of_the_sign_is_that_of_its_input():
+def test_the_gradient_of_the_sign_is_straight_through():
     channel = named("sign of a Gaussian mixture", "mean 1, spread 1, shift 0.5")
     images = channel.sample(20, 0).images.requires_grad_()
-    features = channel.noiseless()(images).features
+    features = channel.noiseless_encoder()(images).features
     assert set(features.flatten().round(decimals=4).tolist()) == {-1.0, 1.0}
     (slope,) = torch.autograd.grad(features[:, 1].sum(), images)
     assert slope.flatten().tolist() == pytest.approx([SPAN] * 20)

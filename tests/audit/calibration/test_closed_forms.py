@@ -1,3 +1,5 @@
+"""Closed forms: reference values, monotonicity, invariances, quadrature, and searches of the worst case."""
+
 import subprocess
 import sys
 from itertools import pairwise
@@ -13,7 +15,7 @@ from scipy.special import entr, ndtr
 
 from audit.calibration import closed_forms
 from audit.calibration.closed_forms import (
-    Truth,
+    ExactInformation,
     atoms,
     bits,
     gaussian,
@@ -27,7 +29,7 @@ from audit.calibration.closed_forms import (
 from audit.errors import UsageError
 from audit.theory import vulnerability_range
 
-PRINTED = 6e-5  # half the last of four digits, and the rounding of their inputs
+PRINTED = 6e-5  # half of the fourth decimal, plus the rounding of the inputs
 CHANNELS = pytest.mark.parametrize("channel", [two_points, gaussian, uniform, three_points])
 
 
@@ -45,11 +47,11 @@ CHANNELS = pytest.mark.parametrize("channel", [two_points, gaussian, uniform, th
     ],
 )
 def test_reference_values_of_the_sign(mean, spread, shift, worst, rv, gap, least, largest):
-    truth = sign_of_gaussian(mean, spread, shift)
-    assert truth.normal == log(2)
-    assert truth.risk == pytest.approx(NormalDist().cdf(-mean / spread))
-    assert truth.adversarial_risk == pytest.approx(NormalDist().cdf((shift - mean) / spread))
-    found = (truth.worst, truth.rv, truth.adversarial_gap, *vulnerability_range(truth.adversarial_gap))
+    exact = sign_of_gaussian(mean, spread, shift)
+    assert exact.normal == log(2)
+    assert exact.risk == pytest.approx(NormalDist().cdf(-mean / spread))
+    assert exact.adversarial_risk == pytest.approx(NormalDist().cdf((shift - mean) / spread))
+    found = (exact.worst, exact.rv, exact.adversarial_gap, *vulnerability_range(exact.adversarial_gap))
     assert found == pytest.approx((worst, rv, gap, least, largest), abs=PRINTED)
 
 
@@ -72,102 +74,102 @@ TABLES = [
 @pytest.mark.parametrize(("channel", "sigma", "normal", "worst"), TABLES)
 def test_reference_values_of_channels_with_noise(channel, sigma, normal, worst):
     found = {shift: channel(sigma, shift) for shift in worst}
-    assert [truth.normal for truth in found.values()] == [pytest.approx(normal, abs=PRINTED)] * len(worst)
-    assert {shift: truth.worst for shift, truth in found.items()} == pytest.approx(worst, abs=PRINTED)
+    assert [exact.normal for exact in found.values()] == [pytest.approx(normal, abs=PRINTED)] * len(worst)
+    assert {shift: exact.worst for shift, exact in found.items()} == pytest.approx(worst, abs=PRINTED)
 
 
 @CHANNELS
 @pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0, 4.0])
-def test_the_worst_case_starts_at_the_normal_one_and_falls_to_nothing(channel, sigma):
+def test_the_worst_case_decreases_from_the_normal_case_to_zero(channel, sigma):
     shifts = (0.0, 0.05, 0.2, 0.45, 0.5, 0.7, 0.95, 1.0, 1.5, 12.0)
-    truths = [channel(sigma, shift) for shift in shifts]
-    worst = [truth.worst for truth in truths]
-    assert worst[0] == pytest.approx(truths[0].normal, abs=1e-9)
+    results = [channel(sigma, shift) for shift in shifts]
+    worst = [exact.worst for exact in results]
+    assert worst[0] == pytest.approx(results[0].normal, abs=1e-9)
     assert all(later <= earlier + 1e-9 for earlier, later in pairwise(worst))
     assert worst[5] < worst[0]
     assert worst[-1] == pytest.approx(0, abs=1e-9)
-    assert truths[3].rv == truths[3].normal - truths[3].worst > 0
+    assert results[3].rv == results[3].normal - results[3].worst > 0
 
 
 @CHANNELS
 @pytest.mark.parametrize("shift", [0.0, 0.3])
-def test_more_noise_tells_less(channel, shift):
-    truths = [channel(sigma, shift) for sigma in (0.1, 0.2, 0.5, 1.0, 3.0, 30.0)]
-    for earlier, later in pairwise(truths):
+def test_information_decreases_with_noise(channel, shift):
+    results = [channel(sigma, shift) for sigma in (0.1, 0.2, 0.5, 1.0, 3.0, 30.0)]
+    for earlier, later in pairwise(results):
         assert later.normal < earlier.normal
         assert later.worst < earlier.worst
 
 
 @given(scale=st.floats(1e-3, 1e3), sigma=st.floats(0.1, 3), where=st.floats(-5, 5))
-def test_atoms_know_no_unit_and_no_origin(scale, sigma, where):
+def test_atoms_are_invariant_to_scale_and_translation(scale, sigma, where):
     points = [-1.0, 0.3, 0.9]
     moved = [scale * (point + where) for point in points]
     assert atoms(moved, scale * sigma) == pytest.approx(atoms(points, sigma), abs=1e-8)
 
 
 @given(scale=st.floats(1e-3, 1e3), mean=st.floats(0, 3), shift=st.floats(0, 3))
-def test_the_sign_knows_no_unit(scale, mean, shift):
+def test_the_sign_is_invariant_to_scale(scale, mean, shift):
     assert sign_of_gaussian(scale * mean, scale, scale * shift) == pytest.approx(sign_of_gaussian(mean, 1, shift))
 
 
 def test_theorem_3_2_holds_for_the_sign_as_corrected_and_fails_as_printed():
-    truths = [
+    results = [
         sign_of_gaussian(mean, spread, shift)
         for mean in (0, 0.2, 0.6, 1, 1.7, 3)
         for spread in (0.5, 1, 2)
         for shift in (0.05, 0.2, 0.5, 1, 2, 4)
     ]
     as_printed = 0
-    for truth in truths:
-        least, largest = vulnerability_range(truth.adversarial_gap)
-        assert least - 1e-12 <= truth.rv <= largest + 1e-12
-        as_printed += largest <= truth.rv <= least
-    assert as_printed < len(truths) / 10
+    for exact in results:
+        least, largest = vulnerability_range(exact.adversarial_gap)
+        assert least - 1e-12 <= exact.rv <= largest + 1e-12
+        as_printed += largest <= exact.rv <= least
+    assert as_printed < len(results) / 10
 
 
-def test_the_sign_at_no_shift_loses_nothing():
-    truth = sign_of_gaussian(0.7, 1.3, 0)
-    assert truth.worst == pytest.approx(log(2))
-    assert truth.rv == pytest.approx(0, abs=1e-12)
-    assert truth.adversarial_gap == 0
+def test_the_sign_has_no_vulnerability_at_shift_0():
+    exact = sign_of_gaussian(0.7, 1.3, 0)
+    assert exact.worst == pytest.approx(log(2))
+    assert exact.rv == pytest.approx(0, abs=1e-12)
+    assert exact.adversarial_gap == 0
 
 
-def information_by_quadrature(law, sigma, reach):
-    """I(X; X + sigma N), with the density of Z an integral or a sum that `law` computes from a function of x."""
+def information_by_quadrature(expectation, sigma, reach):
+    """I(X; X + sigma N); `expectation` maps a function of x to its mean."""
 
-    def surprise(z):
-        return entr(law(lambda x: NormalDist(x, sigma).pdf(z)))
+    def entropy_density(z):
+        return entr(expectation(lambda x: NormalDist(x, sigma).pdf(z)))
 
-    entropy = quad(surprise, -reach, reach, limit=200, epsabs=1e-8)[0]
+    entropy = quad(entropy_density, -reach, reach, limit=200, epsabs=1e-8)[0]
     return entropy - log(2 * pi * np.e * sigma**2) / 2
 
 
 @pytest.mark.parametrize(("sigma", "shift"), [(0.5, 0.25), (1.0, 0.5), (0.3, 0.0)])
-def test_the_soft_thresholded_densities_against_nested_quadrature(sigma, shift):
-    pull = lambda x: x - shift if x > shift else min(x + shift, 0.0)  # noqa: E731
+def test_soft_thresholding_matches_nested_quadrature(sigma, shift):
+    threshold = lambda x: x - shift if x > shift else min(x + shift, 0.0)  # noqa: E731
     nodes, weights = np.polynomial.legendre.leggauss(40)
 
-    def law_of(density, edge):
+    def expectation_of(density, edge):
         pieces = [(-edge, -shift), (-shift, shift), (shift, edge)]
         parts = [((b - a) / 2 * nodes + (a + b) / 2, (b - a) / 2 * weights) for a, b in pieces]
         x, w = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        moved, mass = [pull(value) for value in x], w * [density(value) for value in x]
+        moved, mass = [threshold(value) for value in x], w * [density(value) for value in x]
         return lambda of: sum(m * of(x) for x, m in zip(moved, mass, strict=True))
 
-    flat = information_by_quadrature(law_of(lambda x: 0.5, 1.0), sigma, 1 + 9 * sigma)
-    bell = information_by_quadrature(law_of(NormalDist().pdf, 8.0), sigma, 8 + 8 * sigma)
+    flat = information_by_quadrature(expectation_of(lambda x: 0.5, 1.0), sigma, 1 + 9 * sigma)
+    bell = information_by_quadrature(expectation_of(NormalDist().pdf, 8.0), sigma, 8 + 8 * sigma)
     assert uniform(sigma, shift).worst == pytest.approx(flat, abs=1e-6)
     assert gaussian(sigma, shift).worst == pytest.approx(bell, abs=1e-6)
 
 
-def test_two_atoms_against_the_textbook_integral():
+def test_two_atoms_match_the_textbook_integral():
     def textbook(z, sigma=0.7):
         return NormalDist(1, sigma).pdf(z) * np.logaddexp(0, -2 * z / sigma**2)
 
     assert atoms([-1, 1], 0.7) == pytest.approx(log(2) - quad(textbook, -7, 9, epsabs=1e-10)[0], abs=1e-9)
 
 
-def test_atoms_far_apart_tell_which_and_atoms_in_one_place_nothing():
+def test_distant_atoms_have_their_entropy_and_coincident_ones_none():
     assert atoms(range(7), 0.01) == pytest.approx(log(7), abs=1e-9)
     assert atoms([0, 0, 0, 9], 0.1) == pytest.approx(-0.75 * log(0.75) - 0.25 * log(0.25), abs=1e-9)
     assert atoms([5.0], 0.1) == pytest.approx(0, abs=1e-9)
@@ -175,34 +177,34 @@ def test_atoms_far_apart_tell_which_and_atoms_in_one_place_nothing():
 
 
 class Lattice:
-    """The worst case by search: x on a lattice, each moved to where the current Z tells least of it, until it stops.
+    """Worst-case search on a lattice: every x moves to the x' that minimises the linearised MI, until convergence.
 
-    MI is concave in the kernel x -> x', so a step that minimises its linearisation never raises it.
+    MI is concave in the kernel x -> x', so a step that minimises its linearisation cannot increase it.
     """
 
-    def __init__(self, law, sigma, shift, per_sigma=16):
+    def __init__(self, cdf, sigma, shift, per_sigma=16):
         self.reach = round(shift * per_sigma / sigma + 0.5)
         self.width = shift / self.reach
         count = int(np.ceil(6 / self.width))
         self.index = np.arange(2 * count + 1)
         self.x = (self.index - count) * self.width
-        self.mass = law(self.x + self.width / 2) - law(self.x - self.width / 2)
+        self.mass = cdf(self.x + self.width / 2) - cdf(self.x - self.width / 2)
         tail = int(np.ceil(9 * sigma / self.width))
         noise = np.exp(-0.5 * (np.arange(-tail, tail + 1) * self.width / sigma) ** 2)
         self.noise = noise / noise.sum()
 
-    def read(self, target):
+    def information(self, target):
         z = np.maximum(np.convolve(np.bincount(target, self.mass, len(self.x)), self.noise), 1e-300)
         return entr(z).sum() - entr(self.noise).sum(), z
 
-    def descend(self, wanted):
-        """Return the nats of the lattice moved to within reach of `wanted` (x -> x'), then of what that falls to."""
-        step = np.clip(np.round((wanted - self.x) / self.width), -self.reach, self.reach).astype(int)
-        nats, z = first, _ = self.read(np.clip(self.index + step, 0, self.index[-1]))
+    def descend(self, target):
+        """Return the nats of the lattice moved towards `target` (x -> x') within reach, before and after the search."""
+        step = np.clip(np.round((target - self.x) / self.width), -self.reach, self.reach).astype(int)
+        nats, z = first, _ = self.information(np.clip(self.index + step, 0, self.index[-1]))
         for _ in range(300):
-            telling = np.pad(np.convolve(-np.log(z), self.noise, "valid"), self.reach, constant_values=inf)
-            windows = np.lib.stride_tricks.sliding_window_view(telling, 2 * self.reach + 1)
-            lower, z = self.read(self.index - self.reach + windows.argmin(1))
+            cost = np.pad(np.convolve(-np.log(z), self.noise, "valid"), self.reach, constant_values=inf)
+            windows = np.lib.stride_tricks.sliding_window_view(cost, 2 * self.reach + 1)
+            lower, z = self.information(self.index - self.reach + windows.argmin(1))
             if lower > nats - 1e-7:
                 break
             nats = lower
@@ -210,19 +212,19 @@ class Lattice:
 
     def starts(self):
         shift = self.reach * self.width
-        for apart in np.linspace(2, 5, 13) * shift:
-            yield np.round(self.x / apart) * apart
-            yield (np.round(self.x / apart - 0.5) + 0.5) * apart
+        for spacing in np.linspace(2, 5, 13) * shift:
+            yield np.round(self.x / spacing) * spacing
+            yield (np.round(self.x / spacing - 0.5) + 0.5) * spacing
 
 
-LAWS = {gaussian: ndtr, uniform: lambda x: (np.clip(x, -1, 1) + 1) / 2}
+CDFS = {gaussian: ndtr, uniform: lambda x: (np.clip(x, -1, 1) + 1) / 2}
 
 
-@pytest.mark.parametrize("channel", LAWS)
+@pytest.mark.parametrize("channel", CDFS)
 @pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize("shift", [0.1, 0.25, 0.5])
-def test_no_search_beats_soft_thresholding_from_a_quarter_up(channel, sigma, shift):
-    lattice = Lattice(LAWS[channel], sigma, shift)
+def test_soft_thresholding_matches_the_search_for_sigma_of_at_least_a_quarter(channel, sigma, shift):
+    lattice = Lattice(CDFS[channel], sigma, shift)
     found = min(lattice.descend(start)[1] for start in [0 * lattice.x, *lattice.starts()])
     assert found == pytest.approx(channel(sigma, shift).worst, abs=5e-4)
 
@@ -231,38 +233,38 @@ def test_no_search_beats_soft_thresholding_from_a_quarter_up(channel, sigma, shi
     ("shift", "soft", "printed", "searched"),
     [(0.25, 2.021, 1.768, 1.7658), (0.5, 1.653, 1.284, 1.280), (1.0, 0.934, 0.759, 0.7526)],
 )
-def test_at_little_noise_soft_thresholding_is_only_an_upper_bound(shift, soft, printed, searched):
+def test_soft_thresholding_is_only_an_upper_bound_for_small_noise(shift, soft, printed, searched):
     lattice = Lattice(ndtr, 0.1, shift)
     assert gaussian(0.1, shift).worst == pytest.approx(soft, abs=6e-4)
-    # pulled to 0, as a search from the identity does, they stay there; atoms lead further down
+    # the search stays at soft thresholding; starts at atoms lead to smaller values
     assert lattice.descend(0 * lattice.x) == pytest.approx((soft, soft), abs=1e-3)
     found = min(lattice.descend(start)[1] for start in lattice.starts())
     assert found == pytest.approx(searched, abs=2e-3)
     assert printed - 8e-3 < found < printed
 
 
-def test_bits_and_gaussian_vectors_add_up():
+def test_bits_and_gaussian_vectors_are_additive():
     assert [bits(count) for count in (0, 1, 8)] == [0, log(2), 8 * log(2)]
     assert gaussian_vector(5, 0.7) == pytest.approx(5 * gaussian(0.7, 0).normal)
     assert gaussian_vector(3, 1) == pytest.approx(3 * log(2) / 2)
 
 
 @given(dimensions=st.integers(1, 500), nats=st.floats(1e-6, 50))
-def test_the_noise_for_some_nats_gives_them_back(dimensions, nats):
+def test_sigma_for_inverts_gaussian_vector(dimensions, nats):
     assert gaussian_vector(dimensions, sigma_for(dimensions, nats)) == pytest.approx(nats, rel=1e-9)
 
 
-def test_extreme_noise_keeps_its_digits():
+def test_extreme_noise_keeps_full_precision():
     assert gaussian_vector(1, 1e-200) == pytest.approx(200 * log(10))
     assert gaussian_vector(1, 1e8) == pytest.approx(0.5e-16, rel=1e-12)
     assert sigma_for(1, 400.0) == pytest.approx(np.exp(-400.0))
     assert sigma_for(1, log(sqrt(2))) == pytest.approx(1)
 
 
-def test_truths_are_pairs_of_plain_floats():
-    truth = three_points(0.5, 0.3)
-    assert isinstance(truth, Truth)
-    assert {type(value) for value in (*truth, *uniform(1, 0.1), *gaussian(1, 0.1), *two_points(1, 0.1))} == {float}
+def test_results_are_plain_floats():
+    exact = three_points(0.5, 0.3)
+    assert isinstance(exact, ExactInformation)
+    assert {type(value) for value in (*exact, *uniform(1, 0.1), *gaussian(1, 0.1), *two_points(1, 0.1))} == {float}
 
 
 @CHANNELS
@@ -274,7 +276,7 @@ def test_truths_are_pairs_of_plain_floats():
         (inf, 0.1, "sigma inf must be above 0 and finite"),
         (1.0, -0.1, "shift -0.1 must be at least 0"),
         (1.0, nan, "shift nan must be at least 0"),
-        (1e-9, 0.1, "sigma 1e-09 is too small to integrate over lengths of"),
+        (1e-9, 0.1, "sigma 1e-09 is too small to integrate over a length of"),
     ],
 )
 def test_illegal_channels_are_refused(channel, sigma, shift, message):
@@ -296,11 +298,11 @@ def test_illegal_channels_are_refused(channel, sigma, shift, message):
         (sigma_for, (1, nan), "nats nan must be above 0"),
     ],
 )
-def test_illegal_requests_are_refused(function, arguments, message):
+def test_illegal_arguments_are_refused(function, arguments, message):
     with pytest.raises(UsageError, match=message):
         function(*arguments)
 
 
-def test_it_does_without_torch():
+def test_the_module_does_not_import_torch():
     code = f"import sys, {closed_forms.__name__}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""The certificate on layers whose best head is known, and where it does not apply."""
+"""Certificates of layers whose best head is known, and layers that cannot be certified."""
 
 from itertools import combinations
 
@@ -7,18 +7,13 @@ import torch
 from torch import nn
 
 from audit.adversary.threat import L2, Linf
-from audit.certificate.certificate import (
-    Certificate,
-    CertificateSettings,
-    NotApplicable,
-    certify,
-    certify_held_out,
-    freeze_hubs,
-    reach_frozen,
-)
-from audit.certificate.collision_search import Layer, SearchEffort
-from audit.certificate.equality import TIERS, holds, noise_floor
-from audit.certificate.population import frozen_limit, sample_limit
+from audit.certificate.certificate import bound_at_frozen_hubs, certify, certify_held_out, freeze_hubs
+from audit.certificate.collision_search import SearchEffort
+from audit.certificate.dual_precision import DualPrecisionLayer
+from audit.certificate.equality import EQUALITY_TIERS, EqualityCriterion, features_equal, noise_floor
+from audit.certificate.population import held_out_limit, sample_limit
+from audit.certificate.results import Certificate, NotApplicable
+from audit.certificate.settings import CertificateSettings
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
 from audit.random_keys import keyed_generator
 
@@ -30,14 +25,16 @@ def drawn(*shape, low=0.3, high=0.7, key=0):
 
 
 def linear(weight, bias=0.0):
-    return Layer(lambda x: x.flatten(1) @ weight.T + bias, lambda x: x.flatten(1) @ weight.double().T + bias)
+    return DualPrecisionLayer(
+        lambda x: x.flatten(1) @ weight.T + bias, lambda x: x.flatten(1) @ weight.double().T + bias
+    )
 
 
 def network(key=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key)
         net = nn.Sequential(nn.Flatten(), nn.Linear(36, 40), nn.ReLU(), nn.Linear(40, 4))
-    return Layer.of(net.eval().requires_grad_(False))
+    return DualPrecisionLayer.of(net.eval().requires_grad_(False))
 
 
 def best_of_all(labels, edges):
@@ -64,10 +61,10 @@ def test_two_classes_on_a_linear_layer_against_enumeration(eps):
     assert certificate.bound.kept == best_of_all(labels, edges)
     assert certificate.bound.kind == "matching"
     with_hubs = certify(linear(weight), clean, labels, Linf(eps), CertificateSettings())
-    assert with_hubs.bound.kept >= certificate.bound.kept  # the pairs above are all there are
+    assert with_hubs.bound.kept >= certificate.bound.kept  # there are no other collisions
 
 
-def test_a_constant_layer_leaves_the_largest_class():
+def test_a_constant_layer_is_bounded_by_the_largest_class():
     labels = torch.tensor([0] * 4 + [1] * 7 + [2] * 5)
     layer = linear(torch.zeros(2, 9), 0.7)
     certificate = certify(layer, drawn(16, 1, 3, 3), labels, Linf(0.01), CertificateSettings())
@@ -86,43 +83,43 @@ def test_the_bound_does_not_grow_with_eps():
     assert kept[-1] < 8
 
 
-def test_no_head_gets_more_of_the_exhibits_right(found):
-    """Heads of all sorts, among them the one that knows the exhibits, on the images as they lie in the certificate."""
+def test_no_head_exceeds_the_bound_on_the_witnesses(found):
+    """Constant, random and memorising heads, on the clean images and the witnesses of the certificate."""
     layer, clean, labels, certificate = found
-    at, members = certificate.meetings.at, certificate.meetings.members
-    features = torch.cat([layer.precise(clean.double()), layer.precise(certificate.meetings.moved)])
+    at, members = certificate.collisions.at, certificate.collisions.members
+    features = torch.cat([layer.precise(clean.double()), layer.precise(certificate.collisions.moved)])
     owners, rounded = torch.cat([torch.arange(40), members]), features.float()
     generator = keyed_generator(5)
-    answers = [torch.full((len(owners),), k) for k in range(4)]
-    answers += [(rounded @ torch.randn(4, 4, generator=generator)).argmax(1) for _ in range(20)]
-    # by heart: every vector gets the label of the first image that shows it
+    predictions = [torch.full((len(owners),), k) for k in range(4)]
+    predictions += [(rounded @ torch.randn(4, 4, generator=generator)).argmax(1) for _ in range(20)]
+    # a memorising head: every feature vector gets the label of the first image that has it
     _, which = rounded.unique(dim=0, return_inverse=True)
     first = torch.full((int(which.max()) + 1,), 40).scatter_reduce(0, which, owners, "amin")
-    answers.append(labels[first[which]])
+    predictions.append(labels[first[which]])
     kept = []
-    for answer in answers:
+    for predicted in predictions:
         wrong = torch.zeros(40, dtype=torch.bool)
-        wrong[owners[answer != labels[owners]]] = True
+        wrong[owners[predicted != labels[owners]]] = True
         kept.append(40 - int(wrong.sum()))
     assert certificate.bound.kept < 40
     assert max(kept) <= certificate.bound.kept
     assert kept[-1] >= certificate.bound.kept / 2
-    assert len(certificate.meetings.targets) == len(certificate.at_hubs) + certificate.pairs
-    assert int(at.max()) + 1 == len(certificate.meetings.targets)
+    assert len(certificate.collisions.targets) == len(certificate.at_hubs) + certificate.pairs
+    assert int(at.max()) + 1 == len(certificate.collisions.targets)
 
 
-def test_a_fitted_head_stays_below(found):
-    """A linear head fitted to the clean features, asked about every clean and every exhibited image in float32."""
+def test_a_fitted_head_stays_below_the_bound(found):
+    """A linear head fitted to the clean features, on every clean image and every witness in float32."""
     layer, clean, labels, certificate = found
     pad = nn.functional.pad
     head = torch.linalg.lstsq(pad(layer.working(clean), (0, 1), value=1.0), nn.functional.one_hot(labels, 4).float())
-    moved = torch.cat([clean.double(), certificate.meetings.moved]).float()
-    owners = torch.cat([torch.arange(40), certificate.meetings.members])
-    answers = (pad(layer.working(moved), (0, 1), value=1.0) @ head.solution).argmax(1)
-    assert 40 - len(owners[answers != labels[owners]].unique()) <= certificate.bound.kept
+    moved = torch.cat([clean.double(), certificate.collisions.moved]).float()
+    owners = torch.cat([torch.arange(40), certificate.collisions.members])
+    predicted = (pad(layer.working(moved), (0, 1), value=1.0) @ head.solution).argmax(1)
+    assert 40 - len(owners[predicted != labels[owners]].unique()) <= certificate.bound.kept
 
 
-def test_effort_only_tightens():
+def test_more_effort_never_loosens_the_bound():
     clean, labels, layer = drawn(24, 1, 6, 6, low=0, high=1), torch.arange(24) % 4, network()
     kept = [
         certify(layer, clean, labels, Linf(0.05), CertificateSettings(effort=effort)).bound.kept
@@ -131,17 +128,18 @@ def test_effort_only_tightens():
     assert kept[0] == 24 > kept[1] >= kept[2]
 
 
-def test_every_tier_stands_on_its_own(found):
+def test_collisions_hold_at_every_tier(found):
     layer, clean, labels, certificate = found
     assert certificate.bound.kept < 30
-    for tier in TIERS[1:]:  # the first is no matter of features: test_proof
+    for tier in EQUALITY_TIERS[1:]:  # the first needs a proof: see proof/test_root.py
         other = certify(layer, clean, labels, Linf(0.08), CertificateSettings(tier=tier))
         assert isinstance(other, Certificate)
-        targets = other.meetings.targets[other.meetings.at]
-        assert bool(holds(layer.precise(other.meetings.moved), targets, tier, other.noise).all())
+        targets = other.collisions.targets[other.collisions.at]
+        criterion = EqualityCriterion(tier, other.noise)
+        assert bool(features_equal(layer.precise(other.collisions.moved), targets, criterion).all())
 
 
-def test_a_near_miss_does_not_hold():
+def test_features_beyond_the_tolerance_of_a_tier_differ():
     target = drawn(1, 5).double()
     for tier, miss, within in [
         ("bit-identical at float32", 1e-6, 1e-10),
@@ -151,55 +149,56 @@ def test_a_near_miss_does_not_hold():
     ]:
         nudge = torch.zeros(1, 5).double()
         nudge[0, 3] = 1
-        assert not bool(holds(target + miss * nudge, target, tier, noise=1e-6)), tier
-        assert bool(holds(target + within * nudge, target, tier, noise=1e-6)), tier
-    # what overflows is not the same
-    assert not bool(holds(1e6 * target, 1e6 * target, "bit-identical at float16", noise=0.0))
+        criterion = EqualityCriterion(tier, noise=1e-6)
+        assert not bool(features_equal(target + miss * nudge, target, criterion)), tier
+        assert bool(features_equal(target + within * nudge, target, criterion)), tier
+    # infinities from an overflow are not equal
+    assert not bool(features_equal(1e6 * target, 1e6 * target, EqualityCriterion("bit-identical at float16", 0.0)))
 
 
-def test_images_that_the_search_leaves_outside_their_ball_do_not_count(monkeypatch):
+def test_images_outside_their_ball_are_not_valid_collisions(monkeypatch):
     clean, labels = drawn(12, 1, 3, 3), torch.arange(12) % 3
     layer = linear(torch.zeros(1, 9), 0.5)
     from audit.certificate import certificate as module
 
-    def outside(search, near, seed, original=module.find_hubs):
-        hubs, met = original(search, near, seed)
-        met.moved[4] += 0.02
-        return hubs, met
+    def outside(search, tolerance, seed, original=module.find_hubs):
+        hubs, collisions = original(search, tolerance, seed)
+        collisions.moved[4] += 0.02
+        return hubs, collisions
 
     monkeypatch.setattr(module, "find_hubs", outside)
     found = certify(layer, clean, labels, Linf(0.01), CertificateSettings())
     assert found.at_hubs == (11,)
-    assert 4 not in found.meetings.members
+    assert 4 not in found.collisions.members
 
 
-def test_the_noise_floor_is_how_far_batches_move_an_image():
-    def shaky(images):
+def test_the_noise_floor_measures_the_effect_of_the_batch_size():
+    def batch_dependent(images):
         return images.flatten(1) + 1e-3 * (len(images) > 1)
 
-    assert noise_floor(shaky, drawn(8, 1, 2, 2)) == pytest.approx(2e-3, rel=1e-3)
+    assert noise_floor(batch_dependent, drawn(8, 1, 2, 2)) == pytest.approx(2e-3, rel=1e-3)
     assert noise_floor(lambda x: x.flatten(1), drawn(8, 1, 2, 2)) == 0
 
 
-def test_held_out_hubs_give_the_population_limit():
+def test_held_out_hubs_give_a_population_bound():
     clean, labels, layer = drawn(60, 1, 6, 6, low=0, high=1), torch.arange(60) % 4, network()
     held = certify_held_out(layer, clean, labels, Linf(0.15), CertificateSettings(confidence=0.9))
     assert len(held.images) == held.bound.images == 30
     assert held.bound.kept < 20
-    assert held.population == frozen_limit(held.bound.kept, 30, 0.9)
+    assert held.population == held_out_limit(held.bound.kept, 30, 0.9)
     assert held.bound.certified < held.population < 1
 
 
-def test_an_image_that_chose_the_hubs_is_refused_afterwards():
+def test_images_used_to_choose_the_hubs_are_refused():
     clean, labels, layer = drawn(12, 1, 6, 6), torch.arange(12) % 3, network()
     settings = CertificateSettings()
     frozen = freeze_hubs(layer, clean, torch.arange(6), Linf(0.1), settings)
     assert frozen.chosen_on == frozenset(range(6))
-    with pytest.raises(UsageError, match="image 5 helped to choose the hubs"):
-        reach_frozen(layer, frozen, (clean, labels, torch.arange(5, 12)), Linf(0.1), settings)
+    with pytest.raises(UsageError, match="the hubs were chosen on image 5 and 1 of the 7 given images"):
+        bound_at_frozen_hubs(layer, frozen, (clean, labels, torch.arange(5, 12)), Linf(0.1), settings)
 
 
-def test_frozen_hubs_do_not_know_the_other_images():
+def test_frozen_hubs_do_not_depend_on_the_other_images():
     clean, layer = drawn(12, 1, 6, 6), network()
     other = clean.clone()
     other[6:] = drawn(6, 1, 6, 6, key=9)
@@ -223,27 +222,27 @@ class _OtherImages(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "threat", "reason"),
     [
-        (linear(torch.ones(1, 9)), L2(0.1), "linf ball, not l2"),
-        (linear(torch.ones(10, 9)), Linf(0.1), "10 features and the image 9 pixels"),
-        (Layer.of(_Random()), Linf(0.1), "features are random"),
-        (Layer.of(_OtherImages()), Linf(0.1), "depend on the other images"),
+        (linear(torch.ones(1, 9)), L2(0.1), "must be linf, not l2"),
+        (linear(torch.ones(10, 9)), Linf(0.1), "10 features but the image only 9 pixels"),
+        (DualPrecisionLayer.of(_Random()), Linf(0.1), "features are random"),
+        (DualPrecisionLayer.of(_OtherImages()), Linf(0.1), "depend on the other images"),
     ],
 )
-@pytest.mark.parametrize("what", [certify, certify_held_out])
-def test_it_says_where_it_does_not_apply(what, layer, threat, reason):
-    answer = what(layer, drawn(6, 1, 3, 3), torch.arange(6) % 2, threat, CertificateSettings())
-    assert isinstance(answer, NotApplicable)
-    assert reason in answer.reason
+@pytest.mark.parametrize("function", [certify, certify_held_out])
+def test_inapplicable_layers_get_a_reason(function, layer, threat, reason):
+    result = function(layer, drawn(6, 1, 3, 3), torch.arange(6) % 2, threat, CertificateSettings())
+    assert isinstance(result, NotApplicable)
+    assert reason in result.reason
 
 
-def test_one_image_has_no_halves():
-    answer = certify_held_out(linear(torch.ones(1, 9)), drawn(1, 1, 3, 3), torch.tensor([0]), Linf(0.1), PAIRS_ONLY)
-    assert "at least two images" in answer.reason
+def test_a_held_out_bound_needs_two_images():
+    result = certify_held_out(linear(torch.ones(1, 9)), drawn(1, 1, 3, 3), torch.tensor([0]), Linf(0.1), PAIRS_ONLY)
+    assert "at least two images" in result.reason
     alone = certify(linear(torch.ones(1, 9)), drawn(1, 1, 3, 3), torch.tensor([0]), Linf(0.1), CertificateSettings())
     assert alone.bound.certified == 1
 
 
-def test_what_does_not_fit_is_refused():
+def test_inputs_that_do_not_fit_are_refused():
     clean, layer = drawn(6, 1, 3, 3), linear(torch.ones(1, 9))
     with pytest.raises(UsageError, match="6 images with 5 labels"):
         certify(layer, clean, torch.arange(5), Linf(0.1), PAIRS_ONLY)
@@ -259,3 +258,5 @@ def test_what_does_not_fit_is_refused():
         certify(linear(torch.full((1, 9), float("nan"))), clean, torch.arange(6), Linf(0.1), PAIRS_ONLY)
     with pytest.raises(UnknownNameError, match=r"unknown tier 'bit-identical'.*did you mean"):
         CertificateSettings(tier="bit-identical")
+    with pytest.raises(UsageError, match=r"confidence 95.0 is not between 0 and 1"):
+        CertificateSettings(confidence=95.0)

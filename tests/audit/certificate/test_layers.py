@@ -1,4 +1,4 @@
-"""Rows of certificates: what they bound, what heads achieve beside it, and what is flagged."""
+"""Certificates of several layers and radii, with measured heads and flags."""
 
 import json
 from dataclasses import replace
@@ -10,11 +10,18 @@ from torch import nn
 from audit.adversary.label_attack import TIERS as ATTACKS
 from audit.adversary.threat import L2, Linf
 from audit.certificate import layers as module
-from audit.certificate.certificate import Certificate, CertificateSettings
 from audit.certificate.collision_search import SearchEffort
-from audit.certificate.layers import Case, CertificationSettings, Examples, certify_layers, kept_on_exhibits
+from audit.certificate.layers import (
+    CertificationInputs,
+    CertificationSettings,
+    HeadTrainingData,
+    certify_layers,
+    correct_on_witnesses,
+)
+from audit.certificate.results import Certificate
+from audit.certificate.settings import CertificateSettings
 from audit.errors import UnknownNameError
-from audit.information.probes import ProbeTraining
+from audit.information.settings import ProbeTraining
 from audit.random_keys import keyed_generator
 from audit.training.heads import HeadTraining
 
@@ -32,39 +39,42 @@ def network(key=0):
         return nn.Sequential(nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 3)).requires_grad_(False)
 
 
-def case(count=30, **changes):
+def inputs(count=30, **changes):
     net = network()
     drawn = torch.rand(count + 60, 1, 6, 6, generator=keyed_generator(0))
-    net[3].bias -= net(drawn).mean(0)  # so that classes are of about one size
+    net[3].bias -= net(drawn).mean(0)  # balances the classes
     labels = net(drawn).argmax(1)
-    examples = Examples(drawn[count:], labels[count:])
-    given = {"network": net, "clean": drawn[:count], "labels": labels[:count], "classes": 3, "examples": examples}
-    return Case(**(given | changes))
+    data = HeadTrainingData(drawn[count:], labels[count:])
+    given = {"network": net, "clean": drawn[:count], "labels": labels[:count], "classes": 3, "training_data": data}
+    return CertificationInputs(**(given | changes))
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    told = []
+    reports = []
     found = certify_layers(
-        case(), ["1", "logits"], [Linf(0.03), Linf(0.1)], QUICK,
-        lambda layer, threat, stage, met: told.append((layer, threat.eps, stage, met)),
-    )  # fmt: skip
-    return {(o.row.layer, o.row.eps): o for o in found}, told
+        inputs(),
+        ["1", "logits"],
+        [Linf(0.03), Linf(0.1)],
+        QUICK,
+        lambda layer, threat, stage, collided: reports.append((layer, threat.eps, stage, collided)),
+    )
+    return {(o.row.layer, o.row.eps): o for o in found}, reports
 
 
 def test_a_row_for_every_layer_and_radius(outcomes):
-    found, told = outcomes
+    found, reports = outcomes
     assert list(found) == [("1", 0.03), ("1", 0.1), ("logits", 0.03), ("logits", 0.1)]
     for (layer, eps), (row, threat, certificate) in found.items():
         assert (threat, row.images, row.dimension) == (Linf(eps), 30, 3 if layer == "logits" else 20)
         assert row.certified_bound == certificate.bound.certified
         assert row.certified_bound <= row.certified_bound_randomised <= row.certified_bound_population
         assert row.certified_tier == "bit-identical at float32"
-    assert {stage for _, _, stage, _ in told} >= {"hubs", "heads"}
-    assert max(met for *_, stage, met in told if stage == "hubs") > 5
+    assert {stage for _, _, stage, _ in reports} >= {"hubs", "heads"}
+    assert max(collided for *_, stage, collided in reports if stage == "hubs") > 5
 
 
-def test_achieved_stays_under_certified(outcomes):
+def test_measured_heads_stay_below_the_bound(outcomes):
     for row, _, _ in outcomes[0].values():
         assert set(row.heads) == {"own", "slf", "mlp", "alf"}
         assert row.best_head_accuracy == max(row.heads.values()) == row.heads[row.best_head]
@@ -86,19 +96,19 @@ def test_rows_are_plain_json(outcomes):
         assert {"certified_bound_population", "best_head", "best_head_accuracy", "passes", "reason"} <= set(data)
 
 
-def test_what_a_search_missed_is_carried_to_it(monkeypatch):
-    """A search that fails at the larger radius and the later layer inherits what the others found."""
+def test_collisions_transfer_to_larger_radii_and_later_layers(monkeypatch):
+    """A search that fails at the larger radius and the later layer gets the collisions of the others."""
     original = module.certify
 
-    def lazy(layer, clean, labels, threat, settings, watch):
+    def lazy(layer, clean, labels, threat, settings, on_progress):
         if threat.eps > 0.05 or layer.precise.layer == "logits":
             settings = replace(settings, effort=SearchEffort(hubs=0, neighbours=0))
-        return original(layer, clean, labels, threat, settings, watch)
+        return original(layer, clean, labels, threat, settings, on_progress)
 
     monkeypatch.setattr(module, "certify", lazy)
-    # the layer before the last is narrow, so that images meet there
+    # the layer before the last is narrow, so that images collide there
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 2), nn.Linear(2, 3))
-    subject = case(network=net, labels=torch.arange(30) % 3, examples=None)
+    subject = inputs(network=net, labels=torch.arange(30) % 3, training_data=None)
     rows = [o.row for o in certify_layers(subject, ["1", "logits"], [Linf(0.05), Linf(0.1)], QUICK)]
     assert rows[0].certified_bound < 1
     assert [row.certified_bound for row in rows] == [rows[0].certified_bound] * 4
@@ -106,39 +116,42 @@ def test_what_a_search_missed_is_carried_to_it(monkeypatch):
 
 
 def test_a_head_above_the_bound_shows_a_weak_attack(monkeypatch):
-    def blunt(network, images, labels, threat, attack, seed, original=module.measure_accuracy):
+    def without_perturbation(network, images, labels, threat, attack, seed, original=module.measure_accuracy):
         return original(network, images, labels, Linf(0.0), attack, seed)
 
-    monkeypatch.setattr(module, "measure_accuracy", blunt)
-    (outcome,) = certify_layers(case(examples=None), ["logits"], [Linf(0.1)], QUICK)
+    monkeypatch.setattr(module, "measure_accuracy", without_perturbation)
+    (outcome,) = certify_layers(inputs(training_data=None), ["logits"], [Linf(0.1)], QUICK)
     (flag,) = outcome.row.flags
     assert outcome.row.best_head_accuracy == 1
-    assert flag.startswith("weak attack: own keeps 1.000 under ")
-    assert f"no head keeps more than {outcome.row.certified_bound:.3f}" in flag
+    assert flag.startswith("weak_attack: own has adversarial accuracy 1.000 under ")
+    assert f"above the certified upper bound {outcome.row.certified_bound:.3f}" in flag
 
 
-def test_a_false_certificate_is_contradicted_by_a_head(monkeypatch):
-    def boastful(*arguments, original=module.certify):
+def test_a_head_contradicts_a_false_certificate(monkeypatch):
+    def false_bound(*arguments, original=module.certify):
         found = original(*arguments)
-        return found._replace(bound=found.bound._replace(kept=0), meetings=found.meetings.kept(slice(0)))
+        return found._replace(bound=found.bound._replace(kept=0), collisions=found.collisions.select(slice(0)))
 
-    monkeypatch.setattr(module, "certify", boastful)
-    (outcome,) = certify_layers(case(examples=None), ["logits"], [Linf(0.1)], QUICK)
-    assert "contradicted: own keeps 30 images on the exhibits, of 0 possible" in outcome.row.flags
+    monkeypatch.setattr(module, "certify", false_bound)
+    (outcome,) = certify_layers(inputs(training_data=None), ["logits"], [Linf(0.1)], QUICK)
+    assert (
+        "contradicted: own classifies 30 images correctly on all collision witnesses, above the certified upper bound 0"
+        in (outcome.row.flags)
+    )
 
 
-def test_kept_on_exhibits_counts_an_image_once_and_only_if_it_is_never_lost(outcomes):
-    subject, certificate = case(), outcomes[0]["logits", 0.1].certificate
+def test_correct_on_witnesses_counts_images_that_are_correct_everywhere(outcomes):
+    subject, certificate = inputs(), outcomes[0]["logits", 0.1].certificate
     assert isinstance(certificate, Certificate)
-    assert kept_on_exhibits(subject.network, certificate.meetings, subject) <= certificate.bound.kept
-    nothing = certificate.meetings.kept(torch.zeros(len(certificate.meetings.members), dtype=torch.bool))
-    assert kept_on_exhibits(subject.network, nothing, subject) == 30
+    assert correct_on_witnesses(subject.network, certificate.collisions, subject) <= certificate.bound.kept
+    nothing = certificate.collisions.select(torch.zeros(len(certificate.collisions.members), dtype=torch.bool))
+    assert correct_on_witnesses(subject.network, nothing, subject) == 30
 
 
 def test_a_headless_encoder_has_no_head_of_its_own():
-    (outcome,) = certify_layers(case(headless=True), ["logits"], [Linf(0.1)], QUICK)
+    (outcome,) = certify_layers(inputs(headless=True), ["logits"], [Linf(0.1)], QUICK)
     assert set(outcome.row.heads) == {"slf", "mlp", "alf"}
-    (bare,) = certify_layers(case(headless=True, examples=None), ["logits"], [Linf(0.1)], QUICK)
+    (bare,) = certify_layers(inputs(headless=True, training_data=None), ["logits"], [Linf(0.1)], QUICK)
     assert (bare.row.best_head, bare.row.best_head_accuracy, bare.row.attack) == (None, None, "")
     assert bare.row.certified_bound == outcome.row.certified_bound
 
@@ -152,27 +165,27 @@ class _Bypassed(nn.Module):
         return self.head(torch.cat([self.side(images.flatten(1)), images.flatten(1)], 1))
 
 
-def test_a_head_that_sees_more_than_the_layer_is_none_on_it():
-    (outcome,) = certify_layers(case(network=_Bypassed(), examples=None), ["side"], [Linf(0.1)], QUICK)
+def test_a_head_that_bypasses_the_layer_is_not_measured():
+    (outcome,) = certify_layers(inputs(network=_Bypassed(), training_data=None), ["side"], [Linf(0.1)], QUICK)
     assert outcome.row.heads == {}
 
 
-def test_where_no_certificate_applies_the_reason_is_given_and_heads_are_measured():
-    (outcome,) = certify_layers(case(examples=None), ["logits"], [L2(0.5)], QUICK)
+def test_without_a_certificate_the_reason_is_given_and_heads_are_measured():
+    (outcome,) = certify_layers(inputs(training_data=None), ["logits"], [L2(0.5)], QUICK)
     assert outcome.certificate is None
     assert outcome.row.certified_bound is outcome.row.certified_bound_population is None
-    assert outcome.row.reason.startswith("not applicable: the search keeps every pixel in its own interval")
+    assert outcome.row.reason.startswith("not applicable: the search constrains each pixel to its own interval")
     assert outcome.row.best_head == "own"
     assert outcome.row.delta_curve == ()
 
 
-def test_held_out_hubs_are_a_column_of_their_own():
+def test_the_held_out_bound_has_its_own_column():
     settings = replace(QUICK, held_out=True)
-    (outcome,) = certify_layers(case(60, examples=None), ["logits"], [Linf(0.15)], settings)
+    (outcome,) = certify_layers(inputs(60, training_data=None), ["logits"], [Linf(0.15)], settings)
     assert 0 < outcome.row.certified_bound_held_out < 1
     assert outcome.row.certified_bound_held_out != outcome.row.certified_bound_population
 
 
 def test_an_unknown_layer_is_named():
     with pytest.raises(UnknownNameError, match="unknown layer 'logit'"):
-        certify_layers(case(), ["logit"], [Linf(0.1)], QUICK)
+        certify_layers(inputs(), ["logit"], [Linf(0.1)], QUICK)

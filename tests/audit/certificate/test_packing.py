@@ -1,16 +1,16 @@
-"""The optimisation behind the certificate, against enumeration and small cases worked out by hand."""
+"""The packing bound against enumeration and small cases solved by hand."""
 
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from audit.certificate.packing import kept_at_most
+from audit.certificate.packing import packing_bound
 from audit.errors import UsageError
 
 
 def by_enumeration(labels, pairs, hubs):
-    """Return the most images kept, over all 2^n choices: no pair whole, one class per hub."""
+    """Return the maximum of images kept over all 2^n choices with at most one of a pair and one class per hub."""
     count = len(labels)
     choices = (np.arange(2**count)[:, None] >> np.arange(count)) & 1 == 1
     legal = np.ones(len(choices), dtype=bool)
@@ -36,11 +36,11 @@ def random_graph(generator, classes):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 10])
-def test_it_equals_enumeration(classes):
+def test_the_bound_equals_enumeration(classes):
     generator, kinds, fractional = np.random.default_rng(classes), set(), 0
     for _ in range(50):
         labels, pairs, hubs = random_graph(generator, classes)
-        bound = kept_at_most(labels, pairs, hubs)
+        bound = packing_bound(labels, pairs, hubs)
         assert bound.kept == by_enumeration(labels, pairs, hubs), (labels, pairs, hubs)
         assert bound.exact
         assert bound.kept <= bound.randomised <= bound.images == len(labels)
@@ -48,55 +48,55 @@ def test_it_equals_enumeration(classes):
         fractional += bound.randomised > bound.kept + 0.1
     assert {"closed form", "matching" if classes == 2 else "milp"} <= kinds
     if classes != 3:
-        assert (fractional > 0) == (classes > 2)  # between two classes drawing lots gains nothing
+        assert (fractional > 0) == (classes > 2)  # between two classes randomised heads gain nothing
 
 
 def test_small_cases():
-    # three classes, every two meet: one is kept, or each by half the draws
-    triangle = kept_at_most([0, 1, 2], [(0, 1), (1, 2), (0, 2)], [])
+    # three classes, all pairs collide: one is kept, or each with probability 1/2
+    triangle = packing_bound([0, 1, 2], [(0, 1), (1, 2), (0, 2)], [])
     assert triangle.kept == 1
     assert triangle.randomised == pytest.approx(1.5)
-    # all three in one place: one answer, one image
-    assert kept_at_most([0, 1, 2], [], [[0, 1, 2]])[:2] == (1, 1.0)
-    # two hubs that share an image, and a pair besides
-    assert kept_at_most([0, 1, 2, 0, 1], [(3, 4)], [[0, 1], [1, 2]]).kept == 3
+    # all three at one hub: one label, one image
+    assert packing_bound([0, 1, 2], [], [[0, 1, 2]])[:2] == (1, 1.0)
+    # two hubs that share an image, and a separate pair
+    assert packing_bound([0, 1, 2, 0, 1], [(3, 4)], [[0, 1], [1, 2]]).kept == 3
     # a cycle of five over three classes
-    ring = kept_at_most([0, 1, 0, 1, 2], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0)], [])
+    ring = packing_bound([0, 1, 0, 1, 2], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0)], [])
     assert ring.kept == 2
     assert ring.randomised == pytest.approx(2.5)
 
 
 def test_one_hub_has_a_closed_form():
     labels = [0] * 5 + [1] * 3 + [2] * 2
-    bound = kept_at_most(labels, [], [[0, 1, 5, 6, 7, 8]])
+    bound = packing_bound(labels, [], [[0, 1, 5, 6, 7, 8]])
     assert bound == (7, 7.0, 10, "closed form", True)  # 10 - (6 - 3)
     assert bound.certified == 0.7
-    assert kept_at_most(labels, [], [range(10)]).certified == 0.5
-    assert kept_at_most(labels, [], []).certified == 1
-    assert kept_at_most(labels, [], [[0, 1, 2], [3]]).kept == 10  # one class asks nothing
+    assert packing_bound(labels, [], [range(10)]).certified == 0.5
+    assert packing_bound(labels, [], []).certified == 1
+    assert packing_bound(labels, [], [[0, 1, 2], [3]]).kept == 10  # a hub of one class constrains nothing
 
 
 @pytest.mark.parametrize("classes", [2, 4])
-def test_more_meetings_never_raise_the_bound(classes):
+def test_more_collisions_never_raise_the_bound(classes):
     generator = np.random.default_rng(classes)
     for _ in range(15):
         labels, pairs, hubs = random_graph(generator, classes)
-        before = kept_at_most(labels, [], [])
+        before = packing_bound(labels, [], [])
         stages = [(pairs[:k], []) for k in range(0, len(pairs) + 1, 3)] + [(pairs, [])]
         stages += [(pairs, hubs[:k]) for k in range(1, len(hubs) + 1)]
         stages += [(pairs, [*hubs[:-1], range(len(labels))])]
         for stage in stages:
-            bound = kept_at_most(labels, *stage)
+            bound = packing_bound(labels, *stage)
             assert bound.kept <= before.kept
             assert bound.randomised <= before.randomised + 1e-6
             before = bound
 
 
-def test_a_search_that_is_stopped_still_bounds():
+def test_a_stopped_branch_and_bound_gives_a_valid_bound():
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 5, 60)
     pairs = [(i, j) for i, j in combinations(range(60), 2) if labels[i] != labels[j] and generator.random() < 0.1]
-    stopped, ended = kept_at_most(labels, pairs, [], seconds=0.0), kept_at_most(labels, pairs, [])
+    stopped, ended = packing_bound(labels, pairs, [], seconds=0.0), packing_bound(labels, pairs, [])
     assert ended.exact
     assert ended.kind == "milp"
     assert stopped.kind == "milp, stopped"
@@ -105,18 +105,18 @@ def test_a_search_that_is_stopped_still_bounds():
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])
-def test_an_image_that_is_not_there_is_refused(wrong):
-    with pytest.raises(UsageError, match=f"image {wrong} is none of the 3 images: legal are 0 to 2"):
-        kept_at_most([0, 1, 2], [], [[0, wrong]])
-    with pytest.raises(UsageError, match=f"image {wrong} is none"):
-        kept_at_most([0, 1, 2], [(0, wrong)], [])
+def test_indices_out_of_range_are_refused(wrong):
+    with pytest.raises(UsageError, match=f"image index {wrong} is out of range for 3 images: legal are 0 to 2"):
+        packing_bound([0, 1, 2], [], [[0, wrong]])
+    with pytest.raises(UsageError, match=f"image index {wrong} is out of range"):
+        packing_bound([0, 1, 2], [(0, wrong)], [])
 
 
 def test_a_pair_of_one_class_is_refused():
     with pytest.raises(UsageError, match="images 0 and 2 are both of class 1"):
-        kept_at_most([1, 0, 1], [(0, 1), (0, 2)], [])
+        packing_bound([1, 0, 1], [(0, 1), (0, 2)], [])
 
 
 def test_no_images_are_refused():
     with pytest.raises(UsageError, match="at least one image"):
-        kept_at_most([], [], [])
+        packing_bound([], [], [])

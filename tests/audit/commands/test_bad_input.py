@@ -1,4 +1,4 @@
-"""What users get wrong, through the command line: one sentence that names the value, and an exit code."""
+"""Illegal input on the command line: one sentence that names the value, and an exit code."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """Run a command that must fail with a code; returns the one line it says."""
+    """Run a command that must fail with an exit code, and return its error message."""
     monkeypatch.chdir(tmp_path)
 
     def check(code: int, *words: str) -> str:
@@ -144,7 +144,7 @@ def test_options_out_of_range(audit_refused: Refused, option: str, value: str, s
 def test_code_needs_trust(audit_refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "nets.py").write_text("import pathlib\npathlib.Path('canary').touch()\n")
     said = audit_refused(4, _file(GOOD, "nets.py:net"))
-    assert "arch='nets.py:net' would run Python code of yours; pass --trust-code" in said
+    assert "arch='nets.py:net' would run Python code; pass --trust-code" in said
     assert not (tmp_path / "canary").exists()
     assert "unknown factory in nets.py 'net'" in audit_refused(2, _file(GOOD, "nets.py:net"), "--trust-code")
 

@@ -1,4 +1,4 @@
-"""`certify` and `verify` as commands: columns, files, exit codes, and every planted fault named."""
+"""The commands `certify` and `verify`: columns, files, exit codes, and the report of every planted fault."""
 
 import json
 from pathlib import Path
@@ -14,9 +14,19 @@ REF = "bundled:digits-vgg-standard"
 DATA = ("--dataset", "digits")
 QUICK = (*DATA, "--images", "24", "--head-images", "0", "--attack", "smoke", "--hubs", "1")
 COLUMNS = {
-    "model", "layer", "eps", "images", "passes", "witness_sha256", "reason", "certified_bound",
-    "certified_bound_population", "certified_tier", "best_head", "best_head_accuracy",
-}  # fmt: skip
+    "model",
+    "layer",
+    "eps",
+    "images",
+    "passes",
+    "witness_sha256",
+    "reason",
+    "certified_bound",
+    "certified_bound_population",
+    "certified_tier",
+    "best_head",
+    "best_head_accuracy",
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,7 @@ def verdict(path, *words, model=REF):
     return main(["verify", str(path), "--model", model, *DATA, *words])
 
 
-def test_rows_carry_the_columns_and_nothing_else_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_prints_rows_with_all_columns_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "w.safetensors"
     words = ["certify", REF, *QUICK, "--eps", "0.3", "--eps", "51/255", "--layer", "logits", "--json"]
     assert main([*words, "--out", str(out)]) == 0
@@ -58,19 +68,21 @@ def test_rows_carry_the_columns_and_nothing_else_is_printed(tmp_path: Path, caps
 
 def test_a_witness_is_accepted(witness: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert verdict(witness) == 0
-    assert "accepted: no head on logits keeps more than" in capsys.readouterr().out
+    assert "accepted: certified upper bound on any head's adversarial accuracy on logits" in capsys.readouterr().out
     assert verdict(witness, "--json") == 0
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["accepted"]
-    assert answer["certified_bound"] < 0.6
-    assert (answer["layer"], answer["eps"], answer["images"]) == ("logits", 0.3, 24)
+    accepted = json.loads(capsys.readouterr().out)
+    assert accepted["accepted"]
+    assert accepted["certified_bound"] < 0.6
+    assert (accepted["layer"], accepted["eps"], accepted["images"]) == ("logits", 0.3, 24)
 
 
-def test_an_image_outside_its_ball_is_named(witness: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_outside_its_ball_is_reported(
+    witness: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     member = int(load_file(witness)["members"][3])
 
     def move(tensors):
-        # the pixel with the most room, so that the ball is left and not the pixel range
+        # the pixel furthest from the ends of the range, so that the image leaves its ball but not the range
         pixel = int((tensors["moved"][3] - 0.5).abs().flatten().argmin())
         tensors["moved"][3].view(-1)[pixel] += 2 * 0.3 + 1e-4 if tensors["moved"][3].view(-1)[pixel] < 0.5 else -0.6001
         return tensors
@@ -79,7 +91,7 @@ def test_an_image_outside_its_ball_is_named(witness: Path, tmp_path: Path, capsy
     assert f"image {member} is moved by" in capsys.readouterr().err
 
 
-def test_a_swapped_label_an_edited_bound_and_a_short_file(
+def test_a_changed_label_an_edited_bound_and_a_truncated_file_are_reported(
     witness: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def swap(tensors):
@@ -87,21 +99,21 @@ def test_a_swapped_label_an_edited_bound_and_a_short_file(
         return tensors
 
     assert verdict(forged(witness, tmp_path, swap)) == 5
-    assert "image 5 is of class" in capsys.readouterr().err
+    assert "image 5 has class" in capsys.readouterr().err
     assert verdict(forged(witness, tmp_path, kept=1)) == 5
-    assert "claims that at most 1 of 24 images" in capsys.readouterr().err
+    assert "claims an upper bound of 1 of 24 images" in capsys.readouterr().err
     (tmp_path / "short").write_bytes(witness.read_bytes()[:-100])
     assert verdict(tmp_path / "short") == 5
-    assert "no whole witness file" in capsys.readouterr().err
+    assert "is not a complete witness file" in capsys.readouterr().err
 
 
-def test_other_weights_other_images_and_other_layers(
+def test_other_weights_other_images_and_other_layers_are_reported(
     witness: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert verdict(witness, model="bundled:digits-vgg-robust") == 5
-    assert "is of weights" in capsys.readouterr().err
+    assert "is for weights" in capsys.readouterr().err
     assert verdict(witness, "--images", "23") == 5
-    assert "is of 24 images, these are 23" in capsys.readouterr().err
+    assert "is for 24 images, not 23" in capsys.readouterr().err
     with safe_open(witness, "pt") as file:
         header = json.loads(file.metadata()["rvaudit"]) | {"layer": "nowhere"}
     save_file(load_file(witness), tmp_path / "elsewhere", {"rvaudit": json.dumps(header)})
@@ -110,11 +122,11 @@ def test_other_weights_other_images_and_other_layers(
     claims = load_file(witness) | {"labels": torch.zeros(100_000, dtype=torch.int64)}
     save_file(claims, tmp_path / "many", {"rvaudit": json.dumps(header | {"layer": "logits"})})
     assert verdict(tmp_path / "many") == 5
-    assert "is of 100000 images, these are 900" in capsys.readouterr().err
+    assert "is for 100000 images, not 900" in capsys.readouterr().err
     assert verdict(tmp_path / "absent") == 3
 
 
-def test_the_word_proved_is_kept_for_what_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_proved_tier_is_called_proved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["certify", REF, *QUICK, "--hubs-only", "--eps", "0.3"]
     assert main(words) == 0
     assert "proved" not in capsys.readouterr().out
@@ -125,7 +137,7 @@ def test_the_word_proved_is_kept_for_what_is(tmp_path: Path, capsys: pytest.Capt
     moved = int(load_file(tmp_path / "w")["members"][2])
 
     def shift(tensors):
-        # still inside every ball, and the features a little elsewhere
+        # still inside its ball, with slightly different features
         inside = tensors["moved"][2] * 0.999
         tensors["moved"][2] = torch.where(tensors["moved"][2] > 0.5, inside, tensors["moved"][2])
         return tensors
@@ -143,10 +155,12 @@ def test_rows_and_figures_are_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows-eps.png", "rows-eps.svg", "rows.csv"]
 
 
-def test_where_it_does_not_apply_it_says_so_and_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_inapplicable_certificate_is_reported_with_exit_code_0(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["certify", REF, *QUICK, "--eps", "0.5", "--norm", "l2", "--out", str(tmp_path / "none")]
     assert main(words) == 0
-    assert "not applicable: the search keeps every pixel in its own interval" in capsys.readouterr().out
+    assert "not applicable: the search constrains each pixel to its own interval" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     assert main([*words, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -156,48 +170,56 @@ def test_where_it_does_not_apply_it_says_so_and_all_is_well(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--eps", "8/0"), "--eps: not a number"),
         (("--eps", "8"), "outside [0, 1]"),
         (("--eps", "0.1", "--norm", "linfty"), "unknown norm 'linfty'"),
         (("--eps", "0.1", "--tier", "float8"), "unknown tier 'float8'"),
         (("--eps", "0.1", "--attack", "hard"), "unknown attack 'hard'"),
-        (("--eps", "0.1", "--confidence", "95"), "--confidence 95.0 is not between 0 and 1"),
+        (("--eps", "0.1", "--confidence", "95"), "confidence 95.0 is not between 0 and 1"),
         (("--eps", "0.1", "--layer", "logit"), "unknown layer 'logit'"),
         (("--eps", "0.1", "--rows", "rows.txt"), "must end in .csv"),
         ((), "--eps"),
     ],
 )
-def test_words_that_are_not_legal(words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_illegal_options_are_reported(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["certify", REF, *QUICK, *words]) == 2
     captured = capsys.readouterr()
-    assert said in captured.err
+    assert message in captured.err
     assert captured.out == ""
 
 
-def test_images_that_train_heads_are_never_certified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A set without splits: what follows the certified images trains, twins of these left out."""
+def test_head_training_images_are_disjoint_from_the_certified_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a training split, heads are trained on the images after the certified ones, without duplicates."""
+    from dataclasses import replace
+
     import numpy as np
 
-    from audit.commands.certify import _case
+    from audit.adversary.threat import Linf
+    from audit.run.loading import RunOptions
+    from audit.studies.certification import CertificationRequest, load_inputs
 
     pixels = np.random.default_rng(0).random((40, 1, 8, 8), dtype=np.float32)
     pixels[30] = pixels[3]
+    dataset, options = f"npz:{tmp_path / 'set.npz'}", RunOptions(data_dir=tmp_path, device="cpu")
     np.savez(tmp_path / "set.npz", images=pixels, labels=np.arange(40) % 10)
-    request = {
-        "images": 20, "head_images": 15, "train_dataset": None, "balanced": False, "trust_code": False, "offline": True,
-        "data_dir": tmp_path, "model_dir": None, "device": "cpu",
-    }  # fmt: skip
-    _, case = _case(REF, f"npz:{tmp_path / 'set.npz'}", request)
-    assert [float(image[0, 0, 0]) for image in case.examples.images] == [
+    request = CertificationRequest(
+        model=REF, dataset=dataset, layers=("logits",), threats=(Linf(0.1),), images=20, head_images=15
+    )
+    _, inputs = load_inputs(request, options)
+    assert [float(image[0, 0, 0]) for image in inputs.training_data.images] == [
         float(pixels[i, 0, 0, 0]) for i in range(20, 35) if i != 30
     ]
-    _, bare = _case(REF, f"npz:{tmp_path / 'set.npz'}", request | {"images": None})
-    assert bare.examples is None
+    _, everything = load_inputs(replace(request, images=None), options)
+    assert everything.training_data is None
+    _, split = load_inputs(replace(request, dataset="digits"), options)
+    assert len(split.training_data.images) == 15
+    words = ["--dataset", dataset, "--eps", "0.1", "--attack", "smoke", "--hubs-only", "--device", "cpu"]
+    assert main(["certify", REF, *words]) == 0
     assert "none is left to train heads on" in capsys.readouterr().err
-    _, split = _case(REF, "digits", request)
-    assert len(split.examples.images) == 15
 
 
 def test_an_encoder_without_a_head(
@@ -205,13 +227,13 @@ def test_an_encoder_without_a_head(
 ) -> None:
     from dataclasses import replace
 
-    from model_zoo import load
+    from audit.run import loading
 
-    def headless(ref, sources, original=load.load_model):
+    def headless(ref, sources, original=loading.load_model):
         loaded = original(ref, sources)
         return replace(loaded, num_classes=0)
 
-    monkeypatch.setattr(load, "load_model", headless)
+    monkeypatch.setattr(loading, "load_model", headless)
     path = tmp_path / "w.safetensors"
     assert main(["certify", REF, *QUICK, "--eps", "0.3", "--out", str(path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""`rvaudit features` and `rvaudit saliency`, and the figures that `rvaudit reproduce` makes of single features."""
+"""The commands `features` and `saliency`, and the studies of single features in `reproduce`."""
 
 import csv
 import json
@@ -11,12 +11,12 @@ from click.testing import CliRunner
 
 from audit.attribution.saliency import SaliencySettings
 from audit.attribution.single_features import FeatureSettings
-from audit.commands import features as cli_features
+from audit.commands.reproduce.group import reproduce_command
 from audit.errors import UsageError
-from audit.run.run_loop import RunOptions
-from audit.studies import networks
+from audit.run.loading import RunOptions
+from audit.studies import figure_networks
 from audit.studies.figure3 import figure3
-from audit.studies.figure45 import SaliencyStudy, saliency_study
+from audit.studies.figure4_5 import SaliencyStudy, saliency_study
 from audit.studies.theorem32 import Sweep, theorem32
 from model_zoo.load import SourceSettings
 from reports.cli import main
@@ -32,11 +32,11 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_features_ranks_and_says_what_it_is_not(tmp_path, capsys):
+def test_features_prints_the_ranking_and_its_limits(tmp_path, capsys):
     assert main(["features", REF, *FEW, "--eps", "0.05", "--steps", "2", "--out", str(tmp_path)]) == 0
     said, rows = capsys.readouterr().out, read(tmp_path / "features.csv")
     assert "never a bound on the layer" in said
-    assert "sees 5x5 of 8x8 pixels" in said
+    assert "is 5x5 of 8x8 pixels" in said
     assert {row["feature"] for row in rows} == {"0", "3"}
     assert float(rows[0]["rv"]) >= float(rows[1]["rv"]) > 0
     assert (tmp_path / "features.png").read_bytes().startswith(b"\x89PNG")
@@ -52,7 +52,7 @@ def test_json_is_one_array_and_units_are_checked(tmp_path, capsys):
     assert "--eps" in capsys.readouterr().err
 
 
-def test_saliency_puts_networks_beside_one_another(tmp_path, capsys):
+def test_saliency_compares_networks(tmp_path, capsys):
     other = "bundled:digits-vgg-standard"
     assert main(["saliency", REF, other, *FEW, "--draw", "2", "--out", str(tmp_path)]) == 0
     assert "Etmann" in capsys.readouterr().out
@@ -67,22 +67,23 @@ def test_the_figures_run_from_a_preset(tmp_path):
     preset.write_text(f"name: p\ndataset: digits\nimages: 20\nlayers: [{LAYER}]\nmodels: ['{REF}']\n"
                       "threats: {norm: linf, eps: 0.05}\nseeds: [0]\nestimators: [sandwich]\n")  # fmt: skip
     for name in ("figure3", "figure4", "figure5"):
-        command = getattr(cli_features, f"{name}_command")
-        found = CliRunner().invoke(command, [str(preset), "--out", str(tmp_path)], standalone_mode=False)
+        found = CliRunner().invoke(
+            reproduce_command, [name, str(preset), "--out", str(tmp_path)], standalone_mode=False
+        )
         assert found.exit_code == 0, found.exception
         assert {row["model"] for row in read(tmp_path / f"{name}.csv")} == {"digits-vgg-robust"}
         assert (tmp_path / f"{name}.png").exists()
 
 
-def test_without_a_preset_the_bundled_networks_are_taken():
-    cells = networks.preset(None, networks.second_convolutions(), 10, 0.1)
+def test_without_a_preset_the_bundled_networks_are_used():
+    cells = figure_networks.figure_cells(None, figure_networks.second_convolutions(), 10, 0.1)
     assert len(cells) == 6
     assert {cell.threat.eps for cell in cells} == {0.1}
 
 
-def test_the_theorem_holds_and_estimates_find_the_exact_curve(tmp_path):
-    command = ["--samples", "200", "--seeds", "1", "--shift", "1", "--out", str(tmp_path)]
-    found = CliRunner().invoke(cli_features.theorem_3_2_command, command, standalone_mode=False)
+def test_theorem_holds_and_estimates_match_the_exact_curve(tmp_path):
+    words = ["theorem-3.2", "--samples", "200", "--seeds", "1", "--shift", "1", "--out", str(tmp_path)]
+    found = CliRunner().invoke(reproduce_command, words, standalone_mode=False)
     assert found.exit_code == 0, found.exception
     rows = [
         {k: v if k == "estimator" else float(v) for k, v in row.items()} for row in read(tmp_path / "theorem32.csv")
@@ -94,10 +95,10 @@ def test_the_theorem_holds_and_estimates_find_the_exact_curve(tmp_path):
         assert row["gap"] == pytest.approx(row["exact_gap"], abs=0.02)
 
 
-def test_a_sweep_that_cannot_be_is_refused(tmp_path):
+def test_illegal_sweeps_are_refused(tmp_path):
     with pytest.raises(UsageError, match="shifts"):
         Sweep(shifts=(0.0,))
-    with pytest.raises(UsageError, match="10 samples or more"):
+    with pytest.raises(UsageError, match="at least 10 samples"):
         Sweep(samples=5)
     with pytest.raises(UsageError, match="no channel has mean 7"):
         theorem32(Sweep(mixtures=((7.0, 1.0),)), tmp_path)
@@ -109,7 +110,7 @@ def test_third_party_networks_at_a_named_layer(tmp_path):
     text = (ROOT / "tests" / "third_party_figure3.yaml").read_text().replace("../shared", str(FOLDER))
     preset = tmp_path / "p.yaml"
     preset.write_text(text.replace("tests/third_party_nets.py", str(ROOT / "tests/third_party_nets.py")))
-    cells = [replace(cell, images=20) for cell in networks.preset(preset, {}, 0, 0.0)[:2]]
+    cells = [replace(cell, images=20) for cell in figure_networks.figure_cells(preset, {}, 0, 0.0)[:2]]
     options = RunOptions(SourceSettings(trust_code=True))
     settings = FeatureSettings(steps=1, settle=2)
     rows = figure3(cells, tmp_path, settings, options, lambda _stage, _done: None)

@@ -1,13 +1,13 @@
-"""The sections hold what the settings they stand for hold: the same fields, defaults and limits, without torch."""
+"""Sections have the fields, defaults and limits of their settings; YAML round trip; names of run folders."""
 
 import json
 import math
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -15,50 +15,79 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from audit.adversary import label_attack as attacks
+from audit.adversary.norms import NORMS
+from audit.adversary.pgd import PGD
 from audit.adversary.threat import THREATS, threat_model
 from audit.commands.options import slug
-from audit.config.benchmark import NORMS, TIERS, AttackConfig, BenchmarkConfig, ModelConfig, ThreatConfig
-from audit.config.estimators import BOUNDS, CRITICS, ESTIMATOR_SECTIONS, CriticSection, SearchSection, Section
+from audit.config.benchmark import TIERS, AttackConfig, BenchmarkConfig, ModelConfig, ThreatConfig
+from audit.config.estimators import ESTIMATOR_SECTIONS, Section, estimator_section, nested_section
 from audit.config.yaml_source import read_config, to_yaml
 from audit.errors import AuditError
 from audit.information import bounds, critics
 from audit.information.registry import ESTIMATORS
+from audit.information.settings import (
+    BOUND_NAMES,
+    CRITIC_NAMES,
+    ESTIMATOR_SETTINGS,
+    Count,
+    CriticShape,
+    EstimatorSettings,
+    WorstCaseSearch,
+    yaml_key,
+)
 from audit.records import RecordStore
 from audit.storage import canonical_json, digest
 
-SECTIONS = [*ESTIMATOR_SECTIONS.values(), CriticSection, SearchSection, AttackConfig]
-WITHOUT_SECTION = {"random_start", "probes", "shape", "per_position"}  # fixed, a section of its own, or in the name
+SECTIONS = [*ESTIMATOR_SECTIONS.values(), nested_section(CriticShape), nested_section(WorstCaseSearch), AttackConfig]
 PROBES = [-1, 0, 1, 2, 3, 0.5, 0.999, 1.0, 1.5, 2.0, 2.5, math.inf, -math.inf, math.nan]
 
 
-def made_of(section: type[Section]) -> Any:
+def settings_of(section: type[Section]) -> Any:
+    """Return the dataclass whose fields the section has: for mine, the training of its critic."""
     module, _, name = section.settings_of.partition(":")
-    return getattr(import_module(module), name)
+    found = getattr(import_module(module), name)
+    return type(found().training) if name == "MineSettings" else found
 
 
 def simple(section: type[Section]) -> list[str]:
     return [name for name in section.model_fields if name not in ("name", "tier", "critic", "search")]
 
 
+def test_attack_sections_have_the_defaults_of_a_search() -> None:
+    for name in simple(AttackConfig):
+        assert AttackConfig.model_fields[name].default == getattr(PGD(), name), name
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_extend_their_settings(name: str) -> None:
+    estimator, settings = ESTIMATORS[name], ESTIMATOR_SETTINGS[name]
+    assert isinstance(estimator, type(settings))
+    assert [each.name for each in fields(estimator)] == [each.name for each in fields(settings)]
+    assert all(getattr(estimator, each.name) == getattr(settings, each.name) for each in fields(settings))
+    assert ESTIMATOR_SECTIONS[name]().estimator() == estimator
+
+
+def test_settings_alone_make_a_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class NewSettings(EstimatorSettings):
+        subject: ClassVar[str] = "new"
+        memory_only: ClassVar[tuple[str, ...]] = ("batch_size",)
+        steps: Count = 3
+        search: WorstCaseSearch = field(default_factory=WorstCaseSearch, metadata=yaml_key("find"))
+        batch_size: int = 8
+
+    monkeypatch.setitem(ESTIMATOR_SETTINGS, "new", NewSettings())
+    section = estimator_section("new", NewSettings())
+    read = section.model_validate({"name": "new", "steps": 4, "find": {"rounds": 2}})
+    assert read.settings() == NewSettings(4, WorstCaseSearch(rounds=2))
+    assert (section.decides, section.labels) == (("name", "steps", "find"), ("batch_size",))
+    with pytest.raises(ValidationError, match="steps 0 must be at least 1"):
+        section.model_validate({"steps": 0})
+
+
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
-def test_a_section_has_the_fields_and_defaults_of_its_settings(section: type[Section]) -> None:
-    filled = made_of(section)
-    unsaid = {"batch_size"} if section is AttackConfig else set()
-    assert set(simple(section)) == {known.name for known in fields(filled)} - WITHOUT_SECTION - unsaid - {"name"}
-    for name in simple(section):
-        default = getattr(filled() if section not in ESTIMATOR_SECTIONS.values() else made(section), name)
-        assert section.model_fields[name].default == default, name
-
-
-def made(section: type[Section]) -> Any:
-    """Return the settings with the default of the table that users choose from."""
-    estimator = ESTIMATORS[section.model_fields["name"].default]
-    return getattr(estimator, "training", estimator)
-
-
-@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
-def test_a_section_takes_what_its_settings_take(section: type[Section]) -> None:
-    filled = made_of(section)
+def test_a_section_accepts_what_its_settings_accept(section: type[Section]) -> None:
+    filled = settings_of(section)
     for name in simple(section):
         kind = section.model_fields[name].annotation
         if kind not in (int, float):
@@ -87,10 +116,10 @@ def test_widths_are_multiples_of_the_noise() -> None:
     assert not any(takes(section, widths=wrong) for wrong in ([0.5], [2, math.inf], ["wide"]))
 
 
-def test_the_tables_of_names_are_the_ones_that_compute() -> None:
+def test_tables_of_names_match_the_implementations() -> None:
     assert set(ESTIMATOR_SECTIONS) == set(ESTIMATORS)
-    assert set(CRITICS) == set(critics.CRITICS)
-    assert set(BOUNDS) == set(bounds.BOUNDS)
+    assert set(CRITIC_NAMES) == set(critics.CRITICS)
+    assert set(BOUND_NAMES) == set(bounds.BOUNDS)
     assert set(NORMS) == set(THREATS)
     assert set(TIERS) == set(attacks.TIERS)
 
@@ -102,7 +131,7 @@ def test_a_threat_is_legal_where_the_threat_model_is(norm: str, eps: float) -> N
 
 
 @pytest.mark.parametrize("name", ESTIMATOR_SECTIONS)
-def test_a_section_knows_the_name_that_tables_show(name: str) -> None:
+def test_shown_name_is_that_of_the_estimator(name: str) -> None:
     section = ESTIMATOR_SECTIONS[name]()
     assert section.shown == section.estimator().name
     if name == "mine":
@@ -112,7 +141,7 @@ def test_a_section_knows_the_name_that_tables_show(name: str) -> None:
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, BenchmarkConfig, ModelConfig, ThreatConfig], ids=lambda s: s.__name__)
-def test_every_field_is_classed_as_identity_or_not(section: type[Section]) -> None:
+def test_every_field_is_part_of_the_identity_or_a_label(section: type[Section]) -> None:
     assert sorted([*section.decides, *section.labels]) == sorted(section.model_fields)
 
 
@@ -167,20 +196,18 @@ CONFIGS = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(CONFIGS)
-def test_yaml_and_configurations_go_to_and_fro(
-    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
-) -> None:
+def test_yaml_round_trip(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     config = BenchmarkConfig.model_validate(values)
     path = tmp_path_factory.mktemp("yaml") / "b.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     again = read_config(path)
     assert again.canonical() == config.canonical()
-    assert again.attack.attack() == config.attack.attack()  # what canonical() says of it, it also means
+    assert again.attack.attack() == config.attack.attack()
     assert to_yaml(again) == to_yaml(config)
 
 
 @pytest.mark.parametrize("said", [None, "smoke", "audit", {"steps": 10}, {"steps": 10, "restarts": 1}, {"steps": 3}])
-def test_an_attack_is_read_back_as_it_was_meant(said: Any, tmp_path: Path) -> None:
+def test_attack_round_trip(said: Any, tmp_path: Path) -> None:
     values = {"name": "a", "dataset": "d", "models": ["m"], "threats": {"eps": 0}}
     config = BenchmarkConfig.model_validate(values if said is None else {**values, "attack": said})
     (tmp_path / "b.yaml").write_text(to_yaml(config))
@@ -190,7 +217,7 @@ def test_an_attack_is_read_back_as_it_was_meant(said: Any, tmp_path: Path) -> No
     assert (config.canonical() == default.canonical()) == (said is None)
 
 
-def test_a_folder_stamped_before_reads_as_the_audit_tier() -> None:
+def test_attacks_of_earlier_run_folders_are_the_audit_tier() -> None:
     spelled = {"tier": None, "steps": 10, "relative_step": 0.25, "restarts": 1}
     assert AttackConfig.model_validate(spelled).attack() == attacks.AUDIT
     assert AttackConfig.model_validate({**spelled, "steps": 9}).attack().name == "ce-9+margin-9"

@@ -1,4 +1,4 @@
-"""`rvaudit validate`: ten planted faults in one go, what needs torch and what does not, and where each fault stands."""
+"""`rvaudit validate`: every planted fault with its line and column, without torch; trials of models."""
 
 import json
 import subprocess
@@ -11,8 +11,7 @@ import pytest
 from audit.config.validation import Finding, Lookups, Request, validate
 from audit.errors import AuditError, ConfigError, EnvironmentFault, UsageError
 from model_zoo.catalogue import BUNDLED
-from model_zoo.images.load import DATASETS, NAMED
-from model_zoo.lookup import NAMED_SETS, check_dataset, check_model, expand_ref
+from model_zoo.lookup import DATASET_FORMS, NAMED_DATASETS, check_dataset, check_model, expand_ref
 from reports.cli import main
 
 GOOD = "bundled:digits-vgg-robust"
@@ -64,7 +63,7 @@ def _benchmark(models: str = f"[{GOOD}]", rest: str = "") -> str:
     return f"name: a\ndataset: digits\nmodels: {models}\nthreats: {{eps: 8/255}}\n{rest}"
 
 
-def test_ten_and_two_faults_in_one_go_without_torch(here: Path) -> None:
+def test_twelve_faults_at_once_without_torch(here: Path) -> None:
     _write(here, TEN % ("0" * 64))
     code = (
         "import sys\nfrom reports.cli import main\ncode = main(['validate', 'b.yaml'])\n"
@@ -72,7 +71,7 @@ def test_ten_and_two_faults_in_one_go_without_torch(here: Path) -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
     *faults, last = answer.stdout.splitlines()
-    assert last == "5"  # the gravest fault's exit code, and no torch
+    assert last == "5"  # the largest exit code, and no torch
     assert len(faults) == len(PLANTED)
     for fault, (place, words, _) in zip(faults, PLANTED, strict=True):
         assert fault.startswith(f"b.yaml:{place}"), fault
@@ -89,7 +88,7 @@ def test_faults_as_json(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["file"] for row in rows} == {"b.yaml"}
 
 
-def test_layers_and_shapes_are_tried_where_the_keys_are_right(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_and_shapes_are_tried_if_keys_are_legal(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _write(
         here,
         "name: a\ndataset: digits\nthreats: {eps: 0.2}\nlayers: [logits, featuers.0]\nmodels:\n"
@@ -116,14 +115,14 @@ def test_without_a_fault(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["validate", "b.yaml"]) == 0
     assert capsys.readouterr().err.strip() == "no fault"
     assert main(["validate", "b.yaml", "--schema"]) == 0
-    assert capsys.readouterr().err.strip() == "no fault; models were not loaded, layers not looked at"
+    assert capsys.readouterr().err.strip() == "no fault; models were not loaded, layers not checked"
 
 
 @pytest.mark.parametrize(
     ("text", "code", "words"),
     [("name: [a\n", 2, "b.yaml:2:1"), ("- a\n", 2, "a benchmark is a mapping"), (None, 3, "cannot read b.yaml")],
 )
-def test_what_cannot_be_read_at_all(
+def test_unreadable_files(
     here: Path, text: str | None, code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if text is not None:
@@ -132,7 +131,7 @@ def test_what_cannot_be_read_at_all(
     assert words in capsys.readouterr().err
 
 
-def test_what_a_model_raises_is_told_at_its_place(tmp_path: Path) -> None:
+def test_errors_of_a_trial_have_a_place(tmp_path: Path) -> None:
     def attempt(request: Request) -> list[Finding]:
         return [Finding("dataset", UsageError(f"no {request.dataset}")), Finding(0, EnvironmentFault("two\nlines"))]
 
@@ -146,18 +145,17 @@ def test_what_a_model_raises_is_told_at_its_place(tmp_path: Path) -> None:
     assert verdict.exit_code == 3
 
 
-def test_a_fault_of_the_form_ends_the_reading(tmp_path: Path) -> None:
+def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="duplicate key"):
         validate(_write(tmp_path, "name: a\nname: b\n"), Lookups(check_model, check_dataset))
 
 
-def test_data_sets_are_the_ones_that_can_be_loaded() -> None:
-    assert NAMED_SETS == NAMED
-    for name in NAMED:
+def test_checked_data_sets_can_be_loaded() -> None:
+    for name in NAMED_DATASETS:
         check_dataset(name)
     with pytest.raises(AuditError) as caught:
         check_dataset("x")
-    assert all(name in str(caught.value) for name in DATASETS)
+    assert all(name in str(caught.value) for name in DATASET_FORMS)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +166,7 @@ def test_data_sets_are_the_ones_that_can_be_loaded() -> None:
         ("folder:nowhere/at/all", EnvironmentFault, "nowhere/at/all does not exist$"),
     ],
 )
-def test_data_sets_that_are_not_there(here: Path, ref: str, error: type[AuditError], words: str) -> None:
+def test_missing_data_sets(here: Path, ref: str, error: type[AuditError], words: str) -> None:
     with pytest.raises(error, match=words):
         check_dataset(ref)
 
@@ -183,12 +181,12 @@ def test_data_sets_that_are_not_there(here: Path, ref: str, error: type[AuditErr
         ("?arch=nets.py:f&num_classes=10", EnvironmentFault, "factory file nets.py does not exist"),
     ],
 )
-def test_files_that_cannot_be_loaded(here: Path, options: str, error: type[AuditError], words: str) -> None:
+def test_file_references_that_cannot_be_loaded(here: Path, options: str, error: type[AuditError], words: str) -> None:
     with pytest.raises(error, match=words):
         check_model(f"file:weights.safetensors{options}")
 
 
-def test_files_that_can(here: Path) -> None:
+def test_file_references_that_can_be_loaded(here: Path) -> None:
     right = sha256((here / "weights.safetensors").read_bytes()).hexdigest()
     check_model(f"file:weights.safetensors?arch={GOOD}&num_classes=10&sha256={right}")
     check_model("timm:no-such-name")  # told when it is loaded

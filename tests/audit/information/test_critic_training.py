@@ -1,4 +1,4 @@
-"""What a critic finds on channels whose mutual information is known in closed form."""
+"""Held-out estimates of a critic on channels with known mutual information, and the flags of its training."""
 
 from dataclasses import replace
 from math import exp, log, sqrt
@@ -7,21 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from audit.errors import InvalidModelError, UnknownNameError, UsageError
+from audit.errors import UnknownNameError, UsageError
 from audit.information.bounds import BOUNDS
-from audit.information.critic_training import (
-    CriticTraining,
-    EncodedSplits,
-    Splits,
-    _Course,
-    _training_flags,
-    encode,
-    estimate_mi,
-    fit_critic,
-    label_surprise,
-    split_images,
-)
-from audit.information.critics import CriticShape
+from audit.information.critic_training import _LearningCurves, _training_flags, estimate_mi, fit_critic
+from audit.information.encoding import EncodedSplits, Splits, split_images
+from audit.information.settings import CriticShape, CriticTraining
 from audit.representation.layers import Representation
 from audit.types import Encoded
 
@@ -88,7 +78,7 @@ def test_noiseless_bits(wanted, deficit):
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, 1e6])
-def test_a_constant_feature_tells_nothing(value):
+def test_constant_features_have_no_information(value):
     images = gaussian(2, 1.0, 600, 0)[0]
     found = fitted(images, torch.full((600, 3), value))
     assert abs(found.nats) < 1e-3
@@ -97,14 +87,14 @@ def test_a_constant_feature_tells_nothing(value):
 
 @pytest.mark.parametrize("dimension", [1, 3, 40])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_an_independent_feature_tells_nothing(dimension, seed):
+def test_independent_features_have_no_information(dimension, seed):
     images = gaussian(5, 1.0, 1000, seed)[0]
     heavy = torch.randn(1000, dimension, generator=seeded(50 + seed)) / torch.rand(1000, 1, generator=seeded(seed))
     found = fitted(images, heavy, seed)
     assert -0.02 < found.nats < 2 * found.stderr + 0.02
 
 
-def test_what_an_estimate_carries_beside_its_value():
+def test_attributes_of_an_estimate():
     found = fitted(*gaussian(1, 1.0, 1000, 0), training=CriticTraining(steps=40, every=8))
     assert found.images == 300
     assert found.ceiling == pytest.approx(log(300))
@@ -113,19 +103,19 @@ def test_what_an_estimate_carries_beside_its_value():
     assert [step for step, _ in found.history] == [0, 8, 16, 24, 32, 40]
     assert [step for step, _ in found.training_history] == [0, 8, 16, 24, 32]
     assert found.validated == max(value for _, value in found.history)
-    # before the first step a critic knows nothing
+    # an untrained critic finds no information
     assert abs(found.history[0][1]) < 0.1
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_every_bound_trains_a_critic_where_it_is_easy(bound):
-    # the value read held out is InfoNCE's, and Donsker-Varadhan's beside it, whichever trained the critic
+def test_every_bound_trains_a_critic(bound):
+    # the reported value is InfoNCE, with Donsker-Varadhan as a part, for every training objective
     found = fitted(*gaussian(2, 1.0, 2000, 0, (1, 2)), training=CriticTraining(bound=bound, steps=200))
     assert found.nats == pytest.approx(1.0, abs=3 * found.stderr + 0.1)
     assert found.parts["donsker-varadhan"] == pytest.approx(found.nats, abs=0.15)
 
 
-def test_the_concatenated_critic_finds_it_too():
+def test_concatenated_critic_on_a_gaussian_channel():
     shape = CriticShape(name="concatenated", width=32)
     training = CriticTraining(steps=100, every=20, batch_size=128, shape=shape)
     found = fitted(*gaussian(1, 1.0, 600, 0, (1, 1)), training=training)
@@ -133,7 +123,7 @@ def test_the_concatenated_critic_finds_it_too():
 
 
 @pytest.mark.parametrize(("dimension", "nats"), [(1, 2.0), (2, 1.0), (5, 1.0)])
-def test_five_thousand_vectors_give_the_truth(dimension, nats):
+def test_five_thousand_vectors(dimension, nats):
     """1,500 held out. Measured over two seeds: -.05 at 2 nats in 1-d, -.03 and -.09 at 1 nat in 5-d, where the true
     log ratio itself scores +.03 and -.04 on those samples; in 20-d -.23 and -.24 at 1 nat.
     """
@@ -159,12 +149,12 @@ def test_a_projection_of_smooth_images():
     assert 0.5 < found.nats < 1 + 2 * found.stderr
 
 
-def course(validation, training, ended=True, error=0.01, best_step=None):
+def curves(validation, training, ended=True, error=0.01, best_step=None):
     steps = [10 * i for i in range(len(validation))]
     best = max(range(len(validation)), key=validation.__getitem__)
-    return _Course(
-        best=validation[best], best_error=error, best_step=steps[best], ended=ended,
-        history=list(zip(steps, validation, strict=True)), trained=list(zip(steps, training, strict=True)),
+    return _LearningCurves(
+        best=validation[best], best_error=error, best_step=steps[best], stopped_early=ended,
+        history=list(zip(steps, validation, strict=True)), training_history=list(zip(steps, training, strict=True)),
     )  # fmt: skip
 
 
@@ -175,30 +165,30 @@ LEARNT = [0.0, 0.1, 0.0, -1.0, -2.0]
 @pytest.mark.parametrize(
     ("found", "held_out", "flags"),
     [
-        (course(GOOD, GOOD), HELD, []),
-        (course(GOOD, GOOD, ended=False), HELD, ["not_converged: training ended at step 60, too soon after its best"]),
-        (course(sorted(GOOD), GOOD, ended=False), HELD, ["not_converged: the critic was still improving"]),
-        (course(LEARNT, [0, 0.2, 0.5, 1.0, 2.0]), HELD - 1, ["over_fitted: the critic was at its best at step 10"]),
-        (course(LEARNT, [0, 0.1, 0.1, 0.2, 0.3]), HELD - 1, []),
-        (course(GOOD, GOOD), HELD - 0.3, ["over_fitted: the held-out value 0.80 is far below the validation"]),
-        (course(GOOD, GOOD, error=0.2), HELD - 0.3, []),
-        (course([0.0, float("nan")], [0.0, 0.0]), HELD, ["not_converged: the critic's value stopped being finite"]),
+        (curves(GOOD, GOOD), HELD, []),
+        (curves(GOOD, GOOD, ended=False), HELD, ["not_converged: training reached its last step 60 before early"]),
+        (curves(sorted(GOOD), GOOD, ended=False), HELD, ["not_converged: the critic was still improving"]),
+        (curves(LEARNT, [0, 0.2, 0.5, 1.0, 2.0]), HELD - 1, ["over_fitted: the critic was at its best at step 10"]),
+        (curves(LEARNT, [0, 0.1, 0.1, 0.2, 0.3]), HELD - 1, []),
+        (curves(GOOD, GOOD), HELD - 0.3, ["over_fitted: the held-out value 0.80 is far below the validation"]),
+        (curves(GOOD, GOOD, error=0.2), HELD - 0.3, []),
+        (curves([0.0, float("nan")], [0.0, 0.0]), HELD, ["not_converged: the critic's value diverged"]),
     ],
-)  # fmt: skip
-def test_flags_that_a_fit_earns(found, held_out, flags):
+)
+def test_training_flags(found, held_out, flags):
     earned = _training_flags(found, held_out)
     assert len(earned) == len(flags)
     assert all(flag.startswith(start) for flag, start in zip(earned, flags, strict=True))
 
 
-def test_the_best_validation_step_is_reported_and_patience_ends_the_training():
+def test_early_stopping_reports_the_best_validation_step():
     images, features = gaussian(5, 1.0, 400, 0)
     training = CriticTraining(steps=300, every=5, patience=40, learning_rate=3e-4)
     found = fitted(images, features, training=training)
     values = dict(found.history)
     best = max(values, key=values.__getitem__)
     assert found.history[-1][0] == best + 40 < 300
-    # over-fitting had begun: the last step is clearly worse, and what the training images say is far above
+    # overfitting: the last step is worse, and the training value is far higher
     assert values[best] > found.history[-1][1]
     assert found.training_history[-1][1] > values[best] + 0.5
     assert found.flags == ()
@@ -207,10 +197,10 @@ def test_the_best_validation_step_is_reported_and_patience_ends_the_training():
     assert short.flags == ("not_converged: the critic was still improving at its last step",)
 
 
-def test_a_critic_that_blows_up_says_so():
+def test_divergence_is_flagged():
     images, features = gaussian(1, 1.0, 200, 0)
     found = fitted(images, features, training=CriticTraining(steps=60, learning_rate=1e12))
-    assert found.flags == ("not_converged: the critic's value stopped being finite while it trained",)
+    assert found.flags == ("not_converged: the critic's value diverged during training",)
     assert abs(found.nats) < 0.3
 
 
@@ -229,65 +219,14 @@ def test_a_critic_that_blows_up_says_so():
         ({"weight_decay": -1.0}, "weight_decay -1.0 must be at least 0"),
     ],
 )
-def test_trainings_that_are_refused(change, message):
+def test_rejects_illegal_settings(change, message):
     with pytest.raises(UsageError, match=message):
         CriticTraining(**change)
 
 
-def test_an_unknown_bound_answers_with_the_nearest():
+def test_unknown_bound_suggests_the_nearest():
     with pytest.raises(UnknownNameError, match="unknown bound 'info-nce'; did you mean 'infonce'"):
         CriticTraining(bound="info-nce")
-
-
-def test_splits_are_disjoint_whole_and_keyed():
-    images = torch.arange(100.0).view(100, 1, 1, 1)
-    parts = split_images(images, 3)
-    assert [len(part) for part in parts] == [50, 20, 30]
-    assert sorted(torch.cat(parts).flatten().tolist()) == list(range(100))
-    assert torch.equal(split_images(images, 3).test, parts.test)
-    assert not torch.equal(split_images(images, 4).test, parts.test)
-    assert [len(part) for part in split_images(images, 0, train=0.2, validation=0.1)] == [20, 10, 70]
-    assert parts.map(lambda part: part + 1).test.equal(parts.test + 1)
-
-
-@pytest.mark.parametrize(
-    ("count", "shares"),
-    [(0, {}), (48, {}), (100, {"train": 0.05}), (100, {"train": 0.85}), (100, {"validation": 0.05})],
-)
-def test_too_few_images_are_refused(count, shares):
-    with pytest.raises(UsageError, match=f"{count} images are too few: .* 50 in all"):
-        split_images(torch.zeros(count, 1, 2, 2), 0, **shares)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_features_that_are_not_finite_are_refused(bad):
-    def encoder(images):
-        features = images.flatten(1).clone()
-        features[features[:, 0] > 0.9, 0] = bad
-        return Encoded(features, features.new_empty(len(features), 0))
-
-    images = torch.linspace(0, 1, 100).view(100, 1, 1, 1)
-    with pytest.raises(InvalidModelError, match="the representation is not finite for 10 of 100 images"):
-        encode(encoder, images, 7)
-    with pytest.raises(InvalidModelError, match="the representation is not finite"):
-        estimate_mi(encoder, split_images(images, 0), CriticTraining(steps=1), 0)
-
-
-def test_encoding_in_batches_changes_nothing_and_keeps_no_graph():
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    images = torch.rand(20, 1, 2, 2, generator=seeded())
-    whole, parts = (encode(Representation(network, "logits").encode, images, size) for size in (20, 7))
-    torch.testing.assert_close(whole.features, parts.features)
-    torch.testing.assert_close(whole.answers, whole.features.log_softmax(1))
-    assert not whole.features.requires_grad
-
-
-def test_label_surprise_is_the_entropy_of_the_answers():
-    answers = torch.eye(4)[torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])].log_softmax(1)
-    assert float(label_surprise(answers).mean()) == pytest.approx(1.75 * log(2))
-    assert label_surprise(answers)[-1] == pytest.approx(3 * log(2))
-    assert label_surprise(answers[:4]).tolist() == [0, 0, 0, 0]
-    assert label_surprise(torch.empty(5, 0)).tolist() == [0] * 5
 
 
 class Residual(nn.Module):
@@ -302,7 +241,7 @@ class Residual(nn.Module):
             self.joined = nn.ReLU(inplace=True)
             self.head = nn.Linear(4 * 64, 5)
         with torch.no_grad():
-            # no class is the favourite of all images
+            # predictions of several classes
             self.head.bias -= self(torch.rand(50, 1, 8, 8, generator=seeded(3)) / 2).mean(0)
 
     def forward(self, images):
@@ -310,35 +249,35 @@ class Residual(nn.Module):
         return self.head(self.joined(hidden + self.branch(hidden)).flatten(1))
 
 
-CUTS = [
+LAYERS = [
     ("input", True), ("penultimate", True), ("logits", True), ("trunk", True), ("joined", True), ("head", True),
     ("branch", False), ("branch.0", False),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize(("layer", "carries"), CUTS)
-def test_which_layers_carry_the_answer(layer, carries, frozen):
+@pytest.mark.parametrize(("layer", "determines"), LAYERS)
+def test_layers_that_determine_the_logits(layer, determines, frozen):
     network = Residual().requires_grad_(not frozen)
     images = torch.rand(3, 1, 8, 8, generator=seeded())
-    assert Representation(network, layer).carries_answer(images) is carries
+    assert Representation(network, layer).determines_logits(images) is determines
     encoded = Representation(network, layer).encode(images)
-    assert encoded.answers.shape == (3, 5 if carries else 0)
-    if carries:
-        torch.testing.assert_close(encoded.answers, network(images).log_softmax(1))
+    assert encoded.log_probs.shape == (3, 5 if determines else 0)
+    if determines:
+        torch.testing.assert_close(encoded.log_probs, network(images).log_softmax(1))
 
 
 @pytest.mark.parametrize(
-    ("layer", "carries", "frozen"),
+    ("layer", "determines", "frozen"),
     [
-        *((layer, carries, True) for layer, carries in CUTS if carries),
-        *((layer, carries, False) for layer, carries in CUTS[:3]),
-        *(pytest.param(layer, carries, False) for layer, carries in CUTS[3:5]),
-        *(pytest.param(layer, carries, True) for layer, carries in CUTS[6:]),
+        *((layer, determines, True) for layer, determines in LAYERS if determines),
+        *((layer, determines, False) for layer, determines in LAYERS[:3]),
+        *(pytest.param(layer, determines, False) for layer, determines in LAYERS[3:5]),
+        *(pytest.param(layer, determines, True) for layer, determines in LAYERS[6:]),
     ],
 )
-def test_an_estimate_is_never_below_the_entropy_of_the_answers(layer, carries, frozen):
-    # a critic starved of steps finds next to nothing: the floor must hold it up, where there is one
+def test_estimate_is_at_least_the_entropy_of_the_predictions(layer, determines, frozen):
+    # after two steps a critic finds almost no information, so the entropy is reported if it is available
     network = Residual().requires_grad_(not frozen)
     images = torch.rand(120, 1, 8, 8, generator=seeded()) * torch.linspace(0, 1, 120).view(-1, 1, 1, 1)
     splits = split_images(images, 0)
@@ -348,21 +287,21 @@ def test_an_estimate_is_never_below_the_entropy_of_the_answers(layer, carries, f
     entropy = float(-(share[share > 0] * share[share > 0].log()).sum())
     assert entropy > 0.3
     assert found.parts["critic"] < entropy
-    assert found.parts["labels"] == pytest.approx(entropy if carries else 0.0)
-    # without answers the critic speaks alone, under zero too
-    assert found.nats == (max(found.parts["critic"], found.parts["labels"]) if carries else found.parts["critic"])
-    assert found.stderr > 0 or not carries
+    assert found.parts["labels"] == pytest.approx(entropy if determines else 0.0)
+    # without log-probabilities the critic's value is reported, even if it is negative
+    assert found.nats == (max(found.parts["critic"], found.parts["labels"]) if determines else found.parts["critic"])
+    assert found.stderr > 0 or not determines
     assert found.validated >= max(value for _, value in found.history)
 
 
 @pytest.mark.parametrize("layer", ["input", "trunk", "joined"])
-def test_an_average_carries_no_answer(layer):
+def test_averages_do_not_determine_the_logits(layer):
     network = Residual().requires_grad_(False)
     images = torch.rand(3, 1, 8, 8, generator=seeded())
-    assert Representation(network, layer, "mean").encode(images).answers.shape == (3, 0)
+    assert Representation(network, layer, "mean").encode(images).log_probs.shape == (3, 0)
 
 
-def test_the_critic_wins_over_the_floor_where_it_knows_more():
+def test_larger_value_of_the_critic_is_reported():
     images = gaussian(1, 2.0, 1000, 0)[0]
 
     def encoder(batch):

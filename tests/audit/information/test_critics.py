@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from audit.errors import UnknownNameError, UsageError
-from audit.information.critics import CRITICS, CriticShape, build_critic
+from audit.information.critics import CRITICS, build_critic
+from audit.information.settings import CriticShape
 from audit.random_keys import keyed_generator
 
 
@@ -20,7 +21,7 @@ def pairs(count=12, shape=(1, 8, 8), dimension=3):
 
 
 def built(images, features, seed=0, **shape):
-    """A critic with its last layers as loud as the others: a fresh one says next to nothing."""
+    """A critic whose output layers have weights of the usual size; those of a new critic are much smaller."""
     critic = build_critic(images, features, CriticShape(**shape), keyed_generator(seed))
     with torch.no_grad():
         for part in (critic.rest[-1],) if hasattr(critic, "rest") else (critic.of_image.embed, critic.of_image.skip):
@@ -47,7 +48,7 @@ def test_every_pair_has_a_score(shape, dimension):
 
 @pytest.mark.parametrize("name", CRITICS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 1, 5)])
-def test_a_score_depends_on_its_own_image_and_feature_only(name, shape):
+def test_scores_do_not_depend_on_the_rest_of_the_batch(name, shape):
     images, features = pairs(shape=shape)
     critic = built(images, features, name=name)
     whole = scores_of(critic, images, features)
@@ -55,7 +56,7 @@ def test_a_score_depends_on_its_own_image_and_feature_only(name, shape):
     assert len(whole.flatten().unique()) == whole.numel()
 
 
-def test_the_key_decides_every_weight_and_the_global_generator_none():
+def test_weights_depend_on_the_given_generator_alone():
     images, features = pairs()
     before = torch.random.get_rng_state()
     first = built(images, features)
@@ -65,7 +66,7 @@ def test_the_key_decides_every_weight_and_the_global_generator_none():
     again = [second.train()(images, features) for _ in range(2)]
     torch.random.set_rng_state(before)
     assert all(torch.equal(a, b) for a, b in zip(drawn, again, strict=True))
-    assert not torch.equal(drawn[0], drawn[1])  # dropout draws anew
+    assert not torch.equal(drawn[0], drawn[1])  # dropout masks differ
     assert not torch.equal(scores_of(first, images, features), scores_of(built(images, features, 1), images, features))
     built(images, features).train()(images, features)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -81,14 +82,14 @@ def test_weights_are_drawn_within_the_usual_limit():
 
 
 @pytest.mark.parametrize(("factor", "shift"), [(1000.0, 0.0), (1000.0, 5e4), (1e-6, 0.0), (-1.0, 0.0)])
-def test_scaling_and_shifting_all_features_changes_nothing_but_signs(factor, shift):
+def test_scale_and_shift_of_all_features_have_no_effect(factor, shift):
     images, features = pairs()
     wanted = scores_of(built(images, features * math.copysign(1, factor)), images, features * math.copysign(1, factor))
     changed = factor * features + shift
     torch.testing.assert_close(scores_of(built(images, changed), images, changed), wanted, rtol=0, atol=1e-3)
 
 
-def test_scaling_each_feature_on_its_own_changes_nothing():
+def test_scale_of_each_feature_has_no_effect():
     images, features = pairs()
     changed = features * torch.tensor([1e-3, 1.0, 1e3])
     wanted = scores_of(built(images, features), images, features)
@@ -96,7 +97,7 @@ def test_scaling_each_feature_on_its_own_changes_nothing():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
-def test_a_feature_that_never_varied_is_never_looked_at(value):
+def test_constant_features_are_ignored(value):
     images, features = pairs()
     features[:, 1] = value
     critic = built(images, features)
@@ -105,22 +106,22 @@ def test_a_feature_that_never_varied_is_never_looked_at(value):
     assert torch.equal(scores_of(critic, images, moved), scores_of(critic, images, features))
 
 
-def test_images_all_alike_are_no_division_by_zero():
+def test_constant_images_give_finite_scores():
     images, features = pairs()
     grey = torch.full_like(images, 0.5)
     assert scores_of(built(grey, features), grey, features).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 4), (1, 4, 4), (1, 1, 5), (3, 8, 8)])
-def test_no_image_is_so_small_that_its_score_is_linear_in_it(shape):
-    # with a linear image branch a 1-pixel channel of 2 nats gave 1.1
+def test_scores_of_small_images_are_not_linear(shape):
+    # a linear image branch estimated 1.1 of 2 nats of a one-pixel channel
     critic = built(*pairs(20, shape))
     low, high = torch.zeros(1, *shape), torch.rand(1, *shape, generator=seeded(7))
     one, two, half = (scores_of(critic, x, torch.zeros(1, 3)) for x in (low, high, (low + high) / 2))
     assert abs(float(half - (one + two) / 2)) > 1e-4
 
 
-def test_a_large_image_is_seen_averaged_down():
+def test_large_images_are_averaged_down():
     images, features = pairs(8, (3, 32, 32))
     critic = built(images, features, view=16)
     blurred = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="nearest")
@@ -129,7 +130,7 @@ def test_a_large_image_is_seen_averaged_down():
     assert not torch.allclose(scores_of(sharp, blurred, features), scores_of(sharp, images, features))
 
 
-def test_flips_and_shifts_happen_in_training_only_and_only_if_asked_for():
+def test_augmentation_in_training_only():
     images, features = pairs(8, (1, 8, 8))
     with torch.no_grad():
         still = built(images, features, dropout=0.0)
@@ -142,7 +143,7 @@ def test_flips_and_shifts_happen_in_training_only_and_only_if_asked_for():
     assert 0 < sum(row[0] for row in which) < 20
 
 
-def test_a_view_of_sixteen_pixels_is_shifted_by_at_most_one():
+def test_views_of_sixteen_pixels_are_shifted_by_at_most_one():
     images, features = pairs(6, (1, 16, 16))
     critic = built(images, features, dropout=0.0)
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
@@ -165,35 +166,35 @@ def test_a_view_of_sixteen_pixels_is_shifted_by_at_most_one():
         ({"dropout": float("nan")}, "critic dropout nan"),
     ],
 )
-def test_shapes_that_are_refused(change, message):
+def test_rejects_illegal_settings(change, message):
     with pytest.raises(UsageError, match=message):
         CriticShape(**change)
 
 
-def test_an_unknown_critic_answers_with_the_nearest():
+def test_unknown_critic_suggests_the_nearest():
     with pytest.raises(UnknownNameError, match="unknown critic 'dotproduct'; did you mean 'dot-product'"):
         CriticShape(name="dotproduct")
 
 
 @pytest.mark.parametrize("name", CRITICS)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 1, 5)])
-def test_a_fresh_critic_says_next_to_nothing(name, shape):
+def test_scores_of_a_new_critic_are_almost_equal(name, shape):
     images, features = pairs(50, shape, 40)
     fresh = build_critic(images, features, CriticShape(name=name), keyed_generator(0))
     assert 0 < float(scores_of(fresh, images, features).std()) < 0.05
 
 
-def test_a_vector_has_no_neighbours():
-    # the same entries in another order are the same vector: with convolutions they were not
+def test_vectors_are_not_convolved():
+    # entries of a vector have no order that a convolution could use
     images, features = pairs(12, (1, 1, 9))
     critic = built(images, features)
     assert not any(isinstance(part, nn.Conv2d) for part in critic.modules())
     with torch.no_grad():
-        assert torch.equal(critic.train()(images, features), scores_of(critic, images, features))  # nothing is varied
+        assert torch.equal(critic.train()(images, features), scores_of(critic, images, features))  # no augmentation
     assert any(isinstance(part, nn.Conv2d) for part in built(*pairs(12, (1, 3, 3))).modules())
 
 
-def test_one_far_off_sample_decides_no_score():
+def test_outliers_have_limited_scores():
     images, features = pairs()
     critic = built(images, features)
     near, far = (scores_of(critic, images, features * factor).abs().max() for factor in (10.0, 1e6))
@@ -201,7 +202,7 @@ def test_one_far_off_sample_decides_no_score():
 
 
 @pytest.mark.parametrize("at_once", [1, 30, 10**6])
-def test_the_concatenated_critic_is_the_same_in_pieces(at_once):
+def test_concatenated_critic_does_not_depend_on_its_block_size(at_once):
     images, features = pairs()
     critic = built(images, features, name="concatenated", dropout=0.0)
     wanted = critic(images, features)
@@ -216,7 +217,7 @@ def test_the_concatenated_critic_is_the_same_in_pieces(at_once):
     torch.testing.assert_close([weight.grad for weight in critic.parameters()], gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_the_concatenated_critic_sees_what_no_sum_of_both_sides_shows():
+def test_scores_of_the_concatenated_critic_are_not_additive():
     images, features = pairs()
     scores = scores_of(built(images, features, name="concatenated"), images, features)
     centred = scores - scores.mean(0) - scores.mean(1, keepdim=True) + scores.mean()

@@ -1,4 +1,4 @@
-"""Bounds of a mixture in chunks: against dense formulas, whatever is held at once, and what memory they take."""
+"""Information of a Gaussian mixture in blocks: dense formulas, independence of the block size, and memory."""
 
 from functools import partial
 from math import log
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from audit.information import gaussian_mixture as mixture
-from audit.information.gaussian_mixture import exponents, guaranteed_pair, mean_shift, plug_in_terms
+from audit.information.gaussian_mixture import guaranteed_bounds, log_kernel, mean_shift, plug_in_terms
 
 SAME = partial(pytest.approx, rel=1e-12, abs=1e-12)
 SIZES = [(2, 1), (9, 4), (150, 10), (40, 300)]
@@ -20,7 +20,7 @@ def seeded(seed=0):
 
 
 def cloud(count, width, typical=2.0):
-    """Features (count, width) whose distances are about `typical` deviations of the noise whatever the width."""
+    """Features (count, width) with distances of about `typical` deviations of the noise for any width."""
     return typical * torch.randn(count, width, generator=seeded()) / width**0.5
 
 
@@ -51,94 +51,94 @@ def dense_shift(features, noise):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_guaranteed_pair_is_the_dense_one(size):
-    assert list(guaranteed_pair(cloud(*size))) == SAME(dense_pair(cloud(*size)))
+def test_guaranteed_bounds_equal_the_dense_formula(size):
+    assert list(guaranteed_bounds(cloud(*size))) == SAME(dense_pair(cloud(*size)))
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_plug_in_is_the_dense_one(size):
-    for found, told in zip(
+def test_plug_in_terms_equal_the_dense_formula(size):
+    for found, wanted in zip(
         plug_in_terms(cloud(*size), seeded(1), 1),
         dense_terms(cloud(*size), torch.randn(size, generator=seeded(1))),
         strict=True,
     ):
-        assert found.tolist() == SAME(told.tolist())
+        assert found.tolist() == SAME(wanted.tolist())
 
 
 @pytest.mark.parametrize(("kind", "within"), [(torch.float32, 3e-6), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_descent_is_the_dense_one(size, kind, within):
-    # where noise is long, |noise|^2 / 2 must not be rounded into the exponents: 1e-4 was lost of 300 dimensions
+def test_mean_shift_equals_the_dense_formula(size, kind, within):
+    # adding |noise|^2 / 2 to the exponents would lose 1e-4 in 300 dimensions
     features = cloud(*size).to(kind)
     found = mean_shift(features, seeded(1), 1)
     assert found.dtype == kind
     assert (found - dense_shift(features, torch.randn(size, generator=seeded(1)))).abs().max() < within
 
 
-def test_exponents_are_the_distances_and_never_above_zero():
+def test_log_kernel_is_never_positive():
     rows, features = cloud(7, 5).double(), cloud(11, 5).double()
-    assert exponents(rows, features, 3.0).flatten().tolist() == SAME(
+    assert log_kernel(rows, features, 3.0).flatten().tolist() == SAME(
         (-distances(rows, features) / 6).flatten().tolist()
     )
     far = 1e6 * features
-    assert float(exponents(far, far, 1.0).max()) <= 0
+    assert float(log_kernel(far, far, 1.0).max()) <= 0
 
 
-def test_exponents_hand_a_gradient_back():
+def test_log_kernel_is_differentiable():
     rows, features = cloud(4, 3).double().requires_grad_(), cloud(6, 3).double()
-    exponents(rows, features, 2.0).sum().backward()
+    log_kernel(rows, features, 2.0).sum().backward()
     assert rows.grad.flatten().tolist() == SAME(((features.sum(0) - 6 * rows) / 2).flatten().tolist())
 
 
 @pytest.mark.parametrize("held", [1, 7, 64, 99])
-def test_how_much_is_held_at_once_decides_nothing(monkeypatch, held):
+def test_block_size_has_no_effect(monkeypatch, held):
     features = cloud(100, 3)
 
     def everything():
         shift = mean_shift(features.double(), seeded(), 2).flatten().tolist()
         terms = torch.cat(plug_in_terms(features, seeded(), 2)).tolist()
-        return [*guaranteed_pair(features), *terms, *shift]
+        return [*guaranteed_bounds(features), *terms, *shift]
 
     whole = everything()
-    monkeypatch.setattr(mixture, "_MOST_BYTES", held * 100 * 8)
-    assert len(list(mixture._slices(features.double()))) == -(-100 // held)
+    monkeypatch.setattr(mixture, "_MAX_BYTES", held * 100 * 8)
+    assert len(list(mixture._row_blocks(features.double()))) == -(-100 // held)
     assert everything() == SAME(whole)
 
 
 @pytest.mark.parametrize("typical", [0.0, 0.3, 2.0, 20.0, 2e7])
-def test_information_lies_between_nothing_and_the_logarithm_of_the_images(typical):
+def test_information_lies_between_zero_and_ln_n(typical):
     features = cloud(300, 6, typical)
     lower, upper = plug_in_terms(features, seeded(2), 4)
-    pair, error = guaranteed_pair(features), 4 * float(lower.std()) / (4 * 300) ** 0.5 + 1e-9
+    pair, error = guaranteed_bounds(features), 4 * float(lower.std()) / (4 * 300) ** 0.5 + 1e-9
     assert -1e-12 <= pair.lower <= pair.upper <= log(300) + 1e-12
     assert pair.lower - error <= float(lower.mean()) <= pair.upper + error
-    assert lower.max() <= log(300)  # image by image, not on average alone
+    assert lower.max() <= log(300)  # for every image, not only on average
     assert (lower <= upper + log(300 / 299)).all()
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_one_image_alone_tells_nothing(draws):
+def test_one_image_has_no_information(draws):
     lower, upper = plug_in_terms(cloud(1, 3), seeded(), draws)
     assert lower.tolist() == [0.0]
-    assert upper.tolist() == [torch.inf]  # no other image is there to be taken for it
-    assert guaranteed_pair(cloud(1, 3)) == (0.0, 0.0)
+    assert upper.tolist() == [torch.inf]  # there are no other rows
+    assert guaranteed_bounds(cloud(1, 3)) == (0.0, 0.0)
 
 
-def test_features_are_left_as_they_were():
+def test_features_are_not_modified():
     features = cloud(20, 3).double()
     before = features.clone()
-    guaranteed_pair(features)
+    guaranteed_bounds(features)
     plug_in_terms(features, seeded(), 1)
     mean_shift(features, seeded(), 1)
     assert features.equal(before)
 
 
-class Enough(Exception):
-    """So many tables were made that the rest would be alike."""
+class _EnoughProducts(Exception):
+    """Enough tables have been computed; the others have the same size."""
 
 
 class Largest(TorchDispatchMode):
-    """Records the bytes of the largest tensor made, and stops the work when so many products are."""
+    """Records the bytes of the largest tensor, and stops after a number of matrix products."""
 
     def __init__(self, products):
         super().__init__()
@@ -150,16 +150,16 @@ class Largest(TorchDispatchMode):
             self.bytes = max(self.bytes, made.untyped_storage().nbytes())
             self.left -= function is torch.ops.aten.addmm.default
         if self.left == 0:
-            raise Enough
+            raise _EnoughProducts
         return made
 
 
 @pytest.mark.parametrize("count", [20_000, 200_000])
 @pytest.mark.parametrize(
-    "measure", [guaranteed_pair, lambda f: plug_in_terms(f, seeded(), 1), lambda f: mean_shift(f, seeded(), 1)]
+    "measure", [guaranteed_bounds, lambda f: plug_in_terms(f, seeded(), 1), lambda f: mean_shift(f, seeded(), 1)]
 )
-def test_no_table_of_many_images_is_above_the_budget(measure, count):
+def test_memory_of_many_images_is_limited(measure, count):
     features = cloud(count, 4)
-    with pytest.raises(Enough), Largest(3) as largest:
+    with pytest.raises(_EnoughProducts), Largest(3) as largest:
         measure(features)
     assert 8 * count * 4 < largest.bytes <= 32 * 2**20

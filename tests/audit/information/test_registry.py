@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from audit.config.yaml_source import read_config
 from audit.errors import ConfigError
-from audit.information.estimator import Estimator, MIEstimate, Vulnerability
-from audit.information.labels import LabelLevel
+from audit.information.estimator import Estimator
+from audit.information.label_entropy import LabelEntropy
 from audit.information.registry import ESTIMATORS
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
-from audit.run.cell import cells, read_config
+from audit.run.cell import cells
 
 LEGAL = "name: a\ndataset: digits\nmodels: [bundled:digits-vgg-robust]\nthreats: {eps: 8/255}\nestimators:"
 
@@ -27,12 +28,6 @@ def fault(folder: Path, estimators: str) -> str:
         read(folder, estimators)
     (only,) = caught.value.faults
     return only.replace(f"{folder / 'b.yaml'}:", "", 1)
-
-
-def test_rv_is_normal_less_worst_and_errors_add_as_if_independent():
-    normal, worst = MIEstimate(1.5, 0.3, 10, 2.3, 1.5), MIEstimate(0.5, 0.4, 10, 2.3, 0.5)
-    found = Vulnerability(normal, worst, None, None, 0.0)
-    assert (found.nats, found.stderr) == (1.0, pytest.approx(0.5))
 
 
 def test_the_table_is_complete_and_immutable():
@@ -57,9 +52,9 @@ def test_a_name_a_list_and_a_mapping_are_the_same(name: str, tmp_path: Path):
             Sandwich(noise=0.25, quantisers=(3,), widths=(2.0,)),
         ),
         ("{name: sandwich, absolute: true, steps: 7}", Sandwich(absolute=True, steps=7)),
-        ("{name: label-level, kept: 2, relative_step: 1e-1}", LabelLevel(kept=2, relative_step=0.1)),
-        ("{name: label-level, targets: 2, kept: 2}", LabelLevel(targets=2, kept=2)),
-        ("{name: label-level, targets: 20, kept: 15}", LabelLevel(targets=20, kept=15)),
+        ("{name: label-level, kept: 2, relative_step: 1e-1}", LabelEntropy(kept=2, relative_step=0.1)),
+        ("{name: label-level, targets: 2, kept: 2}", LabelEntropy(targets=2, kept=2)),
+        ("{name: label-level, targets: 20, kept: 15}", LabelEntropy(targets=20, kept=15)),
         ("{name: ref-mean, width: 64}", Reference(per_position=False, width=64)),
     ],
 )
@@ -69,7 +64,7 @@ def test_settings_reach_the_estimator(written: str, wanted: Estimator, tmp_path:
 
 def test_several_keep_their_order(tmp_path: Path):
     found = read(tmp_path, "\n  - label-level\n  - {name: sandwich, noise: 1}\n  - ref-mean")
-    assert found == [LabelLevel(), Sandwich(noise=1.0), Reference(per_position=False)]
+    assert found == [LabelEntropy(), Sandwich(noise=1.0), Reference(per_position=False)]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The smoothed representation: its plug-in value against slow loops and closed forms, and what its search reaches."""
+"""Information of the smoothed representation: slow loops, closed forms, and known worst cases."""
 
 from dataclasses import replace
 from math import exp, log, sqrt
@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from audit.adversary.threat import Linf
-from audit.calibration.channels import channels
+from audit.calibration.catalogue import all_channels
 from audit.calibration.closed_forms import atoms, gaussian, gaussian_vector, two_points
 from audit.errors import InvalidModelError, UsageError
 from audit.information import gaussian_mixture as mixture
-from audit.information.estimator import Known, Subject
-from audit.information.gaussian_mixture import guaranteed_pair, mean_shift, plug_in_terms
+from audit.information.estimator import CARRIED, CLEAN, EstimatorInputs, Origin, WarmStart
+from audit.information.gaussian_mixture import guaranteed_bounds, mean_shift, plug_in_terms
 from audit.information.sandwich import Sandwich
 from audit.types import Encoded
 
-DIGITS_ABOVE = 1e-9  # float64 sums of a thousand terms
+ROUNDING = 1e-9  # of float64 sums of a thousand terms
 
 
 def seeded(seed=0):
@@ -35,12 +35,12 @@ def as_images(values):
     return (0.5 + values / 16)[:, None, None, :]
 
 
-def told(images):
+def flat(images):
     return Encoded((images.flatten(1) - 0.5) * 16, images.new_empty(len(images), 0))
 
 
-def subject(values, encoder=told):
-    return Subject(encoder, as_images(values), torch.zeros(len(values), dtype=torch.long))
+def inputs_of(values, encoder=flat):
+    return EstimatorInputs(encoder, as_images(values), torch.zeros(len(values), dtype=torch.long))
 
 
 def slow_terms(features, noise):
@@ -67,7 +67,7 @@ def slow_pair(features, variance):
 
 
 @pytest.mark.parametrize("dimension", [1, 3, 7])
-def test_the_plug_in_is_the_slow_double_loop(dimension):
+def test_plug_in_terms_equal_a_double_loop(dimension):
     features = normal(12, dimension)
     noise = normal(12, dimension, seed=4)
     lower, upper = plug_in_terms(features, seeded(4), 1)
@@ -76,60 +76,60 @@ def test_the_plug_in_is_the_slow_double_loop(dimension):
     assert upper.tolist() == pytest.approx(slow_upper, abs=1e-5)
 
 
-def test_several_draws_are_averaged():
+def test_draws_are_averaged():
     features, draws = normal(9, 2), seeded(4)
     each = [slow_terms(features, torch.randn(9, 2, generator=draws))[0] for _ in range(3)]
     averaged = [sum(values) / 3 for values in zip(*each, strict=True)]
     assert plug_in_terms(features, seeded(4), 3)[0].tolist() == pytest.approx(averaged, abs=1e-5)
 
 
-def test_the_guaranteed_pair_is_the_slow_double_loop():
+def test_guaranteed_bounds_equal_a_double_loop():
     features = 2 * normal(15, 2)
-    pair = guaranteed_pair(features)
+    pair = guaranteed_bounds(features)
     assert pair.upper == pytest.approx(slow_pair(features, 1.0), abs=1e-6)
     assert pair.lower == pytest.approx(slow_pair(features, 4.0), abs=1e-6)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0, 30.0])
 @pytest.mark.parametrize("dimension", [1, 4, 20])
-def test_the_guaranteed_pair_brackets_the_plug_in(spread, dimension):
+def test_guaranteed_bounds_enclose_the_plug_in_value(spread, dimension):
     features = spread * normal(200, dimension)
     terms = plug_in_terms(features, seeded(1), 20)[0]
-    pair, error = guaranteed_pair(features), float(terms.std()) / sqrt(20 * len(terms))
-    assert 0 <= pair.lower <= pair.upper <= log(200) + DIGITS_ABOVE
-    assert pair.lower - 4 * error - DIGITS_ABOVE <= float(terms.mean()) <= pair.upper + 4 * error + DIGITS_ABOVE
+    pair, error = guaranteed_bounds(features), float(terms.std()) / sqrt(20 * len(terms))
+    assert 0 <= pair.lower <= pair.upper <= log(200) + ROUNDING
+    assert pair.lower - 4 * error - ROUNDING <= float(terms.mean()) <= pair.upper + 4 * error + ROUNDING
 
 
 @pytest.mark.parametrize("spread", [1e2, 1e4, 1e6])
-def test_no_value_is_above_the_logarithm_of_the_images_however_small_the_noise(spread):
+def test_value_is_at_most_ln_n_for_small_noise(spread):
     # in float32 a spread of 1e4 noises gave 10.0 nats of 500 images, and 1e5 gave 450
     features = spread * normal(500, 3)
     lower, upper = plug_in_terms(features, seeded(1), 2)
-    pair = guaranteed_pair(features)
+    pair = guaranteed_bounds(features)
     assert float(lower.mean()) <= log(500) + 1e-6
     assert float(lower.mean()) == pytest.approx(log(500), abs=2e-3)
-    assert pair.lower <= pair.upper <= log(500) + DIGITS_ABOVE
-    assert float(upper.mean()) > log(500) + 10  # the other one explodes, which is the flag
+    assert pair.lower <= pair.upper <= log(500) + ROUNDING
+    assert float(upper.mean()) > log(500) + 10  # the upper value diverges, which is flagged
 
 
 @pytest.mark.parametrize(("points", "sigma"), [((-1.0, 1.0), 0.5), ((-1.0, 1.0), 1.0), ((-1.0, 0.0, 1.0), 0.25)])
-def test_atoms_carry_what_the_closed_form_says(points, sigma):
+def test_atoms_match_the_closed_form(points, sigma):
     values = torch.tensor(points)[torch.arange(999) % len(points)][:, None]
-    found = Sandwich(noise=sigma, absolute=True).normal(subject(values), 0)
+    found = Sandwich(noise=sigma, absolute=True).normal(inputs_of(values), 0)
     assert found.nats == pytest.approx(atoms(points, sigma), abs=0.03)
     assert found.parts["plug_in_upper"] == pytest.approx(atoms(points, sigma), abs=0.03)
 
 
 @pytest.mark.parametrize("sigma", [2.0, 1.0, 0.5, 0.25])
-def test_gaussians_carry_what_the_closed_form_says(sigma):
-    found = Sandwich(noise=sigma, absolute=True).normal(subject(quantiles(1000)), 0)
+def test_gaussians_match_the_closed_form(sigma):
+    found = Sandwich(noise=sigma, absolute=True).normal(inputs_of(quantiles(1000)), 0)
     assert found.nats == pytest.approx(gaussian_vector(1, sigma), abs=0.05)
     # noise relative to the layer's deviation, here one, is the same
-    assert Sandwich(noise=sigma).normal(subject(quantiles(1000)), 0).nats == pytest.approx(found.nats, abs=5e-3)
+    assert Sandwich(noise=sigma).normal(inputs_of(quantiles(1000)), 0).nats == pytest.approx(found.nats, abs=5e-3)
 
 
-def test_ten_dimensions_carry_what_they_should():
-    found = Sandwich(noise=sqrt(1 / (exp(2 * 2.0 / 10) - 1)), absolute=True).normal(subject(normal(1000, 10)), 0)
+def test_ten_dimensions_match_the_closed_form():
+    found = Sandwich(noise=sqrt(1 / (exp(2 * 2.0 / 10) - 1)), absolute=True).normal(inputs_of(normal(1000, 10)), 0)
     assert found.nats == pytest.approx(2.0, abs=0.06)
     assert found.nats - 0.1 < found.parts["plug_in_upper"] < found.nats + 0.2
 
@@ -151,8 +151,8 @@ def constant(value, rounding=0.0):
 
 @pytest.mark.parametrize("noise", [Sandwich(), Sandwich(noise=0.1, absolute=True)])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
-def test_a_constant_representation_tells_nothing(value, noise):
-    given = subject(normal(60, 2), lambda images: Encoded(value + 0 * told(images).features, told(images).answers))
+def test_constant_representation_has_no_information(value, noise):
+    given = inputs_of(normal(60, 2), lambda images: Encoded(value + 0 * flat(images).features, flat(images).log_probs))
     found = replace(noise, steps=2, start_steps=1).vulnerability(given, Linf(0.1), 0)
     assert found.normal.nats == pytest.approx(0, abs=1e-6)
     assert found.worst.nats == pytest.approx(0, abs=1e-6)
@@ -161,34 +161,34 @@ def test_a_constant_representation_tells_nothing(value, noise):
 
 
 @pytest.mark.parametrize("value", [0.1, 1e6])
-def test_rounding_is_not_taken_for_information(value):
-    # last bits that differ between images: 3.0 nats were read of them
-    given = subject(normal(300, 2), constant(value, 3e-7 * value))
+def test_rounding_errors_are_no_information(value):
+    # features differ in their last bits, once estimated as 3.0 nats
+    given = inputs_of(normal(300, 2), constant(value, 3e-7 * value))
     assert len(given.encoder(given.images).features.unique()) > 1
     assert Sandwich().normal(given, 0).nats == pytest.approx(0, abs=1e-4)
 
 
-def test_one_image_out_of_line_breaks_nothing():
+def test_an_outlier_is_harmless():
     values = normal(200, 1)
     values[0] = 7.9
-    found = Sandwich().normal(subject(values), 0)
+    found = Sandwich().normal(inputs_of(values), 0)
     assert 0 < found.nats < log(200)
 
 
-def test_a_feature_that_is_not_finite_is_refused():
-    given = subject(normal(60, 2), lambda images: Encoded(told(images).features / 0, told(images).answers))
+def test_rejects_features_that_are_not_finite():
+    given = inputs_of(normal(60, 2), lambda images: Encoded(flat(images).features / 0, flat(images).log_probs))
     with pytest.raises(InvalidModelError, match="not finite for 60 of 60 images"):
         Sandwich().normal(given, 0)
 
 
-def test_how_many_rows_are_held_at_once_decides_nothing(monkeypatch):
+def test_block_size_has_no_effect(monkeypatch):
     features, small = normal(100, 3), Sandwich(steps=3, start_steps=2)
-    given = subject(normal(100, 2))
+    given = inputs_of(normal(100, 2))
 
     def everything():
         found = small.vulnerability(given, Linf(0.03), 0)
         return (
-            *guaranteed_pair(features),
+            *guaranteed_bounds(features),
             *(float(part.sum()) for part in plug_in_terms(features, seeded(), 2)),
             float(mean_shift(features, seeded(), 2).square().sum()),
             found.normal.nats,
@@ -196,17 +196,17 @@ def test_how_many_rows_are_held_at_once_decides_nothing(monkeypatch):
         )
 
     whole = everything()
-    monkeypatch.setattr(mixture, "_MOST_BYTES", 7 * 100 * 4)
+    monkeypatch.setattr(mixture, "_MAX_BYTES", 7 * 100 * 4)
     assert everything() == pytest.approx(whole, rel=1e-4)
 
 
-def test_saturation_is_flagged_where_more_images_would_say_more():
-    few = Sandwich(noise=0.02).normal(subject(normal(100, 5)), 0)
+def test_saturation_is_flagged():
+    few = Sandwich(noise=0.02).normal(inputs_of(normal(100, 5)), 0)
     assert few.nats > 0.9 * few.ceiling
     assert few.ceiling == log(100)
     (flag,) = few.flags
     assert flag.startswith("saturated: the plug-in pair is ")
-    assert Sandwich(noise=1.0).normal(subject(normal(500, 1)), 0).flags == ()
+    assert Sandwich(noise=1.0).normal(inputs_of(normal(500, 1)), 0).flags == ()
 
 
 @pytest.mark.parametrize("dimension", [1, 2])
@@ -234,60 +234,68 @@ def test_mean_shift_is_the_gradient_of_the_smoothed_information(dimension):
 
 
 @pytest.mark.parametrize("shift", [0.25, 0.5])
-def test_the_search_reaches_the_worst_case_of_two_points(shift):
+def test_search_reaches_the_worst_case_of_two_points(shift):
     values = (2.0 * (torch.arange(400) % 2) - 1)[:, None]
-    found = Sandwich(noise=0.5, absolute=True).vulnerability(subject(values), Linf(shift / 16), 0)
+    found = Sandwich(noise=0.5, absolute=True).vulnerability(inputs_of(values), Linf(shift / 16), 0)
     truth = two_points(0.5, shift)
     assert found.normal.nats == pytest.approx(truth.normal, abs=0.03)
     assert found.worst.nats == pytest.approx(truth.worst, abs=0.03)
-    assert (told(found.moved).features - values).abs().max() <= shift + 1e-4
+    assert (flat(found.adversarial).features - values).abs().max() <= shift + 1e-4
 
 
-def test_the_search_reaches_the_soft_threshold_of_a_gaussian():
-    found = Sandwich(noise=0.5, absolute=True).vulnerability(subject(quantiles(400)), Linf(0.5 / 16), 0)
+def test_search_reaches_the_soft_threshold_of_a_gaussian():
+    found = Sandwich(noise=0.5, absolute=True).vulnerability(inputs_of(quantiles(400)), Linf(0.5 / 16), 0)
     assert found.worst.nats == pytest.approx(gaussian(0.5, 0.5).worst, abs=0.04)
 
 
-def test_the_search_finds_the_atoms_that_a_local_one_misses():
+def test_search_finds_atoms_that_a_local_search_misses():
     # for little noise merging into a few atoms beats soft-thresholding, the local optimum: 1.28 against 1.65 nats
-    found = Sandwich(noise=0.1, absolute=True).vulnerability(subject(quantiles(400)), Linf(0.5 / 16), 0)
+    found = Sandwich(noise=0.1, absolute=True).vulnerability(inputs_of(quantiles(400)), Linf(0.5 / 16), 0)
     assert found.worst.nats < gaussian(0.1, 0.5).worst - 0.25
 
 
 @pytest.mark.parametrize(("mean", "shift"), [(0.6, 0.5), (1.0, 1.0)])
-def test_a_start_is_kept_where_mean_shift_only_spoils_it(mean, shift):
-    # atoms far apart pull by rounding alone: steps along that lost .04 and .08 of the hub that had been reached
+def test_a_start_is_kept_if_mean_shift_makes_it_worse(mean, shift):
+    # the gradient between distant atoms is rounding error: steps along it lost .04 and .08 of what the hub reached
     wanted = f"mean {mean:g}, spread 1, shift {shift:g}"
-    (channel,) = [c for c in channels() if c.name == "sign of a Gaussian mixture" and c.parameters == wanted]
-    given = Subject(channel.noiseless(), *channel.sample(600, 0))
+    (channel,) = [c for c in all_channels() if c.name == "sign of a Gaussian mixture" and c.parameters == wanted]
+    given = EstimatorInputs(channel.noiseless_encoder(), *channel.sample(600, 0))
     found = Sandwich(noise=0.1, absolute=True).vulnerability(given, Linf(channel.eps), 0)
     assert found.worst.nats == pytest.approx(channel.worst_nats, abs=0.01)
 
 
-def test_the_value_is_read_with_other_draws_than_the_worst_case_is_chosen_by():
-    found = Sandwich().normal(subject(normal(100, 2)), 0)
+def test_candidates_are_compared_on_other_draws_than_reported_values():
+    found = Sandwich().normal(inputs_of(normal(100, 2)), 0)
     assert found.validated != found.nats
     assert found.validated == pytest.approx(found.nats, abs=3 * found.stderr)
 
 
-@pytest.mark.parametrize("served", ["", "quantised 4", "annealed 8", "clean", "carried"])
-def test_passes_are_counted(served):
+@pytest.mark.parametrize(
+    ("origin", "steps", "candidates"),
+    [
+        (None, 3 * 2 + 3 + 2 * 4, 7),
+        (Origin("quantised", 4), 2 + 3, 3),
+        (Origin("quantised", 4).refined("mean shift from {}"), 2 + 3, 3),
+        (Origin("annealed", 8.0), 4, 2),
+        (CLEAN, 4, 2),
+        (CARRIED, 4, 3),
+    ],
+)
+def test_passes_are_counted(origin, steps, candidates):
     calls = []
 
     def counted(images):
         calls.append(len(images) * (1.0 if images.requires_grad else 0.5))
-        return told(images)
+        return flat(images)
 
     estimator, given = (
         Sandwich(steps=3, start_steps=2, quantisers=(2, 4), annealing_steps=4),
-        subject(normal(150, 2), counted),
+        inputs_of(normal(150, 2), counted),
     )
-    known = Known(served=served, start=given.images if served == "carried" else None)
-    found = estimator.vulnerability(given, Linf(0.02), 0, known)
+    warm_start = WarmStart(origin=origin, images=given.images if origin == CARRIED else None)
+    found = estimator.vulnerability(given, Linf(0.02), 0, warm_start)
     assert found.passes == sum(calls)
-    steps = {"": 3 * 2 + 3 + 2 * 4, "quantised 4": 2 + 3, "carried": 4}.get(served, 4)
-    candidates = {"": 7, "quantised 4": 3, "carried": 3}.get(served, 2)
-    trial = 7 * 8 * 50 if not served else 0  # centres, steps and images that choose the hub
+    trial = 7 * 8 * 50 if origin is None else 0  # centres, steps and images of the trial
     assert found.passes == 150 * (steps + candidates / 2) + trial
 
 
@@ -296,14 +304,14 @@ def test_passes_are_counted(served):
     [
         ({"steps": 0}, "sandwich steps 0 must be at least 1"),
         ({"annealing_steps": 0}, "sandwich annealing_steps 0 must be at least 1"),
-        ({"widths": (4.0, 0.5)}, r"sandwich widths \(4.0, 0.5\) must be at least 1 and finite"),
+        ({"widths": (4.0, 0.5)}, "sandwich widths 0.5 must be at least 1 and finite"),
         ({"draws": -1}, "sandwich draws -1 must be at least 1"),
         ({"noise": 0.0}, "sandwich noise 0.0 must be above 0 and finite"),
         ({"noise": float("inf")}, "sandwich noise inf must be above 0 and finite"),
         ({"relative_step": 3.0}, r"sandwich relative_step 3.0 is outside \(0, 2\]"),
-        ({"quantisers": (2, 0)}, r"sandwich quantisers \(2, 0\) must have at least 1 centre each"),
+        ({"quantisers": (2, 0)}, r"sandwich quantisers \(2, 0\) must each be at least 1"),
     ],
 )
-def test_settings_out_of_range(wrong, said):
+def test_rejects_illegal_settings(wrong, said):
     with pytest.raises(UsageError, match=said):
         Sandwich(**wrong)

@@ -1,4 +1,4 @@
-"""Features on disk: the same values, computed once, mapped and not loaded, and damage costs time only."""
+"""Cache of clean activations: exact values, one computation, memory mapping and recovery from damage."""
 
 import os
 import re
@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from audit.representation.cache import FeatureStore
+from audit.representation.cache import ActivationCache
 from audit.representation.layers import Representation, encode_layers
-from audit.run.intermediate import remove_leftovers
+from audit.run.intermediate import remove_stale_files
 from audit.types import Encoded
 
 KEY = {"network": "a", "images": "b", "layer": "0", "reduce": "flatten"}
 
 
 class Counted:
-    """Computes the same features each time, and counts how often."""
+    """Return the same encoding at every call, and count the calls."""
 
     def __init__(self, rows=5, width=3, classes=2, dtype=torch.float32):
         self.calls = 0
@@ -39,12 +39,12 @@ def equal(found, wanted):
 
 @pytest.mark.parametrize("classes", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_store_computes_once_and_the_next_store_reads(tmp_path, classes, dtype):
+def test_values_are_computed_once_and_read_by_later_caches(tmp_path, classes, dtype):
     compute = Counted(classes=classes, dtype=dtype)
     for _ in range(2):
-        store = FeatureStore(tmp_path / "deep" / "er")
-        assert equal(store.get(KEY, compute), compute.encoded)
-        assert equal(store.get(dict(reversed(KEY.items())), compute), compute.encoded)
+        cache = ActivationCache(tmp_path / "deep" / "er")
+        assert equal(cache.get(KEY, compute), compute.encoded)
+        assert equal(cache.get(dict(reversed(KEY.items())), compute), compute.encoded)
     assert compute.calls == 1
     (path,) = (tmp_path / "deep" / "er").iterdir()
     rows, width = compute.encoded.features.shape
@@ -52,33 +52,33 @@ def test_a_store_computes_once_and_the_next_store_reads(tmp_path, classes, dtype
 
 
 @pytest.mark.parametrize("name", KEY)
-def test_every_part_of_the_key_decides(tmp_path, name):
-    store, compute = FeatureStore(tmp_path), Counted()
-    store.get(KEY, compute)
-    store.get({**KEY, name: "other"}, compute)
+def test_every_field_of_the_key_matters(tmp_path, name):
+    cache, compute = ActivationCache(tmp_path), Counted()
+    cache.get(KEY, compute)
+    cache.get({**KEY, name: "other"}, compute)
     assert compute.calls == 2
 
 
-def test_another_kind_of_device_makes_other_features(tmp_path):
+def test_kinds_of_device_have_separate_files(tmp_path):
     compute = Counted()
-    FeatureStore(tmp_path).get(KEY, compute)
-    assert FeatureStore(tmp_path, torch.device("meta")).get(KEY, compute).features.device.type == "meta"
+    ActivationCache(tmp_path).get(KEY, compute)
+    assert ActivationCache(tmp_path, torch.device("meta")).get(KEY, compute).features.device.type == "meta"
     assert compute.calls == 2
 
 
-def test_without_a_folder_a_store_remembers_for_its_own_life():
-    compute, store = Counted(), FeatureStore(None)
-    assert store.get(KEY, compute).features is store.get(KEY, compute).features
+def test_without_a_folder_values_stay_in_memory():
+    compute, cache = Counted(), ActivationCache(None)
+    assert cache.get(KEY, compute).features is cache.get(KEY, compute).features
     assert compute.calls == 1
-    FeatureStore(None).get(KEY, compute)
+    ActivationCache(None).get(KEY, compute)
     assert compute.calls == 2
 
 
-def test_where_nothing_can_be_written_a_store_remembers(tmp_path):
+def test_in_an_unwritable_folder_values_stay_in_memory(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    compute, store = Counted(), FeatureStore(tmp_path / "file")
+    compute, cache = Counted(), ActivationCache(tmp_path / "file")
     for _ in range(2):
-        assert equal(store.get(KEY, compute), compute.encoded)
+        assert equal(cache.get(KEY, compute), compute.encoded)
     assert compute.calls == 1
 
 
@@ -94,11 +94,11 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_computed_again(tmp_path, damage):
     compute = Counted()
-    FeatureStore(tmp_path).get(KEY, compute)
+    ActivationCache(tmp_path).get(KEY, compute)
     (path,) = tmp_path.iterdir()
     DAMAGE[damage](path)
     for _ in range(2):
-        assert equal(FeatureStore(tmp_path).get(KEY, compute), compute.encoded)
+        assert equal(ActivationCache(tmp_path).get(KEY, compute), compute.encoded)
     assert compute.calls == 2
 
 
@@ -109,23 +109,23 @@ def test_a_failed_computation_leaves_no_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        FeatureStore(tmp_path).get_all({"layer": KEY}, batches)
+        ActivationCache(tmp_path).get_all({"layer": KEY}, batches)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_costs_no_features(tmp_path, monkeypatch):
+def test_on_a_full_disk_values_stay_in_memory(tmp_path, monkeypatch):
     def full(_file):
         raise OSError(28, "No space left on device")
 
-    compute, store = Counted(), FeatureStore(tmp_path)
+    compute, cache = Counted(), ActivationCache(tmp_path)
     monkeypatch.setattr(os, "fsync", full)
-    assert equal(store.get(KEY, compute), compute.encoded)
-    assert equal(store.get(KEY, compute), compute.encoded)
-    assert compute.calls == 2  # for the disk, then for memory, then never again
+    assert equal(cache.get(KEY, compute), compute.encoded)
+    assert equal(cache.get(KEY, compute), compute.encoded)
+    assert compute.calls == 2  # once for the disk, once for memory
     assert not list(tmp_path.iterdir())
 
 
-def test_leftovers_have_the_names_that_the_run_folder_cleans(tmp_path):
+def test_temporary_files_match_the_cleanup_of_run_folders(tmp_path):
     folder = tmp_path / "partial" / "features"
 
     def killed(_missing):
@@ -135,60 +135,60 @@ def test_leftovers_have_the_names_that_the_run_folder_cleans(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        FeatureStore(folder).get_all({"layer": KEY}, killed)
+        ActivationCache(folder).get_all({"layer": KEY}, killed)
     (left,) = folder.iterdir()
     os.utime(left, (0, 0))
-    remove_leftovers(tmp_path)
+    remove_stale_files(tmp_path)
     assert not list(folder.iterdir())
 
 
 def resident(path):
-    """The KiB of a file's mapping that this process has in memory; None where it maps no such file."""
+    """The KiB of a mapped file that are resident in this process; None if it is not mapped."""
     parts = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
     found = [re.search(r"^Rss:\s+(\d+)", part, re.MULTILINE) for part in parts if str(path) in part]
     return sum(int(each[1]) for each in found) if found else None
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_reading_maps_the_file_and_loads_what_is_looked_at(tmp_path):
+def test_reading_maps_the_file_and_loads_only_accessed_rows(tmp_path):
     def batches(_missing):
         for start in range(0, 64, 8):
             yield {"layer": Encoded(torch.full((8, 2**18), float(start)), torch.zeros(8, 2))}
 
-    store = FeatureStore(tmp_path)
-    store.get_all({"layer": KEY}, batches)
+    cache = ActivationCache(tmp_path)
+    cache.get_all({"layer": KEY}, batches)
     (path,) = tmp_path.iterdir()
-    found = FeatureStore(tmp_path).get(KEY, Counted())
+    found = ActivationCache(tmp_path).get(KEY, Counted())
     assert found.features.shape == (64, 2**18)  # 64 MiB
     assert resident(path) is not None
     assert float(found.features[40].sum()) == 40 * 2**18
     assert resident(path) < 8 * 1024  # one row is 1 MiB
-    found.features[0] += 1  # what a caller does to it stays with the caller
-    assert float(FeatureStore(tmp_path).get(KEY, Counted()).features[0, 0]) == 0
+    found.features[0] += 1  # a caller's writes do not reach the file
+    assert float(ActivationCache(tmp_path).get(KEY, Counted()).features[0, 0]) == 0
     assert path.stat().st_size == 512 + 64 * (2**18 + 2) * 4
 
 
-def test_several_layers_in_one_pass_and_only_those_that_are_missing(tmp_path):
+def test_missing_layers_are_computed_in_one_pass(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)).requires_grad_(
         False
     )
-    images, asked, passes = torch.rand(10, 3, 2, 2), [], []
+    images, requested, passes = torch.rand(10, 3, 2, 2), [], []
     network.register_forward_pre_hook(lambda _module, args: passes.append(len(args[0])))
 
     def batches(missing):
-        asked.append(list(missing))
+        requested.append(list(missing))
         return encode_layers([Representation(network, layer) for layer in missing], images, 4)
 
     def keys(*layers):
         return {layer: {**KEY, "layer": layer} for layer in layers}
 
-    FeatureStore(tmp_path).get_all(keys("1"), batches)
+    ActivationCache(tmp_path).get_all(keys("1"), batches)
     passes.clear()
-    found = FeatureStore(tmp_path).get_all(keys("1", "2", "logits"), batches)
-    assert asked == [["1"], ["2", "logits"]]
+    found = ActivationCache(tmp_path).get_all(keys("1", "2", "logits"), batches)
+    assert requested == [["1"], ["2", "logits"]]
     assert passes.count(4) == 2  # batches of 4, 4 and 2 images
     assert passes.count(2) == 1
     for layer, encoded in found.items():
         wanted = [Representation(network, layer).encode(batch) for batch in images.split(4)]
         assert torch.equal(encoded.features, torch.cat([each.features for each in wanted]))
-        assert torch.equal(encoded.answers, torch.cat([each.answers for each in wanted]))
+        assert torch.equal(encoded.log_probs, torch.cat([each.log_probs for each in wanted]))

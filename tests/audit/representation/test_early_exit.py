@@ -1,4 +1,4 @@
-"""A forward pass is left at the layer: nothing after it runs, and nothing else about the features changes."""
+"""Early exit: no module after the layer runs, and features and gradients are those of a complete pass."""
 
 import copy
 import gc
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """What a ResNet does to hooks: tensors that are overwritten, and a module that is called several times."""
+    """A ResNet with in-place operations and a module that is called several times."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ def images():
 
 
 class Events(list):
-    """What starts and ends in forward passes of a model, in order."""
+    """The starts and ends of module calls in forward passes, in order."""
 
     def __init__(self, model):
         super().__init__()
@@ -68,18 +68,18 @@ class Events(list):
             ]
 
     def until(self, event, call):
-        places = [place for place, each in enumerate(self) if each == event]
-        return self[: places[call] + 1]
+        positions = [position for position, each in enumerate(self) if each == event]
+        return self[: positions[call] + 1]
 
     def remove(self):
         for handle in self.handles:
             handle.remove()
 
 
-def reference(model, path, call, images, entering=False):
-    """The tapped tensor by a hook that clones, and a forward pass that goes on to its end."""
+def reference(model, path, call, images, is_input=False):
+    """The activation recorded by a cloning hook in a complete forward pass."""
     calls, module = [], model.get_submodule(path)
-    if entering:
+    if is_input:
         handle = module.register_forward_pre_hook(lambda _m, args: calls.append(args[0].clone()))
     else:
         handle = module.register_forward_hook(lambda _m, _i, output: calls.append(output.clone()))
@@ -101,16 +101,16 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, "penultimate"])
-def test_nothing_runs_after_the_layer_and_the_values_stay(network, images, layer):
-    entering = layer == "penultimate"
-    path, call = ("head.2", 0) if entering else LAYERS[layer]
+def test_no_module_runs_after_the_layer_and_values_are_exact(network, images, layer):
+    is_input = layer == "penultimate"
+    path, call = ("head.2", 0) if is_input else LAYERS[layer]
     found, representation = [], Representation(network, layer)
     for _ in range(3):
         leaf = images.clone().requires_grad_()
         features = representation(leaf)
         found.append((features.detach(), *torch.autograd.grad(features.pow(2).sum(), leaf)))
     leaf = images.clone().requires_grad_()
-    wanted = reference(network, path, call, leaf, entering)
+    wanted = reference(network, path, call, leaf, is_input)
     (slope,) = torch.autograd.grad(wanted.pow(2).sum(), leaf)
     for values, gradient in found:
         assert torch.equal(values, wanted)
@@ -118,14 +118,14 @@ def test_nothing_runs_after_the_layer_and_the_values_stay(network, images, layer
     assert hooks(network) == 0
     events = Events(network)
     network(images)
-    whole = events.until(("in" if entering else "out", path), call)
+    whole = events.until(("in" if is_input else "out", path), call)
     events.clear()
     representation(images)
     assert events == whole
     events.remove()
 
 
-def test_the_first_use_runs_the_whole_network_and_the_input_none_of_it(network, images):
+def test_the_first_call_runs_the_whole_network_and_input_runs_none(network, images):
     events = Events(network)
     Representation(network, "conv1")(images)
     assert events[-1] == ("out", "")
@@ -136,7 +136,7 @@ def test_the_first_use_runs_the_whole_network_and_the_input_none_of_it(network, 
 
 @pytest.mark.parametrize("mode", ["fresh", "used"])
 @pytest.mark.parametrize("layer", ["layer1.0.relu@-1", "penultimate"])
-def test_copies_and_other_precisions_read_their_own_network(network, images, layer, mode):
+def test_deep_copies_and_other_precisions_use_their_own_network(network, images, layer, mode):
     representation = Representation(network, layer)
     if mode == "used":
         representation(images)
@@ -148,7 +148,7 @@ def test_copies_and_other_precisions_read_their_own_network(network, images, lay
     assert hooks(network) == hooks(twin) == 0
 
 
-def test_transforms_of_functions_go_through(network, images):
+def test_functional_transforms_are_supported(network, images):
     representation = Representation(network, "layer1.0.relu@0", "mean")
     for _ in range(2):
         rows = torch.func.jacrev(representation)(images[:1])
@@ -159,7 +159,7 @@ def test_transforms_of_functions_go_through(network, images):
     torch.testing.assert_close(each, representation(images))
 
 
-def test_a_recomputed_part_of_a_network_keeps_its_gradients(network, images):
+def test_gradients_of_a_checkpointed_module_are_exact(network, images):
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -177,7 +177,7 @@ def test_a_recomputed_part_of_a_network_keeps_its_gradients(network, images):
 
 
 class Swallows(nn.Module):
-    """Runs its body in a way that some network somewhere does, then overwrites what the body returned."""
+    """Handles exceptions of its body in one of several ways, then overwrites the body's output in place."""
 
     def __init__(self, how):
         super().__init__()
@@ -190,18 +190,16 @@ class Swallows(nn.Module):
         except Exception:
             maps = images[:, :2] - 1
         except BaseException as error:
-            if self.how == "lets it pass":
+            if self.how == "reraises":
                 raise
-            if self.how == "makes its own":
+            if self.how == "replaces":
                 raise RuntimeError("the body failed") from error
             maps = images[:, :2] - 1
         return self.then(maps).flatten(1)
 
 
-@pytest.mark.parametrize(
-    ("how", "passes"), [("lets it pass", [1, 1, 1]), ("makes its own", [1, 2, 1]), ("goes on", [1, 2, 1])]
-)
-def test_a_network_that_swallows_exceptions_is_run_to_its_end(images, how, passes):
+@pytest.mark.parametrize(("how", "passes"), [("reraises", [1, 1, 1]), ("replaces", [1, 2, 1]), ("swallows", [1, 2, 1])])
+def test_a_network_that_catches_exceptions_is_run_to_its_end(images, how, passes):
     network = Swallows(how).requires_grad_(False)
     network.body.weight.fill_(1.0)
     network.body.bias.fill_(-1.0)
@@ -215,7 +213,7 @@ def test_a_network_that_swallows_exceptions_is_run_to_its_end(images, how, passe
 
 
 class Repeats(nn.Module):
-    """Calls its layer as often as it is told to."""
+    """Calls its layer `times` times."""
 
     def __init__(self, times):
         super().__init__()
@@ -230,9 +228,9 @@ class Repeats(nn.Module):
 
 @pytest.mark.parametrize(
     ("layer", "times", "message"),
-    [("layer@2", 1, "asks for call 2, but there are only 1"), ("layer@-1", 0, "'layer@-1' is never called")],
+    [("layer@2", 1, "selects call 2, but a forward pass has only 1"), ("layer@-1", 0, "'layer@-1' is never called")],
 )
-def test_a_call_that_does_not_come_any_more_is_an_error(layer, times, message):
+def test_a_call_that_no_longer_happens_is_an_error(layer, times, message):
     network, images = Repeats(3), torch.rand(2, 1, 1, 2)
     representation = Representation(network, layer)
     last = representation(images)
@@ -245,7 +243,7 @@ def test_a_call_that_does_not_come_any_more_is_an_error(layer, times, message):
     assert hooks(network) == 0
 
 
-def test_a_last_call_that_comes_earlier_is_found_again():
+def test_a_last_call_that_moves_is_located_again():
     network, images = Repeats(3), torch.rand(2, 1, 1, 2)
     representation = Representation(network, "layer@-1")
     representation(images)
@@ -254,7 +252,7 @@ def test_a_last_call_that_comes_earlier_is_found_again():
         assert torch.equal(representation(images), network(images))
 
 
-def test_training_and_evaluation_have_calls_of_their_own():
+def test_training_and_evaluation_mode_are_located_separately():
     class Auxiliary(nn.Module):
         def __init__(self):
             super().__init__()
@@ -271,7 +269,7 @@ def test_training_and_evaluation_have_calls_of_their_own():
         assert representation(images).shape == (4, 3 if training else 2)
 
 
-def test_a_representation_may_stand_inside_another(network, images):
+def test_representations_may_be_nested(network, images):
     class Outer(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -291,7 +289,7 @@ def test_a_representation_may_stand_inside_another(network, images):
     assert hooks(outer) == 0
 
 
-def test_an_error_of_the_network_is_passed_on(network, images):
+def test_an_error_of_the_network_is_raised(network, images):
     representation = Representation(network, "layer1")
     representation(images)
     for _ in range(2):
@@ -300,7 +298,7 @@ def test_an_error_of_the_network_is_passed_on(network, images):
         assert hooks(network) == 0
 
 
-def test_a_pass_that_was_left_holds_nothing(network, images):
+def test_an_early_exit_frees_all_activations(network, images):
     activations = []
     handle = network.bn1.register_forward_hook(lambda _m, _i, output: activations.append(weakref.ref(output)))
     representation = Representation(network, "layer1.0.conv1")
@@ -314,16 +312,16 @@ def test_a_pass_that_was_left_holds_nothing(network, images):
         handle.remove()
 
 
-def test_features_without_answers_cost_less_than_those_with(network, images):
+def test_features_without_log_probabilities_exit_early(network, images):
     inner, body = Representation(network, "layer1.0.conv2"), Representation(network, "layer1.0")
     for each in (inner, body):
         each.encode(images)
-        features, answers = each.encode_features(images)
-        assert answers.shape == (4, 0)
+        features, log_probs = each.encode_features(images)
+        assert log_probs.shape == (4, 0)
         assert torch.equal(features, each(images))
-    assert torch.equal(body.encode(images).answers, network(images).log_softmax(1))
+    assert torch.equal(body.encode(images).log_probs, network(images).log_softmax(1))
     events = Events(network)
-    assert inner.encode(images).answers.shape == (4, 0)
+    assert inner.encode(images).log_probs.shape == (4, 0)
     assert events[-1] == ("out", "layer1.0.conv2")
     events.clear()
     body.encode(images)
@@ -333,7 +331,7 @@ def test_features_without_answers_cost_less_than_those_with(network, images):
 
 
 @pytest.mark.parametrize("reduce", ["flatten", "mean"])
-def test_many_layers_are_read_from_one_pass(network, images, reduce):
+def test_several_layers_share_one_pass(network, images, reduce):
     layers = ["penultimate", *LAYERS, "input", "logits", "bn1"]
     events = Events(network)
     found = features_of_layers(network, layers, images, 3, reduce)
@@ -347,7 +345,7 @@ def test_many_layers_are_read_from_one_pass(network, images, reduce):
     assert hooks(network) == 0
 
 
-def test_many_layers_take_the_network_up_to_the_last_of_them(network, images):
+def test_several_layers_exit_early_at_the_last_of_them(network, images):
     events = Events(network)
     features_of_layers(network, ["layer1.0", "layer1.0.relu@1", "bn1"], images, 1)
     events.remove()
@@ -357,25 +355,25 @@ def test_many_layers_take_the_network_up_to_the_last_of_them(network, images):
         assert events[start:end][-1] == ("out", "layer1.0")
 
 
-def test_many_layers_with_their_answers_are_those_of_one_by_one(network, images):
+def test_several_layers_equal_those_encoded_one_by_one(network, images):
     encoders = [Representation(network, layer) for layer in ("input", "bn1", "layer1.0.conv1", "head", "logits")]
     parts = list(encode_layers(encoders, images, 3))
     for part, batch in zip(parts, images.split(3), strict=True):
         for each in encoders:
             wanted = Representation(network, each.layer).encode(batch)
             assert torch.equal(part[each.layer].features, wanted.features)
-            assert torch.equal(part[each.layer].answers, wanted.answers)
-    assert [part["head"].answers.shape[1] for part in parts] == [5, 5]
-    assert [part["layer1.0.conv1"].answers.shape[1] for part in parts] == [0, 0]
+            assert torch.equal(part[each.layer].log_probs, wanted.log_probs)
+    assert [part["head"].log_probs.shape[1] for part in parts] == [5, 5]
+    assert [part["layer1.0.conv1"].log_probs.shape[1] for part in parts] == [0, 0]
     assert not list(encode_layers([], images, 3))
 
 
-def test_what_many_layers_cannot_be(network, images):
+def test_illegal_sets_of_layers_are_refused(network, images):
     with pytest.raises(UsageError, match="batch size 0 of the images to encode must be at least 1"):
         features_of_layers(network, ["bn1"], images, 0)
-    with pytest.raises(UsageError, match="all representations must be of one model"):
+    with pytest.raises(UsageError, match="must belong to one model"):
         list(encode_layers([Representation(model, "bn1") for model in (network, SmallResNet())], images, 2))
-    with pytest.raises(UsageError, match="layer 'bn1' is asked for twice"):
+    with pytest.raises(UsageError, match="layer 'bn1' occurs twice"):
         list(encode_layers([Representation(network, "bn1"), Representation(network, "bn1", "mean")], images, 2))
     with pytest.raises(UsageError, match="called 2 times in a forward pass"):
         features_of_layers(network, ["bn1", "layer1.0.relu"], images, 2)

@@ -1,3 +1,5 @@
+"""Layer names, hooks on stock models, reductions and the descriptions of layers."""
+
 import warnings
 from importlib import import_module
 
@@ -14,14 +16,14 @@ RELU_NAMES = [f"layer{stage}.{block}.relu" for stage in range(1, 5) for block in
 def build(name):
     """A stock network with random weights, in eval mode."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # what the libraries say about their own age while they are imported
+        warnings.simplefilter("ignore")  # deprecation warnings of the libraries' own imports
         torch.manual_seed(0)
         library, _, architecture = name.partition(":")
         if library == "timm":
             return import_module("timm").create_model(architecture, pretrained=False).eval()
         models = import_module("torchvision.models")
         if architecture == "vit_b_16":
-            # as many blocks as vit_b_16 has, but narrow
+            # the 12 blocks of vit_b_16, with narrow layers
             vit = models.VisionTransformer(32, 16, num_layers=12, num_heads=2, hidden_dim=16, mlp_dim=32)
             return vit.eval()
         return getattr(models, architecture)(weights=None).eval()
@@ -46,8 +48,8 @@ def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-# What stock models do to a hook: modules, called more than once, tuple outputs, never called, overwritten later.
-# densenet121 has 121 normalisations that a ReLU overwrites; `features` returns the last one's tensor: 122.
+# Numbers of modules, of those called more than once, with tuple outputs, never called, and overwritten in place.
+# densenet121 has 121 normalisations that a ReLU overwrites, and `features` returns the last one's tensor: 122.
 STOCK = {
     "torchvision:resnet18": (67, 8, 0, 0, 17),
     "torchvision:densenet121": (432, 0, 0, 0, 122),
@@ -73,7 +75,7 @@ def test_stock_models_are_described_as_measured(name, images):
     )
     assert counts == STOCK[name]
     assert hooks(model) == 0
-    # every row tells the truth about what a Representation of it does: a few of each kind are tried
+    # each combination of properties is checked against a Representation of one such layer
     kinds = {(row.calls > 1, row.outputs > 1, row.calls == 0, row.overwritten): row for row in layers}
     for row in kinds.values():
         suffix = ("@-1" if row.calls > 1 else "") + ("#0" if row.outputs > 1 else "")
@@ -97,7 +99,7 @@ def test_pseudo_layers(name, images):
         assert torch.equal(head(features), model(images))
 
 
-def test_the_clone_keeps_what_the_layer_returned(resnet, images):
+def test_in_place_operations_do_not_change_the_features(resnet, images):
     seen = []
     handle = resnet.bn1.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     with torch.no_grad():
@@ -105,7 +107,7 @@ def test_the_clone_keeps_what_the_layer_returned(resnet, images):
         handle.remove()
         kept = Representation(resnet, "bn1")(images)
         wanted = resnet.bn1(resnet.conv1(images))
-    assert float(seen[0].min()) == 0  # the naive hook sees what the ReLU left
+    assert float(seen[0].min()) == 0  # without a clone the hook's tensor is overwritten by the ReLU
     assert float(kept.min()) < 0
     torch.testing.assert_close(kept, wanted.flatten(1))
 
@@ -120,7 +122,7 @@ def test_gradients_reach_the_images(resnet, images, layer):
 
 
 @pytest.mark.parametrize("layer", RELU_NAMES[:1])
-def test_a_layer_called_twice_asks_which_call(resnet, images, layer):
+def test_a_layer_called_twice_needs_a_call_number(resnet, images, layer):
     with pytest.raises(UsageError, match=f"called 2 times.*{layer}@0 to {layer}@1 or {layer}@-1"):
         Representation(resnet, layer)(images)
     with torch.no_grad():
@@ -130,13 +132,13 @@ def test_a_layer_called_twice_asks_which_call(resnet, images, layer):
     assert not torch.equal(first, last)
     assert torch.equal(last, block)
     for call in (2, -3):
-        with pytest.raises(UsageError, match=f"asks for call {call}, but there are only 2"):
+        with pytest.raises(UsageError, match=f"selects call {call}, but a forward pass has only 2"):
             Representation(resnet, f"{layer}@{call}")(images)
 
 
-def test_a_tuple_asks_which_value(vit, images):
+def test_a_tuple_output_needs_an_index(vit, images):
     layer = "encoder.layers.encoder_layer_0.self_attention"
-    with pytest.raises(UsageError, match=rf"returns 2 values: say which, such as {layer}#0"):
+    with pytest.raises(UsageError, match=rf"returns 2 values: select one, such as {layer}#0"):
         Representation(vit, layer)(images)
     with torch.no_grad():
         tokens = Representation(vit, f"{layer}#0")(images)
@@ -148,30 +150,30 @@ def test_a_tuple_asks_which_value(vit, images):
             Representation(vit, f"{layer}#{index}")(images)
 
 
-def test_one_tensor_needs_no_index(resnet, images):
+def test_a_single_tensor_takes_no_index(resnet, images):
     for layer in ("bn1#0", "logits#0"):
         with pytest.raises(UsageError, match="returns one tensor: leave out #0"):
             Representation(resnet, layer)(images)
 
 
 @pytest.mark.parametrize("layer", ["input@0", "logits@0", "penultimate@-1", "input#0", "penultimate#0"])
-def test_pseudo_layers_have_no_calls(resnet, layer):
+def test_pseudo_layers_take_no_call_number(resnet, layer):
     with pytest.raises(UsageError, match="leave out @ and #"):
         Representation(resnet, layer)
 
 
-def test_a_layer_that_is_never_called_says_so(vit, images):
+def test_a_layer_that_is_never_called_is_refused(vit, images):
     with pytest.raises(UsageError, match="never called in a forward pass"):
         Representation(vit, "encoder.layers.encoder_layer_0.self_attention.out_proj")(images)
 
 
 @pytest.mark.parametrize("layer", ["", "@0", "#0", "a@b", "bn1#0@1", "bn1@", "a@1@2"])
-def test_a_misspelt_layer_is_refused(resnet, layer):
+def test_a_malformed_layer_name_is_refused(resnet, layer):
     with pytest.raises(UsageError, match="not of the form"):
         Representation(resnet, layer)
 
 
-def test_an_unknown_layer_names_the_near_ones(resnet):
+def test_an_unknown_layer_is_refused_with_near_matches(resnet):
     with pytest.raises(UnknownNameError, match=r"unknown layer 'layer1.0.bn3'; did you mean 'layer1.0.bn2' or "):
         Representation(resnet, "layer1.0.bn3")
     with pytest.raises(UnknownNameError, match="unknown layer ''"):
@@ -183,7 +185,7 @@ def test_an_unknown_reduction_is_refused(resnet):
         Representation(resnet, "bn1", "max")
 
 
-def test_layer_names_can_all_be_asked_for(resnet):
+def test_every_layer_name_is_accepted(resnet):
     names = layer_names(resnet)
     assert tuple(names[:3]) == PSEUDO_LAYERS
     assert len(names) == len(set(names)) == 70
@@ -192,7 +194,7 @@ def test_layer_names_can_all_be_asked_for(resnet):
 
 
 @pytest.mark.parametrize("layer", ["bn1", "layer1.0.relu", "layer1.0.relu@7", "penultimate", "logits", "input"])
-def test_hooks_come_off(resnet, images, layer):
+def test_hooks_are_removed(resnet, images, layer):
     with torch.no_grad():
         try:
             Representation(resnet, layer)(images)
@@ -213,7 +215,7 @@ class Fails(nn.Module):
 
 
 @pytest.mark.parametrize("layer", ["first", "second", "penultimate"])
-def test_hooks_come_off_after_an_error(layer):
+def test_hooks_are_removed_after_an_error(layer):
     model, images = Fails(), torch.zeros(1, 1, 2, 2)
     with pytest.raises(RuntimeError, match="out of memory"):
         Representation(model, layer)(images)
@@ -222,7 +224,7 @@ def test_hooks_come_off_after_an_error(layer):
     assert hooks(model) == 0
 
 
-def test_penultimate_is_what_the_classifier_sees(resnet, vit, images):
+def test_penultimate_is_the_input_of_the_last_linear_layer(resnet, vit, images):
     with torch.no_grad():
         pooled = Representation(resnet, "avgpool")(images)
         assert torch.equal(Representation(resnet, "penultimate")(images), pooled)
@@ -238,7 +240,7 @@ def test_penultimate_of_a_convolutional_classifier(images):
         assert torch.equal(Representation(model, "penultimate")(images), model[0](images).flatten(1))
 
 
-def test_penultimate_needs_a_linear_layer_but_the_description_does_not(images):
+def test_penultimate_needs_a_linear_layer_and_descriptions_do_not(images):
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten())
     with pytest.raises(UsageError, match="needs a model whose forward ends in a linear layer"):
         Representation(model, "penultimate")(images)
@@ -260,7 +262,7 @@ def test_reductions(resnet, vit, images):
 
 
 class Odd(nn.Module):
-    """Layers that are no representation: a dictionary, a number, a scalar, windows instead of images."""
+    """Layers whose output is no batch of features: a dictionary, a number, a scalar, windows."""
 
     def __init__(self):
         super().__init__()
@@ -287,10 +289,10 @@ class Part(nn.Module):
         ("table", "returns a dict, not a tensor"),
         ("number", "returns a float, not a tensor"),
         ("scalar", r"needs a batch and a feature axis, not the shape \(\)"),
-        ("windows", r"returns the shape \(4, 8\) for 2 images: its first axis is not the images"),
+        ("windows", r"returns the shape \(4, 8\) for 2 images: its first axis must be the batch"),
     ],
 )
-def test_layers_that_are_no_representation(layer, message):
+def test_outputs_that_are_no_batch_of_features_are_refused(layer, message):
     model, images = Odd(), torch.rand(2, 1, 4, 4)
     with pytest.raises(UsageError, match=message):
         Representation(model, layer)(images)
@@ -307,19 +309,19 @@ class Wrapper(nn.Module):
         return self.network(images - self.mean)
 
 
-def test_a_wrapper_is_transparent(resnet, images):
+def test_layer_names_skip_a_wrapper(resnet, images):
     wrapped = Wrapper(resnet)
     assert layer_names(wrapped) == layer_names(resnet)
     with torch.no_grad():
         for layer in ("conv1", "penultimate", "logits"):
             found = Representation(wrapped, layer)(images)
             torch.testing.assert_close(found, Representation(resnet, layer)(images - 0.5))
-        # the images are the user's, before the normalisation
+        # `input` is the image before the normalisation
         assert torch.equal(Representation(wrapped, "input")(images), images.flatten(1))
     assert len(describe_layers(wrapped, images)) == 70
 
 
-def test_a_network_with_a_part_called_network_hides_nothing(images):
+def test_a_child_called_network_beside_others_is_no_wrapper(images):
     class Whole(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Networks of timm, torchvision and robustbench, with weights that lie here, audited at a layer inside."""
+"""Networks of timm, torchvision and robustbench, with weights from local files, audited at an inner layer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +13,15 @@ from audit.adversary.pgd import PGD
 from audit.adversary.threat import Linf
 from audit.config.settings import AuditSettings
 from audit.information import critic_descent as vulnerability
-from audit.information.critic_descent import WorstCaseSearch
-from audit.information.critic_training import CriticTraining
-from audit.information.critics import CriticShape
 from audit.information.mine import Mine
+from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.records import RecordStore
 from audit.run.cell import Cell
-from audit.run.cell_runner import RunOptions
+from audit.run.loading import RunOptions
 from audit.run.run_loop import run
 from model_zoo import libraries
 from model_zoo.load import SourceSettings
-from model_zoo.sources.downloads import file_sha256
+from model_zoo.untrusted import file_sha256
 from model_zoo.weights.checkpoints import write_safetensors
 
 SETTINGS = AuditSettings(
@@ -74,14 +72,14 @@ def _audit(folder: Path, ref: str, layer: str, sources: SourceSettings, classes:
 
 @pytest.fixture(autouse=True)
 def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large networks, small machine: look for the answer to collapse to with fewer passes."""
-    for name in ("_TRIAL_ANSWERS", "_TRIAL_IMAGES"):
+    """Shorten the trial of target classes, because the networks are large."""
+    for name in ("_TRIAL_CLASSES", "_TRIAL_IMAGES"):
         monkeypatch.setattr(vulnerability, name, 2)
-    monkeypatch.setattr(vulnerability, "_HEATS", ((1, 1),))
+    monkeypatch.setattr(vulnerability, "_TRIAL_ROUNDS", ((1, 1),))
 
 
 def _random_state(build: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
-    """Random weights without the seconds a large network's own initialisation takes, and none of them all zero."""
+    """Random weights without all-zero tensors; initialising the network itself takes seconds."""
     with torch.device("meta"):
         empty = build().state_dict()
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
-"""Disturbs runs of a benchmark, as a program: kills them at random moments, gives them company, sends them signals.
+"""Disturb benchmark runs, as a program: kill them at random times, run several in one folder, send signals.
 
-One process imports everything and forks the runs, so that thirty kills take seconds. Prints where the results lie.
+One process imports everything and forks the runs, so that thirty kills take seconds. Prints the result folders.
 """
 
 import json
@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import audit.run.intermediate
-from audit.run.cell import read_config
-from audit.run.cell_runner import Watcher
-from audit.run.run_loop import expand, run
+from audit.config.yaml_source import read_config
+from audit.run.cell import expand
+from audit.run.run_loop import Watcher, run
 from reports.cli import main
 
 DRAW = random.Random(7)
@@ -43,9 +43,9 @@ def code_of(child: int) -> int:
 
 
 def killed(config: Path, folder: Path, kills: int, workers: int) -> Path:
-    """Kill so many runs, then let one finish; return its folder. Where a run gets through, the next begins elsewhere.
+    """Kill runs, then let one finish, and return its folder. After a run that finishes early, use a new one.
 
-    Every cell that was computed stands in `computed.txt` beside the folder.
+    The ids of all computed cells are in `computed.txt` beside the folder.
     """
     cells = expand(read_config(config))
 
@@ -74,13 +74,13 @@ def killed(config: Path, folder: Path, kills: int, workers: int) -> Path:
 
 
 def signalled(config: Path, folder: Path, number: int) -> tuple[int, float]:
-    """Send a signal to the command after its first cell; return its exit code and how long it took to end."""
+    """Send a signal to the command after its first cell; return its exit code and the seconds until it ended."""
     out, into = os.pipe()
 
     def work() -> int:
         os.dup2(into, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore SIGINT
         return main(["run", str(config), "--out", str(folder)])
 
     child = forked(work)
@@ -96,7 +96,7 @@ def signalled(config: Path, folder: Path, number: int) -> tuple[int, float]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     short, long, place = map(Path, sys.argv[1:])
-    audit.run.intermediate.SECONDS = -1.0  # parts of cells are in the way of kills, too
+    audit.run.intermediate.MIN_SECONDS = -1.0  # so that kills also meet intermediate results
     told = {
         "alone": str(killed(short, place / "alone" / "run", 30, 1)),
         "two": str(killed(short, place / "two" / "run", 12, 2)),

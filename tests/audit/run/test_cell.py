@@ -1,4 +1,4 @@
-"""benchmark.yaml: every fault at once with its place, and cells from what is legal."""
+"""benchmark.yaml: all faults are reported with their places; legal files become cells."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +8,12 @@ import pytest
 from audit.adversary.label_attack import AUDIT
 from audit.adversary.threat import L2, Linf
 from audit.config.benchmark import BenchmarkConfig, parse_number
+from audit.config.yaml_source import read_config
 from audit.errors import ConfigError, EnvironmentFault, UnknownNameError
 from audit.information.mine import Mine
 from audit.information.registry import ESTIMATORS
 from audit.information.released.estimator import Reference
-from audit.run.cell import cells, read_config
-from audit.run.run_loop import expand
+from audit.run.cell import cells, expand
 
 ROOT = Path(__file__).parents[3]
 LEGAL = "name: a\ndataset: digits\nmodels: [bundled:digits-vgg-robust]\nthreats: {eps: 8/255}\n"
@@ -91,7 +91,7 @@ PLACES_AND_WORDS = [
 ]
 
 
-def test_every_fault_at_once_with_its_place(tmp_path: Path) -> None:
+def test_all_faults_are_reported_with_their_places(tmp_path: Path) -> None:
     found = _faults(tmp_path, FAULTY)
     assert len(found) == len(PLACES_AND_WORDS)
     for fault, (place, words) in zip(found, PLACES_AND_WORDS, strict=True):
@@ -115,7 +115,7 @@ def test_every_fault_at_once_with_its_place(tmp_path: Path) -> None:
         (LEGAL + "#" * 1_000_000, " is larger than 1,000,000 bytes"),
     ],
 )
-def test_what_is_no_benchmark(tmp_path: Path, text: str | bytes, expected: str) -> None:
+def test_files_that_are_not_benchmarks(tmp_path: Path, text: str | bytes, expected: str) -> None:
     (fault,) = _faults(tmp_path, text)
     assert fault.startswith(expected)
 
@@ -127,7 +127,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-def test_tags_run_nothing_and_are_all_refused(tmp_path: Path) -> None:
+def test_yaml_tags_are_refused_and_run_nothing(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     text = (
         f"name: !!python/name:os.system a\ndataset: digits\nmodels: !!python/object/apply:os.system [touch {canary}]\n"
@@ -153,7 +153,7 @@ def test_faults_of_merged_keys_have_a_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["-a", "a/b", "../a", "a" * 61, "", "ä", ".hidden"])
-def test_names_that_are_no_folder(tmp_path: Path, name: str) -> None:
+def test_benchmark_names_that_cannot_be_folder_names(tmp_path: Path, name: str) -> None:
     (fault,) = _faults(tmp_path, LEGAL.replace("name: a", f'name: "{name}"'))
     assert fault.startswith(":1:1: name: ")
     assert _read(tmp_path, LEGAL.replace("name: a", "name: a.b-C_9")).name == "a.b-C_9"
@@ -167,16 +167,16 @@ def test_numbers(written: object, value: float) -> None:
 
 
 @pytest.mark.parametrize("written", ["8/0", "eight", True, None, [1], "1e99999999/2", ""])
-def test_what_is_no_number(written: object) -> None:
+def test_invalid_numbers(written: object) -> None:
     with pytest.raises(ValueError, match="not a number or fraction such as 8/255"):
         parse_number(written)
 
 
-def test_a_number_of_a_hundred_million_digits_is_not_written_out() -> None:
+def test_huge_exponents_become_infinity() -> None:
     assert parse_number("1e99999999") == float("inf")
 
 
-def test_a_model_may_differ_from_the_benchmark(tmp_path: Path) -> None:
+def test_models_override_benchmark_settings(tmp_path: Path) -> None:
     config = _read(
         tmp_path,
         "name: a\ndataset: digits\nimages: 60\nlayers: [logits, penultimate]\nseeds: 7\n"
@@ -201,7 +201,7 @@ def test_a_model_may_differ_from_the_benchmark(tmp_path: Path) -> None:
     assert first.settings == last.settings
 
 
-def test_every_estimator_makes_cells_of_its_own(tmp_path: Path) -> None:
+def test_each_estimator_has_its_own_cells(tmp_path: Path) -> None:
     text = LEGAL.replace("eps: 8/255", "eps: [8/255, 0.1]") + (
         "estimators:\n  - {name: mine, steps: 5, learning_rate: 1/100, critic: {width: 3}, search: {rounds: 2}}\n"
         "  - {name: ref-mean, width: 7, step_size: 1/50}\n"
@@ -217,7 +217,7 @@ def test_every_estimator_makes_cells_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_an_estimator_by_its_name_alone_is_the_default_one(name: str, tmp_path: Path) -> None:
+def test_an_estimator_given_by_name_has_default_settings(name: str, tmp_path: Path) -> None:
     (cell,) = cells(_read(tmp_path, LEGAL + f"estimators: {name}\n"))
     assert cell.settings.estimator == ESTIMATORS[name]
     with pytest.raises(ConfigError, match="unknown key 'nme'"):
@@ -233,7 +233,7 @@ def test_two_spellings_are_one_configuration(tmp_path: Path) -> None:
     assert first.canonical() == second.canonical()
 
 
-def test_patterns_become_the_bundled_models_they_match(tmp_path: Path) -> None:
+def test_patterns_expand_to_bundled_models(tmp_path: Path) -> None:
     def refs(pattern: str) -> list[str]:
         return [cell.ref for cell in expand(_read(tmp_path, LEGAL.replace("bundled:digits-vgg-robust", pattern)))]
 
@@ -246,7 +246,7 @@ def test_patterns_become_the_bundled_models_they_match(tmp_path: Path) -> None:
         refs("'bundled:digit_*'")
 
 
-def test_the_benchmark_that_comes_with_the_project() -> None:
+def test_the_default_benchmark() -> None:
     made = expand(read_config(ROOT / "benchmark.yaml"))
     models, estimators = {cell.ref for cell in made}, {cell.settings.estimator.name for cell in made}
     assert len(models) >= 12
@@ -261,15 +261,15 @@ def test_the_benchmark_that_comes_with_the_project() -> None:
     ("written", "name"),
     [("smoke", "ce-10+margin-10"), ("{tier: audit}", AUDIT.name), ("{steps: 3, restarts: 2}", "ce-3x2+margin-3x2")],
 )
-def test_an_attack_is_a_tier_or_ones_own(tmp_path: Path, written: str, name: str) -> None:
+def test_an_attack_is_a_tier_or_has_own_steps(tmp_path: Path, written: str, name: str) -> None:
     assert _read(tmp_path, f"{LEGAL}attack: {written}\n").settings()[0].attack.name == name
 
 
-def test_without_a_word_the_attack_is_the_audit_tier(tmp_path: Path) -> None:
+def test_the_default_attack_is_the_audit_tier(tmp_path: Path) -> None:
     assert _read(tmp_path, LEGAL).settings()[0].attack == AUDIT
 
 
-def test_a_tier_with_steps_of_ones_own_is_refused_and_so_is_an_unknown_one(tmp_path: Path) -> None:
+def test_a_tier_with_own_steps_and_an_unknown_tier_are_refused(tmp_path: Path) -> None:
     (fault,) = _faults(tmp_path, f"{LEGAL}attack: {{tier: audit, steps: 3}}\n")
     assert "steps and a tier exclude each other" in fault
     (fault,) = _faults(tmp_path, f"{LEGAL}attack: audti\n")

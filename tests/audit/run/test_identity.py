@@ -1,4 +1,4 @@
-"""A cell's id changes with everything that decides its numbers, and with nothing that does not."""
+"""Cell ids change with everything that decides numbers and with nothing else."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,19 +11,16 @@ from audit.adversary.label_attack import LabelAttack, Stage
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import Linf
 from audit.config.benchmark import BenchmarkConfig
-from audit.config.estimators import ESTIMATOR_SECTIONS, CriticSection, SearchSection, Section
+from audit.config.estimators import ESTIMATOR_SECTIONS, Section, nested_section
 from audit.config.settings import AuditSettings
-from audit.information.critic_descent import WorstCaseSearch
-from audit.information.critic_training import CriticTraining
-from audit.information.critics import CriticShape
-from audit.information.probes import ProbeTraining
-from audit.run import cell_runner as workbench
+from audit.information.settings import CriticShape, CriticTraining, ProbeTraining, WorstCaseSearch
 from audit.run.cell import Cell, cells
-from audit.run.cell_runner import RunOptions
+from audit.run.identity import cell_identity
+from audit.run.loading import RunOptions
 from audit.storage import digest
 from model_zoo.entries import ModelEntry
-from model_zoo.images.load import ImageRequest, ImageSet
-from model_zoo.prepared import SourceSettings
+from model_zoo.images.datasets import ImageRequest, ImageSet
+from model_zoo.model_types import SourceSettings
 
 # Dataclasses that are no sections: which fields are part of a cell's identity, and which are not.
 CLASSES: dict[type, tuple[set[str], set[str]]] = {
@@ -53,38 +50,36 @@ BASE: dict[str, Any] = {
 
 
 def images(dataset: str, count: int | None) -> ImageSet:
-    """Return a set whose hash says which images were asked for, as that of a real one does."""
+    """Return a set whose hash depends on the requested images, as that of a real one."""
     return ImageSet(torch.zeros(1), torch.zeros(1), ("0", "1"), dataset, "test", (0,), digest([dataset, count]))
 
 
 def ids(values: dict[str, Any], entry: ModelEntry = ENTRY) -> list[str]:
     found = cells(BenchmarkConfig.model_validate(values))
-    return [digest(workbench._identity(cell, images(cell.dataset, cell.images), entry)) for cell in found]
+    return [digest(cell_identity(cell, entry, images(cell.dataset, cell.images).sha256)) for cell in found]
 
 
 @pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.__name__)
-def test_every_field_of_the_settings_is_classed(made: type) -> None:
+def test_every_settings_field_is_classified(made: type) -> None:
     decide, leave = CLASSES[made]
     assert not decide & leave
     assert decide | leave == {known.name for known in fields(made)}
 
 
 @pytest.mark.parametrize("field", BenchmarkConfig.model_fields)
-def test_a_benchmark_s_fields_change_ids_where_they_decide_numbers(field: str) -> None:
+def test_benchmark_fields_that_decide_numbers_change_ids(field: str) -> None:
     changed = ids({**BASE, field: VALUES[field]}) != ids(BASE)
     assert changed == (field in BenchmarkConfig.decides)
 
 
 SECTIONS: list[tuple[type[Section], tuple[str, ...]]] = [
-    *((section, ()) for section in ESTIMATOR_SECTIONS.values()), (CriticSection, ("critic",)),
-    (SearchSection, ("search",)),
+    *((section, ()) for section in ESTIMATOR_SECTIONS.values()), (nested_section(CriticShape), ("critic",)),
+    (nested_section(WorstCaseSearch), ("search",)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("section", "under"), SECTIONS, ids=lambda value: getattr(value, "__name__", ""))
-def test_a_section_s_fields_change_ids_where_they_decide_numbers(
-    section: type[Section], under: tuple[str, ...]
-) -> None:
+def test_section_fields_that_decide_numbers_change_ids(section: type[Section], under: tuple[str, ...]) -> None:
     estimator = "mine" if under else section.model_fields["name"].default
     plain = ids({**BASE, "estimators": [estimator]})
     for field, info in section.model_fields.items():
@@ -109,13 +104,13 @@ def other(default: Any, field: str) -> Any:
 
 
 @pytest.mark.parametrize("field", ["tier", "steps", "relative_step", "restarts"])
-def test_the_attack_s_fields_decide(field: str) -> None:
+def test_attack_fields_change_ids(field: str) -> None:
     own = {"steps": 5, "relative_step": 0.3, "restarts": 2}
     change = {"tier": "smoke"} if field == "tier" else {**own, field: 1}
     assert ids({**BASE, "attack": change}) != ids({**BASE, "attack": own})
 
 
-def test_a_model_s_own_fields_decide_but_for_its_label() -> None:
+def test_model_fields_except_the_label_change_ids() -> None:
     plain = ids(BASE)
     for field, value in VALUES.items():
         if field in ("dataset", "images", "layers", "threats", "name"):
@@ -136,19 +131,18 @@ def test_a_model_s_own_fields_decide_but_for_its_label() -> None:
         ("renames", ("a",), False),
     ],
 )
-def test_weights_and_code_decide_what_is_known_of_them_does_not(field: str, value: Any, decides: bool) -> None:
+def test_weights_and_code_change_ids_but_metadata_does_not(field: str, value: Any, decides: bool) -> None:
     assert (ids(BASE, replace(ENTRY, **{field: value})) != ids(BASE)) == decides
 
 
-def test_the_images_decide_through_their_hash() -> None:
+def test_images_change_ids_through_their_hash_only() -> None:
     (cell,) = cells(BenchmarkConfig.model_validate(BASE))
-    one = images("digits", None)
-    renamed = replace(one, ref="folder:x", split="train")
-    assert workbench._identity(cell, one, ENTRY) == workbench._identity(cell, renamed, ENTRY)
-    assert workbench._identity(cell, replace(one, sha256="0"), ENTRY)["data_sha256"] == "0"
+    assert cell_identity(cell, ENTRY, "0")["data_sha256"] == "0"
+    elsewhere = replace(cell, dataset="folder:x", images=7)
+    assert cell_identity(elsewhere, ENTRY, "0") == cell_identity(cell, ENTRY, "0")
 
 
-def test_where_a_file_lies_decides_nothing_and_what_it_is_read_as_does() -> None:
+def test_a_weights_file_changes_ids_through_its_options_not_its_path() -> None:
     def of(ref: str) -> list[str]:
         return ids({**BASE, "models": [ref]})
 
@@ -159,7 +153,7 @@ def test_where_a_file_lies_decides_nothing_and_what_it_is_read_as_does() -> None
     assert of("file:a.pth?arch=timm:resnet34&num_classes=10") != base
 
 
-def test_an_id_is_the_hash_of_canonical_json_alone(tmp_path: Path) -> None:
+def test_an_id_is_the_digest_of_canonical_json(tmp_path: Path) -> None:
     (cell,) = cells(BenchmarkConfig.model_validate(BASE))
-    identity = workbench._identity(cell, images("digits", None), ENTRY)
+    identity = cell_identity(cell, ENTRY, images("digits", None).sha256)
     assert digest(dict(reversed(list(identity.items())))) == digest(identity)

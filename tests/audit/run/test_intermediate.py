@@ -1,4 +1,4 @@
-"""What is done of a cell that is not: taken up by the next process, never in the way, gone when the run is."""
+"""Intermediate results are reused by the next process, recomputed when damaged, and deleted with the end of a run."""
 
 import json
 import os
@@ -15,22 +15,22 @@ import audit.run.intermediate
 from audit.adversary.label_attack import two_losses
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import Linf
-from audit.certificate.layers import LayerCertificate
-from audit.certificate.near_collisions import CurvePoint
+from audit.certificate.results import CurvePoint, LayerCertificate
 from audit.config.settings import AuditSettings
 from audit.errors import EnvironmentFault
-from audit.information.critic_descent import WorstCaseSearch
-from audit.information.critic_training import CriticTraining
-from audit.information.critics import CriticShape
-from audit.information.estimator import Known, MIEstimate
-from audit.information.labels import LabelInformation, LabelLevel
+from audit.information.estimator import MIEstimate, WarmStart
+from audit.information.label_entropy import LabelEntropy
+from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
 from audit.information.sandwich import Sandwich
+from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.records import RecordStore
-from audit.run import cell_runner as workbench
+from audit.run import model_results
 from audit.run.cell import Cell
-from audit.run.intermediate import Parts, packed, unpacked
+from audit.run.cell_runner import STORED_TYPES, CellRunner
+from audit.run.intermediate import IntermediateResults, Memo, read_result, to_bytes
 from audit.run.layer_audit import LayerAudit
+from audit.run.loading import RunOptions, open_images, open_model
 from audit.run.run_loop import run
 from audit.storage import digest
 
@@ -42,7 +42,7 @@ CELLS = [replace(CELL, layer=layer, threat=threat) for layer in ("logits", "penu
          (Linf(0.1), Linf(0.2))]  # fmt: skip
 ESTIMATORS = (
     SMALL,
-    LabelLevel(steps=2),
+    LabelEntropy(steps=2),
     LabelInformation(steps=2),
     Mine(
         CriticTraining(steps=6, every=3, shape=CriticShape(width=8, embedding=4, channels=2)),
@@ -53,16 +53,16 @@ CPU = torch.device("cpu")
 
 
 class Killed(BaseException):
-    """Nothing of ours catches it, as nothing catches SIGKILL."""
+    """Stands for SIGKILL: no code catches it."""
 
 
 @pytest.fixture(autouse=True)
-def everything_is_kept(monkeypatch):
-    monkeypatch.setattr(audit.run.intermediate, "SECONDS", -1.0)
+def everything_is_stored(monkeypatch):
+    monkeypatch.setattr(audit.run.intermediate, "MIN_SECONDS", -1.0)
 
 
 class Costly:
-    """Counts the costly parts that are computed, and dies before one of them, counted from now."""
+    """Counts computed results, and raises Killed before one of them."""
 
     def __init__(self) -> None:
         self.made: Counter[str] = Counter()
@@ -82,7 +82,9 @@ class Costly:
 @pytest.fixture
 def costly(monkeypatch):
     found = Costly()
-    monkeypatch.setattr(workbench, "attacked", found.counting("attack", workbench.attacked))
+    monkeypatch.setattr(
+        model_results, "evaluate_robustness", found.counting("attack", model_results.evaluate_robustness)
+    )
     for case in ("normal", "vulnerability"):
         monkeypatch.setattr(Sandwich, case, found.counting(case, getattr(Sandwich, case)))
     return found
@@ -94,10 +96,10 @@ def rows(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The records of a run that keeps no parts."""
+    """The records of a run that stores no intermediate results."""
     folder = tmp_path_factory.mktemp("calm")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit.run.intermediate, "SECONDS", float("inf"))
+        patch.setattr(audit.run.intermediate, "MIN_SECONDS", float("inf"))
         run(CELLS, folder)
     return rows(folder)
 
@@ -107,7 +109,7 @@ ALL = {"attack": 2, "normal": 4, "vulnerability": 8}
 
 
 @pytest.mark.parametrize("number", [2, 6, 14])
-def test_no_part_is_computed_twice_wherever_a_run_is_killed(number, undisturbed, costly, tmp_path):
+def test_a_killed_run_repeats_no_intermediate_result(number, undisturbed, costly, tmp_path):
     costly.dies_before = number
     with pytest.raises(Killed):
         run(CELLS, tmp_path)
@@ -118,41 +120,41 @@ def test_no_part_is_computed_twice_wherever_a_run_is_killed(number, undisturbed,
     assert not (tmp_path / "partial").exists()
 
 
-def test_other_processes_take_up_what_their_cells_share(undisturbed, costly, tmp_path):
-    """As on a cluster: every worker has a bench of its own, and the folder in common."""
+def test_processes_share_intermediate_results(undisturbed, costly, tmp_path):
+    """As on a cluster, every worker has its own runner, and all share the folder."""
     for cell in CELLS:
-        bench = workbench.Workbench(workbench.RunOptions(), workbench.Watcher(), tmp_path)
-        bench.keep(bench.compute(cell), cell, RecordStore(tmp_path))
+        runner = CellRunner(RunOptions(), tmp_path)
+        runner.save(runner.compute(cell), cell, RecordStore(tmp_path))
     assert costly.made == ALL
     assert rows(tmp_path) == undisturbed
-    # attacks, normal cases and the features of two layers; worst cases went with their cells
+    # attacks, normal cases and the features of two layers; worst cases are deleted with their cells
     assert len(list((tmp_path / "partial").rglob("*.safetensors"))) == 2 + 4 + 2
 
 
-def test_parts_stay_while_a_cell_has_failed(tmp_path):
+def test_intermediate_results_are_kept_while_a_cell_has_failed(tmp_path):
     run([CELL, replace(CELL, layer="no such layer")], tmp_path)
     assert list((tmp_path / "partial").glob("*.safetensors"))
 
 
-def test_what_is_fast_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(audit.run.intermediate, "SECONDS", 20.0)
+def test_fast_results_are_not_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit.run.intermediate, "MIN_SECONDS", 20.0)
     run([CELL, replace(CELL, layer="no such layer")], tmp_path)
     assert [path.name for path in (tmp_path / "partial").iterdir()] == ["features"]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda each: each.name)
-def test_a_part_is_read_back_as_it_was(estimator, tmp_path):
-    bench = workbench.Workbench(workbench.RunOptions(), workbench.Watcher())
-    images, model = bench._image_set(CELL), bench._loaded(REF)
+def test_estimates_round_trip(estimator, tmp_path):
+    images = open_images("digits", RunOptions(), RunOptions().request(50))
+    model = open_model(REF, images, RunOptions())
     one = replace(SETTINGS, estimator=estimator, seeds=(0,))
     layer = LayerAudit(model.network, images.images, images.labels, "logits", one)
-    found = (layer.normal[0], estimator.vulnerability(layer.subject, Linf(0.2), 0, Known(layer.normal[0])))
+    found = (layer.normal[0], estimator.vulnerability(layer.inputs, Linf(0.2), 0, WarmStart(layer.normal[0])))
     same(found, again(found, tmp_path))
 
 
-def test_attacks_and_certificates_are_read_back_as_they_were(tmp_path):
-    bench = workbench.Workbench(workbench.RunOptions(), workbench.Watcher())
-    found = bench._robustness(CELL, bench._loaded(REF), bench._image_set(CELL))
+def test_attacks_and_certificates_round_trip(tmp_path):
+    runner = CellRunner(RunOptions())
+    found = runner._model(REF).robustness(runner.inputs.open(CELL))
     same(found, again(found, tmp_path))
     row = LayerCertificate(
         layer="a", norm="linf", eps=0.1, images=2, dimension=3, certified_tier="t", confidence=0.95, heads={"own": 0.5},
@@ -164,12 +166,12 @@ def test_attacks_and_certificates_are_read_back_as_they_were(tmp_path):
 
 
 def again(part, folder: Path):
-    (folder / "part").write_bytes(packed(part))
-    return unpacked(folder / "part", CPU)
+    (folder / "part").write_bytes(to_bytes(part, STORED_TYPES))
+    return read_result(folder / "part", STORED_TYPES, CPU)
 
 
 def same(one, other):
-    """Assert that two parts are of the same types, numbers and tensors; mappings may become plain ones."""
+    """Assert that two results have equal types, numbers and tensors; mappings may become dicts."""
     if isinstance(one, Mapping):
         assert dict(one) == dict(other)
         return
@@ -191,8 +193,8 @@ def same(one, other):
 ESTIMATE = MIEstimate(1.0, 0.1, 50, 3.9, 1.0)
 
 
-def test_a_damaged_part_is_computed_again(tmp_path):
-    parts = Parts(tmp_path, CPU)
+def test_damaged_files_are_recomputed(tmp_path):
+    parts = IntermediateResults(tmp_path, CPU, STORED_TYPES)
     assert parts.get({"a": 1}, lambda: ESTIMATE) == ESTIMATE
     (path,) = (tmp_path / "partial").iterdir()
     whole = path.read_bytes()
@@ -205,23 +207,23 @@ def test_a_damaged_part_is_computed_again(tmp_path):
         assert path.read_bytes() == whole
     assert parts.get({"a": 1}, lambda: None) == ESTIMATE
     assert parts.get({"a": 2}, lambda: None) is None
-    assert Parts(tmp_path, torch.device("meta")).get({"a": 1}, lambda: None) is None
+    assert IntermediateResults(tmp_path, torch.device("meta"), STORED_TYPES).get({"a": 1}, lambda: None) is None
 
 
-def test_a_part_that_cannot_be_kept_is_only_lost_time(tmp_path, monkeypatch):
+def test_results_that_cannot_be_stored_are_returned(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise EnvironmentFault("no space left")
 
     monkeypatch.setattr(audit.run.intermediate, "write_atomically", full)
-    assert Parts(tmp_path, CPU).get({}, lambda: ESTIMATE) == ESTIMATE
+    assert IntermediateResults(tmp_path, CPU, STORED_TYPES).get({}, lambda: ESTIMATE) == ESTIMATE
     monkeypatch.undo()
-    assert Parts(tmp_path, CPU).get({}, object) is not None  # of no type that files hold
+    assert IntermediateResults(tmp_path, CPU, STORED_TYPES).get({}, object) is not None  # a type that files cannot hold
     for folder in (None, tmp_path / "not on this machine"):
-        assert Parts(folder, CPU).get({}, lambda: ESTIMATE) == ESTIMATE
+        assert IntermediateResults(folder, CPU, STORED_TYPES).get({}, lambda: ESTIMATE) == ESTIMATE
     assert not (tmp_path / "not on this machine").exists()
 
 
-def test_temporary_files_of_killed_writes_go_after_an_hour(tmp_path):
+def test_temporary_files_are_deleted_after_an_hour(tmp_path):
     (record,) = run([CELL], tmp_path)
     name = f".{digest('x')[:60]}."
     old, new, other = (tmp_path / "cells" / each for each in (f"{name}abcdefgh", f"{name}12345678", ".gitignore"))
@@ -231,3 +233,26 @@ def test_temporary_files_of_killed_writes_go_after_an_hour(tmp_path):
         os.utime(path, (time.time() - 4000,) * 2)
     assert run([CELL], tmp_path)[0].cell_id == record.cell_id
     assert [path.exists() for path in (old, new, other)] == [False, True, True]
+
+
+def test_a_value_is_computed_once():
+    memo: Memo[tuple[str, int], list[int]] = Memo()
+    first = memo.get(("a", 1), lambda: [1])
+    assert memo.get(("a", 1), lambda: [2]) is first
+    assert ("a", 1) in memo
+    assert ("a", 2) not in memo
+    assert list(memo) == [[1]]
+
+
+def test_the_oldest_value_is_dropped_before_the_next_is_computed():
+    memo: Memo[str, int] = Memo(slots=1)
+    memo.get("a", lambda: 1)
+    held: list[bool] = []
+
+    def compute() -> int:
+        held.append("a" in memo)
+        return 2
+
+    assert memo.get("b", compute) == 2
+    assert held == [False]
+    assert list(memo) == [2]

@@ -1,4 +1,4 @@
-"""Whole audits of a bare `nn.Module`, trained in a second on scikit-learn's digits."""
+"""Complete audits of an `nn.Module`, trained in a second on scikit-learn's digits."""
 
 from dataclasses import dataclass, fields, replace
 from math import log
@@ -9,22 +9,23 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-import audit.run.layer_audit as measurement
 from audit.adversary.accuracy import measure_accuracy
 from audit.adversary.label_attack import two_losses
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import L1, L2, Linf
 from audit.config.settings import AuditSettings
 from audit.errors import InvalidModelError, MismatchError, UsageError
-from audit.information.critic_descent import WorstCaseSearch
-from audit.information.critic_training import CriticTraining
-from audit.information.estimator import NOTHING_KNOWN, Estimator, MIEstimate, Subject, Vulnerability
-from audit.information.floors import Floors
+from audit.information.estimator import COLD_START, Estimator, EstimatorInputs, MIEstimate, Vulnerability
+from audit.information.floors import InformationFloors
 from audit.information.mine import Mine
 from audit.information.sandwich import Sandwich
+from audit.information.settings import CriticTraining, WorstCaseSearch
 from audit.records import AuditRecord, RecordStore
 from audit.representation.layers import Representation
-from audit.run.layer_audit import audit_model
+from audit.run import layer_audit as measurement
+from audit.run.assembly import _curve, over_seeds
+from audit.run.network_audit import audit_model
+from audit.run.upkeep.verification import check_record
 from audit.theory import information_floor
 from reports.tables.columns import CERTIFICATE
 
@@ -87,9 +88,9 @@ def record(network, held_out):
 
 
 def check(record, threat, layer, images=200, classes=10):
-    """What holds of every record, whatever was audited."""
+    """Check what holds for every record."""
     missing = {f.name for f in fields(record) if getattr(record, f.name) in (None, "")} - {"reason"}
-    assert missing == {*CERTIFICATE} | (missing & {"floor_nats"})  # nobody asked for a certificate
+    assert missing == {*CERTIFICATE} | (missing & {"floor_nats"})  # no certificate was requested
     assert record.valid
     assert (record.norm, record.eps, record.layer) == (threat.norm, threat.eps, layer)
     assert (record.images, record.num_classes) == (images, classes)
@@ -110,7 +111,7 @@ def check(record, threat, layer, images=200, classes=10):
     assert record.passes > 0
 
 
-def test_a_whole_record(record):
+def test_a_complete_record(record):
     check(record, Linf(0.1), "logits")
     assert (record.model, record.family, record.source, record.dataset) == (
         "Sequential",
@@ -133,25 +134,25 @@ def test_a_whole_record(record):
     assert 0 < record.details["worst_floor_nats"] <= record.worst_nats + 1e-6
 
 
-def test_the_record_survives_the_store(record, tmp_path):
+def test_a_record_round_trips_through_the_store(record, tmp_path):
     store = RecordStore(tmp_path)
     store.write(record)
     assert store.read(record.cell_id) == record
 
 
-def test_accuracies_are_those_of_the_attack_alone(record, network, held_out):
+def test_accuracies_equal_those_of_the_attack_alone(record, network, held_out):
     found = measure_accuracy(network, *held_out, Linf(0.1), QUICK.attack, 0)
     assert record.natural_accuracy == found.natural.value
     assert record.adversarial_accuracy == found.adversarial.value
 
 
-def test_the_same_audit_again_is_the_same_record(record, network, held_out):
+def test_audits_are_deterministic(record, network, held_out):
     again = audit_model(network, *held_out, "logits", Linf(0.1), QUICK)
     assert replace(again, seconds=record.seconds) == record
 
 
-def test_the_cell_is_named_by_what_decides_its_numbers(network, held_out, monkeypatch):
-    # names only: the measurements are replaced by one made up
+def test_the_cell_id_depends_on_everything_that_decides_numbers(network, held_out, monkeypatch):
+    # only ids matter: a planted result replaces the measurements
     monkeypatch.setattr(measurement.LayerAudit, "under", lambda *_: planted(1.0, 0.5))
     images, labels = held_out
     one = replace(QUICK, seeds=(0,))
@@ -191,11 +192,11 @@ def test_other_layers_and_norms(network, held_out, layer, reduce, threat, dimens
     check(record, threat, layer)
     assert record.dimension == dimension
     assert record.worst_nats <= record.normal_nats + 2 * record.rv_se
-    assert reduce == "mean" or record.floor_nats > 2  # each of these layers carries the answer
+    assert reduce == "mean" or record.floor_nats > 2  # the output passes through each of these layers
 
 
 @pytest.mark.parametrize("layer", ["input", "0"])
-def test_an_average_has_no_floor(held_out, layer):
+def test_averaged_features_have_no_floor(held_out, layer):
     frozen = trained().requires_grad_(False)
     record = audit_model(frozen, *held_out, layer, Linf(0.1), replace(QUICK, reduce="mean", seeds=(0,)))
     assert record.floor_nats is None
@@ -215,7 +216,7 @@ def test_an_inner_layer_of_a_network_that_is_not_frozen(network, held_out):
     audit_model(network, *held_out, "2", Linf(0.1), replace(QUICK, reduce="mean", seeds=(0,)))
 
 
-def test_without_an_adversary_nothing_is_lost(network, held_out):
+def test_radius_zero_changes_nothing(network, held_out):
     record = audit_model(network, *held_out, "logits", Linf(0.0), QUICK)
     assert record.worst_nats == record.normal_nats
     assert (record.rv, record.adversarial_gap) == (0, 0)
@@ -238,10 +239,10 @@ def planted(normal, worst, floors=None, ceiling=LN_60, flags=()):
         return MIEstimate(nats, 0.01, 60, ceiling, nats, history=((0, 0.0),), flags=flags)
 
     run = Vulnerability(said(normal), said(worst), torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), 1.0)
-    return measurement.Layer((run,), floors, 10)
+    return measurement.LayerResult((run,), floors, 10)
 
 
-def test_a_ceiling_that_more_images_would_not_raise_is_no_doubt(network, held_out, monkeypatch):
+def test_a_ceiling_of_ln_k_is_not_flagged_as_saturation(network, held_out, monkeypatch):
     monkeypatch.setattr(measurement.LayerAudit, "under", lambda *_: planted(2.3, 2.0, ceiling=log(10)))
     record = audit_model(network, *held_out, "logits", Linf(0.001), replace(QUICK, seeds=(0,)))
     assert not any(flag.startswith("saturated") for flag in record.flags)
@@ -250,13 +251,19 @@ def test_a_ceiling_that_more_images_would_not_raise_is_no_doubt(network, held_ou
 @pytest.mark.parametrize(
     ("layer", "flag"),
     [
-        (planted(1.0, 0.5, Floors(2.2, 0.1)), "contradicted: normal_nats 1.00 is under its measured floor 2.20"),
-        (planted(2.3, 0.5, Floors(2.2, 2.0)), "contradicted: worst_nats 0.50 is under its measured floor 2.00"),
+        (
+            planted(1.0, 0.5, InformationFloors(2.2, 0.1)),
+            "contradicted: normal_nats 1.00 is below its measured floor 2.20",
+        ),
+        (
+            planted(2.3, 0.5, InformationFloors(2.2, 2.0)),
+            "contradicted: worst_nats 0.50 is below its measured floor 2.00",
+        ),
         (planted(2.3, 2.5), "contradicted: worst_nats 2.50 is above normal_nats 2.30"),
         # at zero nats exact Fano leaves the largest class: 26 of the 200 images
-        (planted(2.3, 0.0), "contradicted: the bound 0.130 is under the measured adversarial accuracy's"),
+        (planted(2.3, 0.0), "contradicted: the bound 0.130 is below the measured adversarial accuracy's"),
         (planted(3.95, 2.0), "saturated: normal_nats 3.95 is at its ceiling"),
-        (planted(2.3, -0.5), "negative: worst_nats -0.50 is under zero"),
+        (planted(2.3, -0.5), "negative: worst_nats -0.50 is below zero"),
         (planted(2.3, 2.0, flags=("not_converged: x",)), "not_converged: x"),
     ],
 )
@@ -268,7 +275,7 @@ def test_planted_faults_are_flagged(network, held_out, monkeypatch, layer, flag)
     assert record.contradicted or not flag.startswith("contradicted")
 
 
-def test_an_accuracy_between_the_two_limits_refutes_the_sharper_one(network, held_out, monkeypatch):
+def test_an_accuracy_between_the_two_bounds_contradicts_the_tighter_one(network, held_out, monkeypatch):
     found = measure_accuracy(network, *held_out, Linf(0.001), QUICK.attack, 0)
     nats = information_floor(found.adversarial.low - 0.01, found.largest_share)
     monkeypatch.setattr(measurement.LayerAudit, "under", lambda *_: planted(2.3, nats))
@@ -279,18 +286,18 @@ def test_an_accuracy_between_the_two_limits_refutes_the_sharper_one(network, hel
 
 @dataclass(frozen=True)
 class Told(Estimator):
-    """Says 0.5 nats, whatever it is asked about, and 0.4 of its first 20 images in the worst case."""
+    """Constant estimator: 0.5 nats, and 0.4 on the first 20 images in the worst case."""
 
     quantity = "I(nothing)"
     ranks = False
     name = "told"
 
-    def normal(self, subject, seed):
+    def normal(self, inputs, seed):
         return MIEstimate(0.5, 0.01, 20, 3.0, 0.5)
 
-    def vulnerability(self, subject, threat, seed, known=NOTHING_KNOWN):
+    def vulnerability(self, inputs, threat, seed, warm_start=COLD_START):
         worst = MIEstimate(0.4, 0.01, 20, 3.0, 0.4)
-        return Vulnerability(known.normal, worst, subject.images[:20], torch.arange(20), 20.0)
+        return Vulnerability(warm_start.normal, worst, inputs.images[:20], torch.arange(20), 20.0)
 
 
 class ToldOfLabels(Told):
@@ -298,14 +305,14 @@ class ToldOfLabels(Told):
 
 
 class ToldOfNoise(Told):
-    limits_heads = False
+    bounds_heads = False
     floor_kind = "smoothed"
 
-    def normal(self, subject, seed):
+    def normal(self, inputs, seed):
         return MIEstimate(0.5, 0.01, 20, 3.0, 0.5, parts={"noise": 1000.0})
 
 
-def test_what_an_estimator_says_of_itself_decides_what_is_held_against_it(network, held_out):
+def test_estimator_properties_choose_floors_and_bounds(network, held_out):
     def audited(estimator, layer="logits"):
         return audit_model(network, *held_out, layer, Linf(0.0), replace(QUICK, estimator=estimator))
 
@@ -314,33 +321,33 @@ def test_what_an_estimator_says_of_itself_decides_what_is_held_against_it(networ
     assert 0.5 < labels.floor_nats < answers.floor_nats <= log(10)
     assert answers.contradicted
     assert labels.contradicted
-    # through noise that drowns the logits, answers prove next to nothing; before the logits, nothing at all
+    # predictions from logits under large noise prove almost nothing, and nothing about layers before the logits
     assert noise.floor_nats < 0.1
     assert noise.adversarial_accuracy_bound is noise.fano_accuracy_bound is noise.adversarial_risk_bound is None
     assert not noise.contradicted
     assert audited(ToldOfNoise(), "input").floor_nats is None
 
 
-def test_the_worst_cases_floor_is_of_its_own_images(network, held_out):
+def test_the_worst_case_floor_uses_its_own_images(network, held_out):
     images, _ = held_out
     which = torch.tensor([7, 3, 50, 90, 120, 11])
     run = Vulnerability(*[MIEstimate(0.0, 0.01, 6, 1.0, 0.0)] * 2, images[which], which, 1.0)
     settings = replace(QUICK, estimator=ToldOfLabels())
-    subject = Subject(None, images, network(images).argmax(1))
-    assert measurement._floors(network, subject, (run,), settings).worst > 0.2  # all six right
+    subject = EstimatorInputs(None, images, network(images).argmax(1))
+    assert measurement.measured_floors(network, subject, (run,), settings).worst > 0.2  # all six are correct
     answers = subject.labels
-    astray = run._replace(which=torch.stack([(answers != answers[i]).nonzero()[0, 0] for i in which]))
-    assert measurement._floors(network, subject, (astray,), settings).worst == 0
+    astray = run._replace(indices=torch.stack([(answers != answers[i]).nonzero()[0, 0] for i in which]))
+    assert measurement.measured_floors(network, subject, (astray,), settings).worst == 0
 
 
-def test_the_error_over_seeds_is_never_less_than_sampling_gives():
-    assert measurement._spread([1.0, 1.0], [0.2, 0.2]) == (1.0, pytest.approx(0.2 / 2**0.5))
-    assert measurement._spread([0.0, 2.0], [0.1, 0.1]) == (1.0, pytest.approx(1.0))
-    assert measurement._spread([3.0], [0.1]) == (3.0, pytest.approx(0.1))
+def test_the_error_over_seeds_is_at_least_the_sampling_error():
+    assert over_seeds([1.0, 1.0], [0.2, 0.2]) == (1.0, pytest.approx(0.2 / 2**0.5))
+    assert over_seeds([0.0, 2.0], [0.1, 0.1]) == (1.0, pytest.approx(1.0))
+    assert over_seeds([3.0], [0.1]) == (3.0, pytest.approx(0.1))
 
 
-def test_a_curve_that_is_not_a_number_is_still_a_record():
-    assert measurement._plain(((0, 0.5), (10, float("nan")), (20, float("-inf")))) == [[0, 0.5], [10, None], [20, None]]
+def test_curve_values_that_are_not_finite_become_none():
+    assert _curve(((0, 0.5), (10, float("nan")), (20, float("-inf")))) == [[0, 0.5], [10, None], [20, None]]
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1)])
@@ -356,7 +363,7 @@ FLAT = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 @pytest.mark.parametrize(
     ("network", "images", "labels", "error", "message"),
     [
-        (FLAT, 2 * X, Y, UsageError, r"images range from .* to .*, not within \[0, 1\]: normalisation belongs inside"),
+        (FLAT, 2 * X, Y, UsageError, r"images range from .* to .*, not within \[0, 1\]: put the normalisation inside"),
         (FLAT, X - 0.5, Y, UsageError, r"not within \[0, 1\]"),
         (FLAT, X * torch.nan, Y, UsageError, r"images range from nan to nan, not within \[0, 1\]"),
         (FLAT, (255 * X).to(torch.uint8), Y, MismatchError, "images are uint8 of the shape"),
@@ -371,10 +378,10 @@ FLAT = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
             MismatchError,
             r"labels are int64 of the shape \(100, 1\), not int64 of the shape \(N,\)",
         ),
-        (FLAT, X, Y + 1, MismatchError, "labels reach from 1 to 10, but the network has 10 outputs"),
-        (FLAT, X, Y - 1, MismatchError, "labels reach from -1 to 8, but the network has 10 outputs"),
-        (nn.Identity(), X, Y, MismatchError, "the network's output is not one row of logits an image"),
-        (nn.Sequential(FLAT, nn.Flatten(0)), X, Y, MismatchError, "the network's output is not one row of logits"),
+        (FLAT, X, Y + 1, MismatchError, "labels range from 1 to 10, but the network has 10 outputs"),
+        (FLAT, X, Y - 1, MismatchError, "labels range from -1 to 8, but the network has 10 outputs"),
+        (nn.Identity(), X, Y, MismatchError, "the network does not return logits of the shape"),
+        (nn.Sequential(FLAT, nn.Flatten(0)), X, Y, MismatchError, "the network does not return logits"),
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), X, 0 * Y, MismatchError, "for two or more classes"),
         (FLAT, X[:30], Y[:30], UsageError, "30 images are too few"),
         (nn.Sequential(FLAT, nn.Threshold(1e9, torch.nan)), X, Y, InvalidModelError, "not finite for 100 of 100"),
@@ -385,15 +392,21 @@ def test_input_that_is_refused(network, images, labels, error, message):
         audit_model(network, images, labels, "logits", Linf(0.1), QUICK)
 
 
-def test_records_of_audits_are_records(record):
+def test_a_record_round_trips_through_a_dict(record):
     assert AuditRecord.from_dict(record.to_dict()) == record
 
 
-def test_the_search_of_the_worst_case_is_checked_and_a_failed_one_is_not_trusted(network, held_out):
+def test_a_worst_case_search_that_fails_its_checks_is_flagged(network, held_out):
     settings = replace(QUICK, estimator=Sandwich(steps=2, start_steps=2, draws=1), seeds=(0,))
     found = audit_model(network, *held_out, "logits", Linf(0.1), settings)
     ours = [check for check in found.checks if check["name"].startswith("worst case: ")]
-    assert [check["number"] for check in ours] == [1, 2, 3, 11, 18]
+    assert [check["id"] for check in ours] == [
+        "worst_case_gradient",
+        "worst_case_zero_gradient",
+        "worst_case_slope",
+        "worst_case_more_steps",
+        "worst_case_wider_ball",
+    ]
     assert all(check["passed"] for check in ours[:3])
     assert not found.untrusted
     assert sum(check["passes"] for check in ours) <= 20 * 19
@@ -404,35 +417,35 @@ def test_the_search_of_the_worst_case_is_checked_and_a_failed_one_is_not_trusted
 
     layer = measurement.LayerAudit(Flat(), *held_out, "logits", settings)
     failed = [check for check in layer.under(Linf(0.1)).checks if check.level == "trust" and check.passed is False]
-    assert {check.number for check in failed} >= {2, 3}
+    assert {check.id for check in failed} >= {"worst_case_zero_gradient", "worst_case_slope"}
     masked = audit_model(Flat(), *held_out, "logits", Linf(0.1), settings)
-    assert any(flag.startswith("untrusted: the worst-case information is an upper bound") for flag in masked.flags)
+    assert any(flag.startswith("untrusted_search: the worst-case search failed ") for flag in masked.flags)
     assert masked.untrusted
     still = measurement.LayerAudit(network, *held_out, "logits", settings)
     assert still.under(Linf(0.0)).checks == ()
 
 
-def test_estimators_without_an_objective_and_layers_that_do_not_vary_have_none(network, held_out):
-    subject = Subject(measurement.Representation(network, "logits").encode, *held_out)
+def test_estimators_and_layers_without_an_objective(network, held_out):
+    subject = EstimatorInputs(measurement.Representation(network, "logits").encode, *held_out)
     assert QUICK.estimator.objective(subject) is None
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     nn.init.zeros_(flat[1].weight)
-    assert Sandwich().objective(Subject(measurement.Representation(flat, "logits").encode, *held_out)) is None
+    assert Sandwich().objective(EstimatorInputs(measurement.Representation(flat, "logits").encode, *held_out)) is None
 
 
-def test_other_norms_say_what_ran_and_only_they_have_another_identity(network, held_out):
+def test_the_attack_version_depends_on_the_norm(network, held_out):
     asking = replace(
         QUICK, attack=replace(QUICK.attack, queries=5), estimator=Sandwich(steps=2, start_steps=2, draws=1)
     )
     names = {t.norm: audit_model(network, *held_out, "logits", t, asking) for t in (Linf(0.1), L2(0.5))}
     assert names["linf"].attack.endswith("+square-5")
     assert names["l2"].attack.endswith("+differences-5")
-    assert names["linf"].details["identity"]["settings"] == repr(asking)
-    assert names["l2"].details["identity"]["settings"] != repr(asking)
+    versions = {norm: record.details["identity"]["settings"]["attack"]["version"] for norm, record in names.items()}
+    assert versions["linf"] == asking.attack.version != versions["l2"]
 
 
 class Normed(torch.nn.Module):
-    """A network with a batch norm to fold; it notes whether gradients were asked of it."""
+    """A network with a batch norm to fold."""
 
     def __init__(self):
         super().__init__()
@@ -445,13 +458,13 @@ class Normed(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("layer", "copied"), [("logits", True), ("penultimate", True), ("convolution", False)])
-def test_searches_go_through_a_faster_copy_and_readings_through_the_network(held_out, layer, copied):
+def test_searches_use_the_fused_copy_and_estimates_the_network(held_out, layer, copied):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Normed().eval()
     asked = []
     network.norm.register_forward_hook(lambda _module, inputs, _output: asked.append(inputs[0].requires_grad))
-    subject = measurement.LayerAudit(network, *held_out, layer, QUICK).subject
+    subject = measurement.LayerAudit(network, *held_out, layer, QUICK).inputs
     leaf = subject.images[:8].clone().requires_grad_()
     asked.clear()
     moving = subject.encoder(leaf).features
@@ -460,3 +473,9 @@ def test_searches_go_through_a_faster_copy_and_readings_through_the_network(held
         reading = subject.encoder(subject.images[:8]).features
     assert torch.allclose(moving.detach(), reading, atol=1e-5)
     assert reading.equal(Representation(network, layer)(subject.images[:8]).detach())
+
+
+def test_audits_and_cells_share_the_rule_of_identity(record):
+    assert check_record(record) == []
+    assert record.details["identity"]["network"] == "python"
+    assert record.details["data_sha256"] == record.details["identity"]["data_sha256"]

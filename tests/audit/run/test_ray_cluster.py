@@ -1,4 +1,4 @@
-"""A cluster of two workers gives the records of one process, also where workers are killed."""
+"""A cluster of two workers gives the records of a single process, even if workers are killed."""
 
 import os
 import signal
@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import audit.run.ray_cluster
+from audit.config.yaml_source import read_config
 from audit.errors import EnvironmentFault
 from audit.records import AuditRecord
-from audit.run.cell import read_config
-from audit.run.cell_runner import RunOptions, Watcher
-from audit.run.ray_cluster import Cluster, run_on_ray
-from audit.run.run_loop import expand, run
+from audit.run.cell import expand
+from audit.run.loading import RunOptions
+from audit.run.ray_cluster import RayCluster
+from audit.run.run_loop import Watcher, run
 from reports.tables.ranking import write_leaderboard
 
 YAML = """
@@ -26,7 +27,7 @@ attack: {steps: 2}
 seeds: [0]
 images: 50
 """
-TWO = Cluster(workers=2)
+TWO = RayCluster(workers=2)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def leaderboard(folder: Path) -> str:
 
 
 def workers() -> list[int]:
-    """Return the processes of this machine that compute a cell now."""
+    """Return the ids of the processes that compute a cell now."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -58,16 +59,14 @@ def workers() -> list[int]:
                 words = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if words.startswith(b"ray::_computed"):
+            if words.startswith(b"ray::_compute"):
                 found.append(int(folder.name))
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_a_cluster_of_two_workers_gives_the_leaderboard_of_one_process_though_a_worker_is_killed(
-    cells, alone, tmp_path
-):
+@pytest.mark.filterwarnings("ignore")  # warnings of Ray
+def test_a_cluster_equals_one_process_although_a_worker_is_killed(cells, alone, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'rvaudit[ray]'")
     killed: list[int] = []
     told: list[AuditRecord] = []
@@ -80,27 +79,27 @@ def test_a_cluster_of_two_workers_gives_the_leaderboard_of_one_process_though_a_
                 os.kill(process, signal.SIGKILL)
                 killed.append(process)
 
-    records = run_on_ray(cells, tmp_path, RunOptions(), Watcher(done=done), TWO)
+    records = run(cells, tmp_path, RunOptions(), Watcher(done=done), TWO)
     assert len(killed) == 1
     assert [record.valid for record in records] == [True, True, False, False, True, True]
     assert len(told) == len(cells)
     assert leaderboard(tmp_path) == alone
     again: list[bool] = []
-    run_on_ray(cells, tmp_path, RunOptions(), Watcher(done=lambda _record, known: again.append(known)), TWO)
-    assert sorted(again) == [False, False, True, True, True, True]  # what failed is tried again, nothing else
+    run(cells, tmp_path, RunOptions(), Watcher(done=lambda _record, known: again.append(known)), TWO)
+    assert sorted(again) == [False, False, True, True, True, True]  # only failures are tried again
 
 
-def test_without_ray_there_is_one_sentence(cells, tmp_path, monkeypatch):
+def test_missing_ray_is_one_error(cells, tmp_path, monkeypatch):
     def missing(name: str):
         raise ImportError(name)
 
     monkeypatch.setattr(audit.run.ray_cluster, "import_module", missing)
     with pytest.raises(EnvironmentFault, match=r"rvaudit\[ray\]"):
-        run_on_ray(cells[:1], tmp_path, RunOptions(), Watcher())
+        run(cells[:1], tmp_path, executor=RayCluster())
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_cluster_that_is_not_there_is_one_sentence(cells, tmp_path):
+def test_an_unreachable_cluster_is_one_error(cells, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'rvaudit[ray]'")
     with pytest.raises(EnvironmentFault, match=r"no Ray cluster at 127\.0\.0\.1:1"):
-        run_on_ray(cells[:1], tmp_path, RunOptions(), Watcher(), Cluster(address="127.0.0.1:1"))
+        run(cells[:1], tmp_path, RunOptions(), Watcher(), RayCluster(address="127.0.0.1:1"))

@@ -1,6 +1,7 @@
-"""A run: what it writes, what it never computes twice, and what one model's failure does to the others."""
+"""A run writes its files, computes no cell twice, and isolates failures."""
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +17,22 @@ from audit.adversary.label_attack import LabelAttack, two_losses
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import L2, Linf
 from audit.config.settings import AuditSettings
+from audit.config.yaml_source import read_config
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
-from audit.information.critic_descent import WorstCaseSearch
-from audit.information.critic_training import CriticTraining
-from audit.information.critics import CriticShape
 from audit.information.mine import Mine
 from audit.information.released.estimator import Reference
+from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.records import AuditRecord, RecordStore
-from audit.run import cell_runner as workbench
-from audit.run.cell import Cell, read_config
-from audit.run.cell_runner import Watcher, device_of
-from audit.run.layer_audit import Layer, LayerAudit
-from audit.run.run_loop import claim, expand, one_at_a_time, run
-from model_zoo.images.load import ImageRequest, load_images
-from model_zoo.load import load_model
+from audit.run import cell_runner, loading, model_results
+from audit.run.cell import Cell, expand
+from audit.run.identity import _network_identity, cell_identity
+from audit.run.layer_audit import LayerAudit, LayerResult
+from audit.run.loading import InputCache, RunOptions, device_of
+from audit.run.locks import lock
+from audit.run.run_loop import Watcher, claim, run
+from audit.storage import digest
+from model_zoo.images.datasets import ImageRequest, load_images
+from model_zoo.load import identify, load_model
 from reports.cli import main
 from reports.tables.columns import CERTIFICATE
 from reports.tables.ranking import write_leaderboard
@@ -85,7 +88,7 @@ def _files(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two models; tests must leave it as it is."""
+    """A finished run of two models; tests must not change it."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "small.yaml").write_text(SMALL)
     assert main(["run", str(folder / "small.yaml"), "--out", str(folder / "run")]) == 0
@@ -93,33 +96,33 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured() -> Layer:
-    """What one real measurement gives."""
+def measured() -> LayerResult:
+    """The result of one real audit of a layer."""
     network = load_model(REF).network
     images = load_images("digits", ImageRequest(count=60))
     return LayerAudit(network, images.images, images.labels, "logits", SETTINGS).under(Linf(0.2))
 
 
 @pytest.fixture
-def measuring(measured: Layer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Measure only once: cells get the numbers of `measured`, and their layers are listed here."""
+def measuring(measured: LayerResult, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace layer audits: cells get the numbers of `measured`, and the list receives their layers."""
     layers: list[str] = []
 
-    class Known:
-        def __init__(self, _network: Any, _images: Any, _labels: Any, layer: str, _settings: Any, _clean: Any) -> None:
+    class WarmStart:
+        def __init__(self, _network: Any, _images: Any, _labels: Any, layer: str, _settings: Any, _reuse: Any) -> None:
             layers.append(layer)
 
-        def under(self, _threat: Any, _starts: Any) -> Layer:
+        def under(self, _threat: Any, _starts: Any, _cache: Any) -> LayerResult:
             return measured
 
-        def searched(self, _threat: Any, _starts: Any) -> Any:
+        def searched(self, _threat: Any, _starts: Any, _cache: Any) -> Any:
             return measured.per_seed
 
-    monkeypatch.setattr(workbench, "LayerAudit", Known)
+    monkeypatch.setattr(model_results, "LayerAudit", WarmStart)
     return layers
 
 
-def test_a_run_leaves_every_promised_file(small: Path) -> None:
+def test_a_run_writes_all_its_files(small: Path) -> None:
     folder = small / "run"
     derived = ["leaderboard.csv", "leaderboard.parquet", "report.html"]
     derived += [f"figures/figure{number}.{kind}" for number in (1, 2) for kind in ("png", "svg")]
@@ -135,7 +138,7 @@ def test_a_run_leaves_every_promised_file(small: Path) -> None:
     assert pd.read_parquet(folder / "leaderboard.parquet").columns.tolist() == table.columns.tolist()
 
 
-def test_records_hold_their_own_identity(small: Path) -> None:
+def test_records_store_identity_and_provenance(small: Path) -> None:
     for record in RecordStore(small / "run"):
         assert record.valid
         assert record.weights_pinned
@@ -149,8 +152,12 @@ def test_the_second_run_recomputes_nothing(
     small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _files(small / "run")
-    for name in ("attacked", "LayerAudit", "load_model"):
-        monkeypatch.setattr(workbench, name, None)
+    for module, name in (
+        (model_results, "evaluate_robustness"),
+        (model_results, "LayerAudit"),
+        (loading, "load_model"),
+    ):
+        monkeypatch.setattr(module, name, None)
     assert main(["run", str(small / "small.yaml"), "--out", str(small / "run"), "--json"]) == 0
     assert _files(small / "run") == before
     rows = json.loads(capsys.readouterr().out)
@@ -172,7 +179,7 @@ def test_a_folder_of_another_configuration_is_refused(small: Path, capsys: pytes
     assert (small / "run" / "benchmark.yaml").read_text() == SMALL
 
 
-def test_a_killed_run_resumes_with_the_cell_that_is_missing(measuring: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_with_the_missing_cell(measuring: list[str], tmp_path: Path) -> None:
     cells = [replace(CELL, layer=layer) for layer in ("logits", "penultimate", "input")]
 
     class Killed(BaseException):
@@ -196,17 +203,17 @@ def test_a_killed_run_resumes_with_the_cell_that_is_missing(measuring: list[str]
     assert measuring[3:] == ["penultimate"]
 
 
-def test_layers_share_accuracies_and_models_do_not(
+def test_layers_of_one_model_share_its_attack(
     measuring: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attacked: list[Any] = []
-    real: Callable[..., Any] = workbench.attacked
+    real: Callable[..., Any] = model_results.evaluate_robustness
 
     def counting(*arguments: Any) -> Any:
         attacked.append(arguments[1])
         return real(*arguments)
 
-    monkeypatch.setattr(workbench, "attacked", counting)
+    monkeypatch.setattr(model_results, "evaluate_robustness", counting)
     pairs = [(layer, threat) for layer in ("logits", "penultimate") for threat in (Linf(0.1), L2(0.5))]
     cells = [replace(CELL, layer=layer, threat=threat) for layer, threat in pairs]
     records = run([*cells, replace(CELL, ref="bundled:digits-vgg-standard")], tmp_path)
@@ -219,13 +226,13 @@ def _with_attack(cell: Cell, attack: LabelAttack) -> Cell:
     return replace(cell, settings=replace(cell.settings, attack=attack))
 
 
-def test_identity_is_what_decides_numbers_and_nothing_else() -> None:
+def test_the_identity_covers_everything_that_decides_numbers() -> None:
     images = load_images("digits", ImageRequest(count=60))
-    entry = workbench.identify(REF)
-    same = workbench._identity(CELL, images, entry)
+    entry = identify(REF)
+    same = cell_identity(CELL, entry, images.sha256)
     larger = replace(two_losses(PGD(steps=2, batch_size=7)), fast=False)
     harder = two_losses(PGD(steps=3))
-    assert workbench._identity(_with_attack(replace(CELL, name="mine"), larger), images, entry) == same
+    assert cell_identity(_with_attack(replace(CELL, name="mine"), larger), entry, images.sha256) == same
     assert "device" not in json.dumps(same)
     changed = [
         replace(CELL, after=replace(CELL, threat=Linf(0.1))),
@@ -245,14 +252,14 @@ def test_identity_is_what_decides_numbers_and_nothing_else() -> None:
             )
         ),
     ]
-    ids = [workbench.digest(workbench._identity(cell, images, entry)) for cell in changed]
+    ids = [digest(cell_identity(cell, entry, images.sha256)) for cell in changed]
     fewer = load_images("digits", ImageRequest(count=59))
-    ids.append(workbench.digest(workbench._identity(CELL, fewer, entry)))
-    ids.append(workbench.digest(workbench._identity(CELL, images, workbench.identify("bundled:digits-vgg-standard"))))
-    assert len({*ids, workbench.digest(same)}) == len(ids) + 1
+    ids.append(digest(cell_identity(CELL, entry, fewer.sha256)))
+    ids.append(digest(cell_identity(CELL, identify("bundled:digits-vgg-standard"), images.sha256)))
+    assert len({*ids, digest(same)}) == len(ids) + 1
 
 
-def test_one_models_failure_leaves_the_others_and_is_tried_again(
+def test_a_failed_model_leaves_the_others_and_is_retried(
     measuring: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights, config, folder = tmp_path / "late.safetensors", tmp_path / "b.yaml", tmp_path / "run"
@@ -282,7 +289,7 @@ def test_one_models_failure_leaves_the_others_and_is_tried_again(
 
 
 def benchmark_folder() -> Path:
-    return Path(workbench.__file__).parents[2] / "model_zoo" / "bundled"
+    return Path(cell_runner.__file__).parents[2] / "model_zoo" / "bundled"
 
 
 @pytest.mark.parametrize(
@@ -294,19 +301,19 @@ def benchmark_folder() -> Path:
         (UsageError("one sentence"), "one sentence"),
     ],
 )
-def test_whatever_a_network_raises_becomes_a_record(
+def test_any_exception_of_a_network_becomes_a_record(
     raised: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise raised
 
-    monkeypatch.setattr(workbench, "LayerAudit", fail)
+    monkeypatch.setattr(model_results, "LayerAudit", fail)
     (record,) = run([CELL], tmp_path)
     assert (record.status, record.reason) == ("failed", reason)
     assert record.details["error"] == type(raised).__name__
 
 
-def test_a_record_that_was_tampered_with_is_said_and_kept(measuring: list[str], tmp_path: Path) -> None:
+def test_a_damaged_record_is_reported_and_kept(measuring: list[str], tmp_path: Path) -> None:
     (record,) = run([CELL], tmp_path)
     path = RecordStore(tmp_path).path(record.cell_id)
     path.write_text(path.read_text()[:-20])
@@ -316,7 +323,7 @@ def test_a_record_that_was_tampered_with_is_said_and_kept(measuring: list[str], 
     assert path.read_text()[-1] != "}"
 
 
-def test_user_code_and_hashes_taken_on_faith_are_flagged(measuring: list[str], tmp_path: Path) -> None:
+def test_unpinned_weights_are_flagged(measuring: list[str], tmp_path: Path) -> None:
     weights = benchmark_folder() / "digits-vgg-robust.safetensors"
     ref = f"file:{weights}?arch=bundled:digits-vgg-robust&num_classes=10&name=mine"
     (record,) = run([replace(CELL, ref=ref)], tmp_path)
@@ -330,11 +337,11 @@ def test_devices() -> None:
     assert device_of("auto").type in ("cpu", "cuda")
     with pytest.raises(UsageError, match="unknown device 'gpu'; legal: auto, cpu, cuda"):
         device_of("gpu")
-    with pytest.raises(EnvironmentFault, match=r"device 'cuda:99' is not here: \d+ GPUs are"):
+    with pytest.raises(EnvironmentFault, match=r"device 'cuda:99' does not exist: this machine has \d+ GPUs"):
         device_of("cuda:99")
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_environment_fault(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "b.yaml").write_text(SMALL)
     with pytest.raises(EnvironmentFault, match="cannot write"):
@@ -343,7 +350,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_same_weights_with_another_normalisation_are_another_cell():
     ref = "file:{}?arch=nets.py:net&num_classes=10&mean={}&std=.5,.5,.5&name={}"
-    network = workbench._network_identity
+    network = _network_identity
     assert network(ref.format("a.pth", ".5,.5,.5", "one")) == network(ref.format("b.pth", ".5,.5,.5", "two"))
     assert network(ref.format("a.pth", ".5,.5,.5", "one")) != network(ref.format("a.pth", ".4,.4,.4", "one"))
     assert network("timm:resnet18") == "timm:resnet18"
@@ -375,17 +382,15 @@ certificate: true
 
 
 @pytest.mark.slow
-def test_a_certificate_stands_beside_the_estimates_and_is_made_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_estimators_share_a_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    real = workbench.certify_layers
+    real = model_results.certify_layers
 
     def counting(*arguments: Any) -> Any:
         made.append(arguments[1:3])
         return real(*arguments)
 
-    monkeypatch.setattr(workbench, "certify_layers", counting)
+    monkeypatch.setattr(model_results, "certify_layers", counting)
     (tmp_path / "b.yaml").write_text(CERTIFIED)
     records = run(expand(read_config(tmp_path / "b.yaml")), tmp_path / "run")
     assert made == [(["logits"], [Linf(0.2)])]
@@ -402,7 +407,7 @@ def test_a_certificate_stands_beside_the_estimates_and_is_made_once(
     assert not table[list(CERTIFICATE)].isna().any().any()
 
 
-def test_without_a_certificate_a_cell_is_the_same_as_before(small: Path) -> None:
+def test_without_a_certificate_records_have_no_trace_of_it(small: Path) -> None:
     (record, *_) = RecordStore(small / "run")
     assert "certificate" not in record.details["identity"]["settings"]
     assert not set(CERTIFICATE) & set(pd.read_csv(small / "run" / "leaderboard.csv").columns)
@@ -416,19 +421,19 @@ def test_the_failures_of_two_estimators_are_two_records(tmp_path: Path, capsys: 
     assert len(list(RecordStore(tmp_path))) == 2
 
 
-def test_the_images_that_heads_learn_on_decide_a_certificate_and_nothing_else(tmp_path: Path) -> None:
+def test_training_images_of_heads_change_ids_of_certified_cells_only(tmp_path: Path) -> None:
     images = load_images("digits", ImageRequest(count=60))
     np.savez(tmp_path / "copy.npz", images=images.images.numpy(), labels=images.labels.numpy())
-    bench = workbench.Workbench(workbench.RunOptions(), Watcher())
+    inputs = InputCache(RunOptions())
     plain, with_heads = CELL, replace(CELL, settings=replace(SETTINGS, certificate=True))
-    assert "examples_sha256" not in bench._identity(plain)
-    named = bench._identity(with_heads)
+    assert "examples_sha256" not in inputs.open(plain).identity
+    named = inputs.open(with_heads).identity
     assert len(named["examples_sha256"]) == 64
-    copy = bench._identity(replace(with_heads, dataset=f"npz:{tmp_path / 'copy.npz'}"))
-    assert copy["examples_sha256"] is None  # such a set has no training images: other heads, another certificate
+    copy = inputs.open(replace(with_heads, dataset=f"npz:{tmp_path / 'copy.npz'}")).identity
+    assert copy["examples_sha256"] is None  # no training images: other heads, another certificate
 
 
-def test_a_folder_of_locks_that_another_process_takes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_survive_the_deletion_of_their_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, left = FileLock.acquire, 3
 
     def taken_away(lock: FileLock, timeout: float) -> object:
@@ -439,8 +444,24 @@ def test_a_folder_of_locks_that_another_process_takes_away(tmp_path: Path, monke
         return real(lock, timeout=timeout)
 
     monkeypatch.setattr(FileLock, "acquire", taken_away)
-    with one_at_a_time(tmp_path, "a", wait=False) as mine:
+    with lock(tmp_path, "a", wait=False) as mine:
         assert mine
     left = 100
-    with pytest.raises(EnvironmentFault, match=r"\.locks is taken away again and again"):
-        one_at_a_time(tmp_path, "a", wait=False).__enter__()
+    with pytest.raises(EnvironmentFault, match=r"\.locks was deleted 10 times by other runs"):
+        lock(tmp_path, "a", wait=False).__enter__()
+
+
+def test_a_model_is_freed_before_the_next_one_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    networks: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def loading_model(*arguments: Any) -> Any:
+        alive.append(sum(network() is not None for network in networks))
+        model = load_model(*arguments)
+        networks.append(weakref.ref(model.network))
+        return model
+
+    monkeypatch.setattr(loading, "load_model", loading_model)
+    todo = [CELL, replace(CELL, ref="bundled:digits-vgg-standard"), replace(CELL, ref="bundled:digits-resnet-standard")]
+    assert all(record.valid for record in run(todo, tmp_path))
+    assert alive == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""What may happen to a run that nobody watches: kills, company, full disks, signals."""
+"""Unattended runs survive kills, other runs in their folder, full disks and signals."""
 
 import errno
 import json
@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-import audit.records
+import audit.storage
 import reports.figures.all_figures
 import reports.page.html
 from audit.calibration.calibrate import settings_key
+from audit.config.yaml_source import read_config
 from audit.records import RecordStore, write_calibration
-from audit.run.cell import read_config
-from audit.run.cell_runner import Watcher, Workbench
-from audit.run.run_loop import claim, expand, run
-from audit.run.warm_starts import sharing
+from audit.run.cell import expand, search_groups
+from audit.run.cell_runner import CellRunner
+from audit.run.run_loop import Watcher, claim, run
 from reports.cli import main
 
 YAML = """
@@ -37,14 +37,14 @@ LONG = YAML.replace("eps: [0.1, 0.2]", "eps: [0.1, 0.2, 0.01, 0.02, 0.03, 0.04, 
 
 
 def numbers(folder: Path) -> dict[str, str]:
-    """Return every record as text, less what a clock said."""
+    """Return every record as text, without its time."""
     rows = {record.cell_id: record.to_dict() for record in RecordStore(folder)}
     return {cell_id: json.dumps(row | {"seconds": None}, sort_keys=True) for cell_id, row in rows.items()}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The benchmarks, and a run of the short one that nothing happened to."""
+    """The benchmarks, and an undisturbed run of the short one."""
     folder = tmp_path_factory.mktemp("unattended")
     (folder / "short.yaml").write_text(YAML)
     (folder / "long.yaml").write_text(LONG)
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def disturbed(place: Path) -> dict[str, Any]:
-    """What became of the runs that `disturbed.py` disturbed."""
+    """The results of the runs that `disturbed.py` disturbed."""
     program = Path(__file__).with_name("disturbed.py")
     command = [sys.executable, str(program), str(place / "short.yaml"), str(place / "long.yaml"), str(place / "other")]
     alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parents[3])}
@@ -69,10 +69,10 @@ def disturbed(place: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["alone", "two"])
-def test_after_any_number_of_kills_the_records_are_those_of_an_undisturbed_run(case, place, disturbed):
+def test_after_kills_the_records_equal_an_undisturbed_run(case, place, disturbed):
     folder = Path(disturbed[case])
     assert numbers(folder) == numbers(place / "calm")
-    # a finished cell is not computed again: at most the one that a kill caught between its record and this list is
+    # completed cells are not computed again, except one killed between its record and this list
     computed = (folder.parent / "computed.txt").read_text().split()
     folders = [path for path in folder.parent.iterdir() if path.is_dir()]
     assert len(computed) <= CELLS * len(folders)
@@ -88,13 +88,13 @@ def test_two_processes_in_one_folder_share_the_cells(place, disturbed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_ends_a_run_soon_and_the_same_command_resumes(number, code, place, disturbed):
+def test_a_signal_ends_a_run_and_the_same_command_resumes_it(number, code, place, disturbed):
     left, seconds = disturbed[number]
     assert left == code
     assert seconds < 10
     folder, calm = place / "other" / number, numbers(place / "calm")
     kept, every = numbers(folder), expand(read_config(place / "long.yaml"))
-    cells = [every[number] for group in sharing(every) for number in group]  # as they are computed
+    cells = [every[number] for group in search_groups(every) for number in group]  # in the order of computation
     assert 0 < len(kept) < len(cells)
     assert {cell_id: kept[cell_id] for cell_id in kept if cell_id in calm}.items() <= calm.items()
     seen: list[bool] = []
@@ -102,15 +102,15 @@ def test_a_signal_ends_a_run_soon_and_the_same_command_resumes(number, code, pla
     assert seen == [True] * len(kept) + [False]
 
 
-def test_a_write_that_fails_leaves_whole_files_and_exit_code_3(place, tmp_path, monkeypatch, capsys):
+def test_a_failed_write_leaves_complete_files_and_exit_code_3(place, tmp_path, monkeypatch, capsys):
     """Every write of a run in turn: stamp, record, tables, figures, report."""
     config, folder = place / "short.yaml", tmp_path / "run"
     shutil.copytree(place / "calm", folder)
     removed = next(RecordStore(folder).path(record.cell_id) for record in RecordStore(folder))
     known = {record.cell_id: record for record in RecordStore(folder)}
     removed.unlink()
-    # numbers and pictures are not the matter here: one cell is left to do, and is known at once
-    monkeypatch.setattr(Workbench, "compute", lambda bench, cell: known[bench.cell_id(cell)])
+    # numbers and figures do not matter here: the cell that is left is not computed but looked up
+    monkeypatch.setattr(CellRunner, "compute", lambda runner, cell: known[runner.cell_id(cell)])
     for module in (reports.figures.all_figures, reports.page.html):
         monkeypatch.setattr(module, "figure_bytes", lambda _figure, suffix: suffix.encode())
     (settings,) = read_config(config).settings()
@@ -134,7 +134,7 @@ def test_a_write_that_fails_leaves_whole_files_and_exit_code_3(place, tmp_path, 
     for writes in range(1, 40):
         before = [path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts]
         fault = (errno.ENOSPC, errno.EROFS)[writes % 2]
-        monkeypatch.setattr(audit.records.os, "fsync", failing_at(writes, fault))
+        monkeypatch.setattr(audit.storage.os, "fsync", failing_at(writes, fault))
         code = main(["run", str(config), "--out", str(folder)])
         if code == 0:
             break

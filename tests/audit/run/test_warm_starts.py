@@ -1,4 +1,4 @@
-"""Which search follows which, and what that leaves as it was."""
+"""Warm starts: their order, and that they change no results of other cells."""
 
 import json
 from dataclasses import replace
@@ -10,15 +10,16 @@ from torch import nn
 
 from audit.adversary.threat import threat_model
 from audit.config.settings import AuditSettings
+from audit.config.yaml_source import read_config
 from audit.errors import InvalidModelError
 from audit.information.sandwich import Sandwich
 from audit.records import RecordStore
-from audit.run import cell_runner as workbench
-from audit.run.cell import Cell, read_config
-from audit.run.cell_runner import RunOptions, Watcher
+from audit.run.cell import Cell, expand, search_groups, warm_start_path, with_warm_starts
+from audit.run.cell_runner import CellRunner
 from audit.run.layer_audit import LayerAudit
-from audit.run.run_loop import expand, run
-from audit.run.warm_starts import climbed, path, runs_before, sharing
+from audit.run.loading import RunOptions
+from audit.run.run_loop import run
+from audit.run.warm_starts import runs_before
 
 SETTINGS = AuditSettings(Sandwich(steps=2, start_steps=1, annealing_steps=2, draws=1), seeds=(0,))
 
@@ -28,10 +29,10 @@ def cell(layer="logits", eps=0.1, ref="bundled:one", norm="linf", settings=SETTI
 
 
 def followed(cells):
-    return [each.after and (each.after.layer, each.after.threat.eps) for each in climbed(cells)]
+    return [each.after and (each.after.layer, each.after.threat.eps) for each in with_warm_starts(cells)]
 
 
-def test_radii_follow_the_next_smaller_one_and_layers_the_one_behind_them():
+def test_warm_starts_come_from_smaller_radii_and_later_layers():
     cells = [
         cell(layer, eps) for layer in ("block.2", "input", "logits", "block.10", "penultimate") for eps in (0.2, 0.1)
     ]
@@ -44,7 +45,7 @@ def test_radii_follow_the_next_smaller_one_and_layers_the_one_behind_them():
     }
     wanted |= {(layer, 0.2): (layer, 0.1) for layer, _ in wanted}
     assert followed(cells) == [wanted[each.layer, each.threat.eps] for each in cells]
-    assert [replace(each, after=None) for each in climbed(cells)] == cells
+    assert [replace(each, after=None) for each in with_warm_starts(cells)] == cells
 
 
 def test_a_stage_comes_after_its_parts():
@@ -53,30 +54,30 @@ def test_a_stage_comes_after_its_parts():
     ]  # fmt: skip
 
 
-def test_models_norms_estimators_and_radii_of_zero_follow_nobody():
+def test_models_norms_estimators_and_radius_zero_have_no_warm_starts():
     other = replace(SETTINGS, estimator=Sandwich(steps=3))
     cells = [cell(), cell(ref="bundled:two"), cell(norm="l2"), cell(settings=other), cell(eps=0.0), cell(eps=0.2)]
     assert followed(cells) == [None, None, None, None, None, ("logits", 0.1)]
 
 
-def test_groups_hold_every_cell_once_and_the_followed_before_the_following():
+def test_groups_hold_every_cell_once_after_its_predecessor():
     cells = [cell(layer, eps) for eps in (0.3, 0.1, 0.2) for layer in ("a", "logits", "b")]
-    (group,) = sharing(cells)
+    (group,) = search_groups(cells)
     assert sorted(group) == list(range(9))
     done = []
-    for each in (climbed(cells)[number] for number in group):
+    for each in (with_warm_starts(cells)[number] for number in group):
         assert each.after is None or replace(each.after, after=None) in done
         done.append(replace(each, after=None))
 
 
-def test_the_path_names_every_search_before():
-    last = climbed([cell("logits", 0.1), cell("a", 0.1), cell("a", 0.2)])[2]
-    assert path(last) == [["logits", 0.1], ["a", 0.1]]
-    assert path(cell()) == []
+def test_the_warm_start_path_holds_all_predecessors():
+    last = with_warm_starts([cell("logits", 0.1), cell("a", 0.1), cell("a", 0.2)])[2]
+    assert warm_start_path(last) == [["logits", 0.1], ["a", 0.1]]
+    assert warm_start_path(cell()) == []
 
 
 class Backwards(nn.Module):
-    """Its first layer by name runs last."""
+    """The first layer by name is computed last."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +94,7 @@ class Backwards(nn.Module):
      ("penultimate", "a", True), ("penultimate", "b", False), ("input", "b", True), ("b", "input", False),
      ("a", "logits", True), ("logits", "a", False), ("b@0", "b@1", False)],
 )  # fmt: skip
-def test_the_network_itself_says_what_runs_before_what(layer, later, wanted):
+def test_the_order_of_layers_in_a_forward_pass(layer, later, wanted):
     network = Backwards()
     assert runs_before(network, layer, later, torch.rand(2, 1, 2, 2)) == wanted
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in network.modules())
@@ -125,7 +126,7 @@ def finished(ladder, tmp_path_factory):
     return ladder, folder, run(ladder, folder)
 
 
-def test_a_larger_ball_never_leaves_more(finished):
+def test_worst_case_information_falls_with_the_radius(finished):
     cells, _, records = finished
     found = {(each.layer, each.threat.eps): record for each, record in zip(cells, records, strict=True)}
     assert all(record.valid for record in records)
@@ -138,7 +139,7 @@ def test_a_larger_ball_never_leaves_more(finished):
         assert record.passes < cold.passes or key == ("logits", 0.1)
 
 
-def test_cells_computed_alone_are_the_same_as_in_their_group(finished, tmp_path):
+def test_cells_computed_alone_equal_those_of_a_group(finished, tmp_path):
     cells, folder, records = finished
     number = next(n for n, each in enumerate(cells) if (each.layer, each.threat.eps) == ("penultimate", 0.2))
     (alone,) = run([cells[number]], tmp_path)
@@ -151,31 +152,31 @@ def test_cells_computed_alone_are_the_same_as_in_their_group(finished, tmp_path)
     )
 
 
-def test_a_cell_whose_forerunner_fails_is_searched_from_scratch(ladder, monkeypatch, tmp_path):
+def test_a_cell_whose_predecessor_fails_is_searched_from_scratch(ladder, monkeypatch, tmp_path):
     cells = [each for each in ladder if each.threat.eps == 0.1]
     real, calls = LayerAudit.searched, count()
 
-    def failing(self, threat, starts=None):
+    def failing(self, threat, starts, cache):
         if self.representation.layer == "logits":
             next(calls)
             raise InvalidModelError("planted")
         assert not starts
-        return real(self, threat, starts)
+        return real(self, threat, starts, cache)
 
     monkeypatch.setattr(LayerAudit, "searched", failing)
     records = {record.layer: record for record in run(cells, tmp_path)}
-    assert next(calls) == 2  # its own record, and the one that wanted to follow
+    assert next(calls) == 2  # its own record, and the warm start of the next cell
     assert not records["logits"].valid
     assert records["penultimate"].valid
 
 
-def test_images_of_a_search_are_held_no_longer_than_somebody_follows(ladder, tmp_path):
+def test_search_results_are_dropped_after_their_last_use(ladder, tmp_path):
     cells, held = ladder, []
-    bench = workbench.Workbench(RunOptions(), Watcher(), tmp_path)
-    bench.follow(cells)
-    for number in sharing(cells)[0]:
-        bench.record(cells[number], RecordStore(tmp_path))
-        held.append(len(bench._searched))
+    runner = CellRunner(RunOptions(), tmp_path)
+    runner.begin_group(cells)
+    for number in search_groups(cells)[0]:
+        runner.record(cells[number], RecordStore(tmp_path))
+        held.append(len(runner._searches))
     # logits at .1 is followed by logits at .2 and penultimate at .1, which penultimate at .2 follows
     assert held == [1, 1, 1, 0]
 
@@ -184,17 +185,17 @@ DEEP = YAML.replace("eps: [0.2, 0.1]", "eps: [0.02, 0.1, 0.3]")
 
 
 @pytest.mark.parametrize("kept", [2, 5])
-def test_a_chain_is_resumed_to_the_same_numbers_wherever_it_was_left(kept, tmp_path):
+def test_a_chain_of_warm_starts_resumes_to_the_same_numbers(kept, tmp_path):
     (tmp_path / "deep.yaml").write_text(DEEP)
     cells = expand(read_config(tmp_path / "deep.yaml"))
     numbers = [(r.cell_id, r.worst_nats, r.normal_nats, r.passes) for r in run(cells, tmp_path / "run")]
     store = RecordStore(tmp_path / "run")
-    for number in sharing(cells)[0][kept:]:  # what was done before them is searched again on the way
+    for number in search_groups(cells)[0][kept:]:  # their predecessors are searched again
         store.path(numbers[number][0]).unlink()
     assert [(r.cell_id, r.worst_nats, r.normal_nats, r.passes) for r in run(cells, tmp_path / "run")] == numbers
 
 
-def test_a_layer_that_is_not_there_fails_alone(tmp_path):
+def test_an_unknown_layer_fails_alone(tmp_path):
     (tmp_path / "typo.yaml").write_text(YAML.replace("[penultimate, logits]", "[stages.0, zzz]"))
     records = run(expand(read_config(tmp_path / "typo.yaml")), tmp_path / "run")
     assert {record.layer for record in records if record.valid} == {"stages.0"}

@@ -1,4 +1,4 @@
-"""Recipes of the CIFAR-10 model set: what they say, a run that is stopped, and cards that load."""
+"""Recipes of the CIFAR-10 model set: settings, resumed training, and models that load by their card."""
 
 import json
 from dataclasses import replace
@@ -10,13 +10,13 @@ import torch
 from audit.errors import UnknownNameError, UsageError
 from audit.representation.layers import Representation
 from audit.studies.recipes import is_trained, train_cifar
-from audit.studies.recipes.cifar import EPS, PAPER, SMALL, CifarRecipe, recipes
+from audit.studies.recipes.cifar import EPS, PAPER_RECIPES, SMALL_RECIPES, CifarRecipe, model_set
 from audit.training.classifiers import ClassifierTraining, StepSchedule
 from model_zoo.architectures import build
-from model_zoo.images.load import load_images
+from model_zoo.images.datasets import load_images
 from model_zoo.load import load_model
 
-ONE = recipes(
+ONE = model_set(
     "t", {"vgg": CifarRecipe("", "", "vgg", ClassifierTraining(), {"width": 2})}, ClassifierTraining(epochs=2)
 )
 SHAPE = {"image_shape": (3, 32, 32), "num_classes": 10}
@@ -35,18 +35,28 @@ def trained(images, tmp_path_factory):
     return folder, train_cifar(ONE[2], images, images, folder)
 
 
-def test_the_papers_set_and_its_training():
-    assert {recipe.family for recipe in PAPER} == {"baseline-h", "resnet-18", "vgg-16", "resnet-50", "densenet-121"}
-    assert sorted({round(255 * recipe.trained_eps, 9) for recipe in PAPER}) == [0, 2, 8]
-    assert len({recipe.training.seed for recipe in PAPER}) == len(PAPER) == len({recipe.id for recipe in PAPER})
-    for recipe in PAPER:
+def test_the_model_set_and_training_match_the_paper():
+    assert {recipe.family for recipe in PAPER_RECIPES} == {
+        "baseline-h",
+        "resnet-18",
+        "vgg-16",
+        "resnet-50",
+        "densenet-121",
+    }
+    assert sorted({round(255 * recipe.trained_eps, 9) for recipe in PAPER_RECIPES}) == [0, 2, 8]
+    assert (
+        len({recipe.training.seed for recipe in PAPER_RECIPES})
+        == len(PAPER_RECIPES)
+        == len({recipe.id for recipe in PAPER_RECIPES})
+    )
+    for recipe in PAPER_RECIPES:
         training = recipe.training
         assert (training.learning_rate, training.weight_decay, training.epochs) == (0.1, 5e-4, 150)
         assert training.steps == StepSchedule(every=50, factor=0.1, momentum=0.9)
         assert training.pgd.steps == 7
         assert (training.shift, training.flip) == (4, True)
-    assert {recipe.family for recipe in SMALL} == {"baseline-h", "vgg", "resnet", "densenet"}
-    assert PAPER[2].passes == 8 * PAPER[0].passes
+    assert {recipe.family for recipe in SMALL_RECIPES} == {"baseline-h", "vgg", "resnet", "densenet"}
+    assert PAPER_RECIPES[2].passes == 8 * PAPER_RECIPES[0].passes
 
 
 @pytest.mark.parametrize(
@@ -58,7 +68,7 @@ def test_the_papers_set_and_its_training():
         ("cifar-vgg", {}, 14_724_042, 512),
     ],
 )
-def test_wide_networks_have_their_published_sizes_and_keep_the_map(name, arguments, weights, features):
+def test_wide_networks_have_published_sizes_and_keep_the_resolution(name, arguments, weights, features):
     with torch.random.fork_rng(devices=[]):
         network = build(name, SHAPE | arguments).eval()
     assert sum(parameter.numel() for parameter in network.parameters()) == weights
@@ -75,7 +85,7 @@ def test_a_depth_that_does_not_exist_is_refused():
         build("cifar-resnet", SHAPE | {"depth": 19})
 
 
-def test_what_was_trained_loads_by_its_card(trained, images):
+def test_a_trained_model_loads_by_its_card(trained, images):
     folder, card = trained
     assert json.loads((folder / "t-vgg-robust-8.json").read_text()) == json.loads(json.dumps(card))
     model = load_model(f"file:{folder}/t-vgg-robust-8.safetensors")
@@ -90,7 +100,7 @@ class _Killed(Exception):
     pass
 
 
-def test_a_training_that_was_stopped_ends_in_the_same_weights(trained, images, tmp_path):
+def test_resumed_training_gives_the_same_weights(trained, images, tmp_path):
     def stop(epoch, _loss):
         raise _Killed
 
@@ -104,11 +114,13 @@ def test_a_training_that_was_stopped_ends_in_the_same_weights(trained, images, t
     assert not (tmp_path / "t-vgg-robust-8.partial.pt").exists()
 
 
-def test_a_network_is_known_by_its_settings_and_its_images(trained, images):
+def test_a_trained_network_is_identified_by_settings_and_images(trained, images):
     folder, recipe = trained[0], ONE[2]
     assert is_trained(recipe, images, folder)
     assert not is_trained(ONE[0], images, folder)
-    for other, data in ((recipe, replace(images, sha256="0" * 64)),
-                        (replace(recipe, training=replace(recipe.training, epochs=3)), images)):  # fmt: skip
+    for other, data in (
+        (recipe, replace(images, sha256="0" * 64)),
+        (replace(recipe, training=replace(recipe.training, epochs=3)), images),
+    ):
         with pytest.raises(UsageError, match="is of other settings or training images"):
             is_trained(other, data, folder)

@@ -1,4 +1,4 @@
-"""Figures 1 and 2 in miniature: networks trained where they are missing, audited by an ordinary run, and drawn."""
+"""Figures 1 and 2 in miniature: train missing networks, audit them with `rvaudit run`, and draw the figures."""
 
 import csv
 import json
@@ -7,24 +7,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from audit.commands import verbs as cli
+from audit.commands import execution
+from audit.config.yaml_source import read_config
 from audit.errors import UnknownNameError, UsageError
-from audit.run.cell import read_config
 from audit.studies import figure1
-from audit.studies.figure1 import SCALES, ModelSetRequest, Scale, benchmark, prepare
-from audit.studies.recipes.cifar import EPS, PAPER, SMALL, CifarRecipe, recipes
+from audit.studies.figure1 import SCALES, ModelSetRequest, ModelSetScale, model_set_benchmark, prepare_model_set
+from audit.studies.recipes.cifar import EPS, PAPER_RECIPES, SMALL_RECIPES, CifarRecipe, model_set
 from audit.training.classifiers import ClassifierTraining
 from model_zoo.lookup import check_model
 from reports import publish
 from reports.cli import main
 
 FAMILY = {"baseline-h": CifarRecipe("", "", "baseline-h", ClassifierTraining(), {"width": 2})}
-MICRO = recipes("micro", FAMILY, ClassifierTraining(epochs=1, batch_size=16, shift=1, flip=True))
+MICRO = model_set("micro", FAMILY, ClassifierTraining(epochs=1, batch_size=16, shift=1, flip=True))
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """Noise of ten colours, to train on and to audit on."""
+    """Return references to noise images in ten colours, for training and for the audit."""
     folder, draws = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, count in (("train", 48), ("test", 60)):
         labels = np.arange(count) % 10
@@ -35,7 +35,7 @@ def references(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def micro(monkeypatch):
-    scale = Scale("cifar10", EPS, MICRO[::2], images=50, attack="smoke", estimators=("sandwich",))
+    scale = ModelSetScale("cifar10", EPS, MICRO[::2], images=50, attack="smoke", estimators=("sandwich",))
     monkeypatch.setitem(SCALES, "small", scale)
 
 
@@ -44,9 +44,9 @@ def words(references, folder, *more):
     return ["reproduce", "figure1", "--scale", "small", *sources, "--device", "cpu", "--out", str(folder), *more]
 
 
-def test_the_command_trains_audits_and_draws_and_goes_on_where_it_was(references, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_calibrate_briefly", lambda *_: None)  # of every run; tested there
-    folder = tmp_path / "run 1?"  # what a reference must quote
+def test_the_command_trains_audits_draws_and_resumes(references, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(execution, "calibrate_briefly", lambda *_: None)  # slow, and tested elsewhere
+    folder = tmp_path / "run 1?"  # characters that a reference must quote
     assert main(words(references, folder)) == 0
     assert str(folder / "figures" / "figure1.png") in capsys.readouterr().out
     assert {path.stem for path in (folder / "models").iterdir()} == {recipe.id for recipe in MICRO[::2]}
@@ -66,32 +66,34 @@ def test_the_command_trains_audits_and_draws_and_goes_on_where_it_was(references
     assert main(again) == 0
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)) == 2
-    assert captured.err == ""  # every cell was already there
+    assert captured.err == ""  # every cell was finished
 
 
 def test_networks_of_other_images_are_not_overwritten(references, tmp_path):
     request, heard = ModelSetRequest("small", **references), []
-    path = prepare(request, tmp_path, watch=lambda *line: heard.append(line))
+    path = prepare_model_set(request, tmp_path, progress=lambda *line: heard.append(line))
     shares = [share for _, share in heard]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
     for section in read_config(path).models:
-        check_model(section.ref)  # as `rvaudit validate` does
+        check_model(section.ref)  # like `rvaudit validate`
     with pytest.raises(UsageError, match="is of other settings or training images"):
-        prepare(replace(request, data=references["train_data"], train_data=references["data"]), tmp_path)
+        prepare_model_set(replace(request, data=references["train_data"], train_data=references["data"]), tmp_path)
 
 
-def test_the_tiny_scale_is_the_bundled_zoo_and_trains_nothing(tmp_path, monkeypatch):
+def test_the_tiny_scale_is_the_bundled_models_without_training(tmp_path, monkeypatch):
     monkeypatch.setattr(figure1, "train_cifar", lambda *_: pytest.fail("trained"))
-    config = read_config(prepare(ModelSetRequest("tiny"), tmp_path))
+    config = read_config(prepare_model_set(ModelSetRequest("tiny"), tmp_path))
     assert (config.dataset, [each.ref for each in config.models]) == ("digits", ["bundled:digits-*"])
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark.yaml"]
 
 
 def test_the_paper_scale_audits_fifteen_networks_at_eight_grey_levels(tmp_path):
-    config = benchmark(ModelSetRequest("paper"), tmp_path)
-    assert [each.ref.rpartition("/")[2] for each in config.models] == [f"{recipe.id}.safetensors" for recipe in PAPER]
-    assert (len(PAPER), len(SMALL)) == (15, 12)
+    config = model_set_benchmark(ModelSetRequest("paper"), tmp_path)
+    assert [each.ref.rpartition("/")[2] for each in config.models] == [
+        f"{recipe.id}.safetensors" for recipe in PAPER_RECIPES
+    ]
+    assert (len(PAPER_RECIPES), len(SMALL_RECIPES)) == (15, 12)
     assert config.threats[0].eps == (8 / 255,)
 
 
@@ -102,9 +104,9 @@ def test_the_paper_scale_audits_fifteen_networks_at_eight_grey_levels(tmp_path):
         ({"scale": "small", "dataset": "digits"}, UsageError, "scale small is of data set cifar10, not 'digits'"),
         ({"scale": "tiny", "data": "npz:a", "train_data": "npz:b"}, UsageError, "scale tiny trains nothing"),
         ({"scale": "small", "data": "npz:a"}, UsageError, "must both be given, or neither"),
-        ({"scale": "small", "data": "npz:a", "train_data": "npz:a"}, UsageError, "audit networks on images they never"),
+        ({"scale": "small", "data": "npz:a", "train_data": "npz:a"}, UsageError, "audit networks on held-out images"),
     ],
 )
-def test_requests_that_mean_nothing_are_refused(fields, error, sentence):
+def test_invalid_requests_are_refused(fields, error, sentence):
     with pytest.raises(error, match=sentence):
         ModelSetRequest(**fields)

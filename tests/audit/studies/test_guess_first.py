@@ -1,4 +1,4 @@
-"""The "Guess First" study: what an adaptive attack adds, rows of one classifier, and a run that can be stopped."""
+"""The "Guess First" study: the adaptive attack, the rows of one classifier, and resumed runs."""
 
 from dataclasses import replace
 
@@ -10,42 +10,51 @@ from torch import nn
 from audit.adversary.label_attack import LabelAttack, Stage
 from audit.adversary.minimum_norm import CarliniWagner
 from audit.adversary.pgd import PGD
-from audit.adversary.robustness import Target, alone
+from audit.adversary.robustness import TargetModel
+from audit.adversary.single_attacks import run_attack
 from audit.adversary.threat import L2, Linf
-from audit.commands.guess_first import guess_first_command
+from audit.commands.reproduce.guess_first import guess_first_command
 from audit.errors import IntegrityError, UnknownNameError, UsageError
 from audit.information.sandwich import Sandwich
 from audit.random_keys import keyed_generator
 from audit.representation.layers import Representation
 from audit.studies import guess_first
-from audit.studies.adaptive import (
-    Nearby,
-    Spread,
-    adaptive,
-    believed,
-    craft,
-    excess,
-    failed_checks,
-    right,
+from audit.studies.adaptive_attack import (
+    OtherAttacks,
+    StandardisedScores,
+    adaptive_attack,
+    correct_mask,
+    craft_transfer_images,
+    describe_failed_checks,
+    excess_broken,
+    judge_single_attack,
     score_objective,
 )
-from audit.studies.attack_table import Reading, Row, Study, TableSettings, craft_all, stages, table_rows
+from audit.studies.attack_table import (
+    AttackedClassifier,
+    AttackRow,
+    AttackTableSettings,
+    AuditedLayer,
+    attack_table_rows,
+    craft_black_box_images,
+    stage_count,
+)
 from audit.studies.guess_first import (
     COLUMNS,
     RECIPES,
     GuessFirstSettings,
+    audited_layers,
     read_rows,
-    readings,
     run_guess_first,
 )
 from model_zoo.architectures import build
 
 QUICK = LabelAttack((Stage("ce", PGD(3, 0.5)), Stage("margin", PGD(3, 0.5))))
-TABLE = TableSettings((0.05, 0.1), 0.5, QUICK, 24, 12, CarliniWagner(steps=10, searches=2))
+TABLE = AttackTableSettings((0.05, 0.1), 0.5, QUICK, 24, 12, CarliniWagner(steps=10, searches=2))
 
 
 class Plane(nn.Module):
-    """Classes split by planes; scores times `scale`."""
+    """A linear classifier whose scores are multiplied by `scale`."""
 
     def __init__(self, scale=1.0, key=1):
         super().__init__()
@@ -57,7 +66,7 @@ class Plane(nn.Module):
 
 
 class Rounded(nn.Module):
-    """Answers that move with no pixel until they jump, and a gradient that says otherwise."""
+    """A network on quantised pixels (piecewise constant) with a misleading gradient."""
 
     def __init__(self, inner):
         super().__init__()
@@ -70,28 +79,28 @@ class Rounded(nn.Module):
 def target(network=None, count=40):
     network = (network or Plane()).eval()
     images = 0.3 + 0.4 * torch.rand(count, 1, 4, 4, generator=keyed_generator(2))
-    return Target(network, images, Plane()(images).argmax(1))
+    return TargetModel(network, images, Plane()(images).argmax(1))
 
 
 def whole(subject, settings=TABLE):
-    crafted = craft_all(Target(Plane(key=5).eval(), subject.images, subject.labels), settings, 0)
-    reading = Reading(
+    crafted = craft_black_box_images(TargetModel(Plane(key=5).eval(), subject.images, subject.labels), settings, 0)
+    reading = AuditedLayer(
         "logits", subject.network, "logits", Sandwich(steps=2, start_steps=1, quantisers=(2,), annealing_steps=2)
     )
     told = []
-    rows = table_rows(Study(subject, crafted, [reading]), settings, 0, told.append)
+    rows = attack_table_rows(AttackedClassifier(subject, crafted, [reading]), settings, 0, told.append)
     return rows, told
 
 
-def test_spread_scores_give_the_same_answer_whatever_their_scale():
+def test_standardised_scores_do_not_depend_on_scale():
     images = target().images
-    plain, scaled = Spread(Plane())(images), Spread(Plane(scale=1e4))(images)
+    plain, scaled = StandardisedScores(Plane())(images), StandardisedScores(Plane(scale=1e4))(images)
     assert torch.allclose(plain, scaled, atol=1e-4)
     assert torch.equal(plain.argmax(1), Plane()(images).argmax(1))
     assert torch.allclose(plain.std(1, correction=0), torch.ones(len(images)))
 
 
-def test_a_single_score_is_moved_the_way_its_sign_says():
+def test_the_sign_sets_the_direction_of_a_single_score():
     subject = target()
     index = torch.arange(10)
     scores = subject.network(subject.images[:10])
@@ -101,55 +110,57 @@ def test_a_single_score_is_moved_the_way_its_sign_says():
         assert not judged.done.any()
 
 
-def test_where_cross_entropy_has_no_gradient_the_single_attack_is_not_believed():
+def test_a_single_attack_without_gradients_is_too_weak():
     saturated = target(Plane(scale=1e5))
-    step = alone("fgsm", saturated, Linf(0.1), 0)
-    union = adaptive(saturated, Linf(0.1), LabelAttack((Stage("ce", PGD(3, 0.5)),)), Nearby([step.robust]), 0)
-    more = excess(step.robust, union.robust)
+    step = run_attack("fgsm", saturated, Linf(0.1), 0)
+    union = adaptive_attack(
+        saturated, Linf(0.1), LabelAttack((Stage("ce", PGD(3, 0.5)),)), OtherAttacks([step.robust]), 0
+    )
+    more = excess_broken(step.robust, union.robust)
     assert more > 0.2
-    trusted, words = believed(more, len(union.robust))
+    trusted, words = judge_single_attack(more, len(union.robust))
     assert not trusted
     assert words == f"too weak: the adaptive attack breaks {more:.1%} more"
-    assert "check 2, zero gradient of the cross-entropy" in union.verdict
+    assert "check 'zero gradient of the cross-entropy' failed" in union.verdict
 
 
-def test_a_masked_network_gets_an_upper_bound_and_the_check_that_says_so():
-    union = adaptive(target(Rounded(Plane())), Linf(0.05), QUICK, Nearby(), 0)
+def test_a_network_with_masked_gradients_gets_an_upper_bound():
+    union = adaptive_attack(target(Rounded(Plane())), Linf(0.05), QUICK, OtherAttacks(), 0)
     assert union.verdict.startswith("upper bound, attack not trustworthy: check ")
-    honest = adaptive(target(), Linf(0.05), QUICK, Nearby(), 0)
+    honest = adaptive_attack(target(), Linf(0.05), QUICK, OtherAttacks(), 0)
     assert honest.verdict == "measured"
-    assert failed_checks(honest.tier.checks) == ""
+    assert describe_failed_checks(honest.tier.checks) == ""
 
 
-def test_what_transfers_counts_and_is_held_against_the_searches():
+def test_transfer_images_count_and_are_compared_with_the_searches():
     subject = target()
-    union = adaptive(subject, Linf(0.05), QUICK, Nearby(), 0)
+    union = adaptive_attack(subject, Linf(0.05), QUICK, OtherAttacks(), 0)
     nothing = torch.zeros_like(union.robust)
-    assert not adaptive(subject, Linf(0.05), QUICK, Nearby([nothing]), 0).robust.any()
-    # images that no attack at this radius could make: the searches missed them, and the check says so
-    unfair = adaptive(subject, Linf(0.05), QUICK, Nearby((), [1 - subject.images]), 0)
+    assert not adaptive_attack(subject, Linf(0.05), QUICK, OtherAttacks([nothing]), 0).robust.any()
+    # images outside the ball, which no search finds: the transfer check fails
+    unfair = adaptive_attack(subject, Linf(0.05), QUICK, OtherAttacks((), [1 - subject.images]), 0)
     assert int(unfair.robust.sum()) < int(union.robust.sum())
-    assert "check 16, transfer" in unfair.verdict
+    assert "check 'transfer' failed" in unfair.verdict
 
 
 @pytest.mark.parametrize(("more", "images", "held"), [(0.01, 500, True), (0.012, 500, False), (0.05, 20, True)])
-def test_a_single_attack_is_believed_up_to_a_hundredth_or_one_image(more, images, held):
-    assert believed(more, images)[0] is held
+def test_a_single_attack_is_accepted_up_to_a_hundredth_or_one_image(more, images, held):
+    assert judge_single_attack(more, images)[0] is held
 
 
 def test_excess_counts_the_images_both_attacks_saw():
     robust, union = torch.tensor([True, True, False, True]), torch.tensor([True, False, False])
-    assert excess(robust, union) == pytest.approx(1 / 3)
+    assert excess_broken(robust, union) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd", "cw"])
-def test_images_made_against_a_substitute_are_legal_and_fool_it(name):
+def test_transfer_images_are_legal_and_fool_the_substitute(name):
     subject = target()
     threat = L2(0.5) if name == "cw" else Linf(0.1)
-    made = craft(subject, threat, name, 0)
+    made = craft_transfer_images(subject, threat, name, 0)
     assert (threat.distance(made.images, subject.images) <= threat.eps + 1e-6).all()
     assert made.left < 1
-    assert made.left == pytest.approx(float(right(subject.network, made.images, subject.labels).float().mean()))
+    assert made.left == pytest.approx(float(correct_mask(subject.network, made.images, subject.labels).float().mean()))
     assert made.failed == ""
 
 
@@ -157,33 +168,44 @@ def test_the_rows_of_one_classifier():
     subject = target()
     settings = replace(TABLE, radii=(0.1,))
     rows, told = whole(subject, settings)
-    assert len(told) == stages(settings)
+    assert len(told) == stage_count(settings)
     keys = [(row.attack, row.access, row.norm, row.eps, row.layer) for row in rows]
     assert len(set(keys)) == len(keys)
     by = dict(zip(keys, rows, strict=True))
     for eps in settings.radii:
         assert {row.attack for row in rows if row.norm == "linf" and row.eps == eps and row.access == "white"} >= {
-            "fgsm", "pgd", "square", "adaptive", "sandwich"}  # fmt: skip
+            "fgsm",
+            "pgd",
+            "square",
+            "adaptive",
+            "sandwich",
+        }
         union = by["adaptive", "white", "linf", eps, ""]
         assert union.images == TABLE.attack_images
         assert by["sandwich", "white", "linf", eps, "logits"].rv >= -0.1
         for name in ("fgsm", "pgd"):
             row = by[name, "white", "linf", eps, ""]
-            first = Target(subject.network, subject.images[: union.images], subject.labels[: union.images])
+            first = TargetModel(subject.network, subject.images[: union.images], subject.labels[: union.images])
             assert row.images == len(subject.images)
             assert row.excess == pytest.approx(
-                alone(name, first, Linf(eps), 0).accuracy.value - union.accuracy, abs=0.1
+                run_attack(name, first, Linf(eps), 0).accuracy.value - union.accuracy, abs=0.1
             )
     assert by["clean", "none", "", 0.0, ""].accuracy == 1
     assert by["cw", "white", "l2", 0.5, ""].images == TABLE.slow_images
     assert "the substitute itself keeps" in by["pgd", "black", "linf", 0.1, ""].note
 
 
-def test_the_union_is_never_above_a_part_of_it():
+def test_the_union_is_at_most_every_part():
     rows, _ = whole(target(count=24), replace(TABLE, attack_images=24, slow_images=24))
     for norm, eps in (("linf", 0.05), ("linf", 0.1), ("l2", 0.5)):
-        found = {row.attack: row.accuracy for row in rows if (row.norm, row.eps) == (norm, eps) and row.access != "none"
-                 and row.accuracy is not None and row.attack != "square"}  # fmt: skip
+        found = {
+            row.attack: row.accuracy
+            for row in rows
+            if (row.norm, row.eps) == (norm, eps)
+            and row.access != "none"
+            and row.accuracy is not None
+            and row.attack != "square"
+        }
         assert found["adaptive"] == min(found.values())
 
 
@@ -193,12 +215,12 @@ def test_a_table_without_radius_or_images_is_refused(fault, said):
         replace(TABLE, **fault)
 
 
-def test_layers_are_read_where_each_network_has_them():
+def test_audited_layers_exist_in_every_network():
     shape = {"image_shape": (1, 8, 8), "num_classes": 10}
     images = torch.rand(4, 1, 8, 8, generator=keyed_generator(3))
     for name in ("hypothesis-net", "plain-cnn", "vib"):
         network = build(name, shape).eval().requires_grad_(False)
-        widths = {each.name: Representation(each.module, each.layer)(images).shape for each in readings(network)}
+        widths = {each.name: Representation(each.module, each.layer)(images).shape for each in audited_layers(network)}
         assert widths == {"logits": (4, 10), "fc2": (4, 256)}
 
 
@@ -210,7 +232,9 @@ def settings_of(folder, **others):
 
 def test_a_run_is_trained_attacked_and_audited(tmp_path, monkeypatch):
     quick = Sandwich(steps=2, start_steps=1, quantisers=(2,), annealing_steps=2)
-    monkeypatch.setattr(guess_first, "readings", lambda network: (Reading("logits", network, "logits", quick),))
+    monkeypatch.setattr(
+        guess_first, "audited_layers", lambda network: (AuditedLayer("logits", network, "logits", quick),)
+    )
     settings, told = settings_of(tmp_path, recipes=("cnn",)), []
     run_guess_first(settings, lambda what, done: told.append(done))
     assert told == list(range(settings.steps))
@@ -222,15 +246,15 @@ def test_a_run_is_trained_attacked_and_audited(tmp_path, monkeypatch):
 
 
 def quick_rows(study, settings, _seed, progress):
-    """The clean accuracy, after as many stages as the whole table has."""
-    for number in range(stages(settings)):
+    """Return the clean accuracy after as many stages as the complete table has."""
+    for number in range(stage_count(settings)):
         progress(f"stage {number}")
-    share = float(right(study.subject.network, study.subject.images, study.subject.labels).float().mean())
-    return [Row("clean", images=len(study.subject.images), accuracy=share)]
+    share = float(correct_mask(study.target.network, study.target.images, study.target.labels).float().mean())
+    return [AttackRow("clean", images=len(study.target.images), accuracy=share)]
 
 
-def test_a_run_that_was_stopped_ends_in_the_rows_of_one_that_was_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(guess_first, "table_rows", quick_rows)
+def test_a_resumed_run_gives_the_rows_of_an_uninterrupted_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(guess_first, "attack_table_rows", quick_rows)
     told, again = [], []
     left_alone = run_guess_first(settings_of(tmp_path / "a", count=100), lambda what, done: told.append((what, done)))
 
@@ -246,13 +270,13 @@ def test_a_run_that_was_stopped_ends_in_the_rows_of_one_that_was_not(tmp_path, m
     assert not [what for what, _ in again if what.startswith("cnn") or "epoch" in what]
     assert again[-1] == told[-1]
     assert settings.path.read_text() == left_alone.read_text()
-    # finished: nothing is computed again
+    # a finished run computes nothing
     run_guess_first(settings, lambda what, _done: pytest.fail(what))
     with pytest.raises(UsageError, match="rows of other settings"):
         run_guess_first(replace(settings, epochs=2))
 
 
-def test_what_is_no_file_of_rows_is_refused(tmp_path):
+def test_a_file_with_other_columns_is_refused(tmp_path):
     settings = settings_of(tmp_path)
     assert read_rows(settings.path) == []
     settings.path.write_text("a,b\n1,2\n")
@@ -261,7 +285,7 @@ def test_what_is_no_file_of_rows_is_refused(tmp_path):
     assert COLUMNS[:2] == ("recipe", "seed")
 
 
-def test_unfit_settings_are_refused(tmp_path):
+def test_invalid_settings_are_refused(tmp_path):
     with pytest.raises(UsageError, match="seeds 0"):
         GuessFirstSettings(seeds=0)
     with pytest.raises(UnknownNameError, match="did you mean 'c-js'"):

@@ -1,4 +1,4 @@
-"""The recipes of the second paper: what they train, on what, and that it loads again like any model."""
+"""Recipes of "Guess First": architectures, training data, and models that load by their card."""
 
 import json
 from dataclasses import replace
@@ -8,13 +8,13 @@ import torch
 
 from audit.errors import IntegrityError, UnknownNameError, UsageError
 from audit.representation.layers import Representation
-from audit.studies.recipes import GUESS_FIRST, GuessFirstRun, find_recipe, train_guess_first
-from audit.studies.recipes.guess_first import TrainingData, fresh_network, load_training_data
+from audit.studies.recipes import GUESS_FIRST_RECIPES, GuessFirstRun, find_recipe, train_guess_first
+from audit.studies.recipes.guess_first import TrainingData, build_network, load_training_data
 from model_zoo.load import load_model
 from reports.cli import main
 
 RUN = GuessFirstRun(epochs=2, seed=3)
-IE = GUESS_FIRST["guess-first/c-js-ie"]
+IE = GUESS_FIRST_RECIPES["guess-first/c-js-ie"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def trained(tmp_path_factory, data):
     return folder, train_guess_first(IE, RUN, folder, data=data)
 
 
-def test_the_recipes_are_the_columns_of_the_papers_table():
+def test_the_recipes_match_the_columns_of_the_paper():
     columns = {
         "c-dv": ("hypothesis-net", "donsker-varadhan", False, False),
         "c-js": ("hypothesis-net", "jensen-shannon", False, False),
@@ -41,29 +41,29 @@ def test_the_recipes_are_the_columns_of_the_papers_table():
     }
     found = {
         recipe.variant: (recipe.architecture, t.objective, t.elimination > 0, t.kl_weight > 0)
-        for recipe in GUESS_FIRST.values()
+        for recipe in GUESS_FIRST_RECIPES.values()
         for t in [recipe.training]
     }
     assert found == columns
-    assert {(r.training.epochs, r.training.batch_size, r.training.learning_rate) for r in GUESS_FIRST.values()} == {
-        (200, 250, 1e-3)
-    }
+    assert {
+        (r.training.epochs, r.training.batch_size, r.training.learning_rate) for r in GUESS_FIRST_RECIPES.values()
+    } == {(200, 250, 1e-3)}
     with pytest.raises(UnknownNameError, match="unknown recipe 'guess-first/c-jsie'; did you mean 'guess-first/c-js"):
         find_recipe("guess-first/c-jsie")
 
 
-@pytest.mark.parametrize("recipe", GUESS_FIRST.values(), ids=lambda recipe: recipe.variant)
+@pytest.mark.parametrize("recipe", GUESS_FIRST_RECIPES.values(), ids=lambda recipe: recipe.variant)
 def test_every_recipe_learns_the_digits_in_a_few_steps(recipe, data, tmp_path):
     losses, recipe = [], replace(recipe, training=replace(recipe.training, batch_size=50))
     card = train_guess_first(recipe, replace(RUN, epochs=5), tmp_path, lambda _, loss: losses.append(loss), data)
     assert losses[-1] < losses[0]
     natural, adversarial = (number["value"] for number in card["published"])
-    assert natural > (0.15 if recipe.variant == "lenet" else 0.5)  # it has no batch norm: slower
+    assert natural > (0.15 if recipe.variant == "lenet" else 0.5)  # slower without batch norm
     assert adversarial <= natural
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
 
 
-def test_what_was_trained_loads_by_its_card_and_can_be_audited(trained, data):
+def test_a_trained_model_loads_by_its_card_and_can_be_audited(trained, data):
     folder, card = trained
     assert json.loads((folder / "guess-first-c-js-ie-digits-3.json").read_text()) == json.loads(json.dumps(card))
     model = load_model(f"file:{folder}/{card['id']}.safetensors")
@@ -76,7 +76,7 @@ def test_what_was_trained_loads_by_its_card_and_can_be_audited(trained, data):
     assert Representation(model.network, "fc2")(data.images[:4]).shape == (4, 10 * 256)
 
 
-def test_weights_that_are_not_the_cards_are_refused(trained, tmp_path):
+def test_weights_that_differ_from_their_card_are_refused(trained, tmp_path):
     folder, card = trained
     weights = tmp_path / "net.safetensors"
     weights.write_bytes((folder / f"{card['id']}.safetensors").read_bytes())
@@ -93,7 +93,7 @@ def test_weights_that_are_not_the_cards_are_refused(trained, tmp_path):
         load_model(f"file:{weights}")
 
 
-def test_a_killed_run_ends_in_the_weights_of_one_left_alone(trained, data, tmp_path):
+def test_resumed_training_gives_the_weights_of_an_uninterrupted_run(trained, data, tmp_path):
     def killed(epoch, _loss):
         raise KeyboardInterrupt
 
@@ -106,16 +106,16 @@ def test_a_killed_run_ends_in_the_weights_of_one_left_alone(trained, data, tmp_p
     assert card["sha256"] == trained[1]["sha256"]
 
 
-def test_the_seed_decides_the_network_and_nobody_elses_random_numbers(data):
+def test_the_seed_determines_the_network_and_leaves_the_global_stream(data):
     torch.manual_seed(77)
     before = torch.get_rng_state()
-    one, same, other = (fresh_network(IE, data, seed)[0].fc1.linear.of_hypothesis for seed in (1, 1, 2))
+    one, same, other = (build_network(IE, data, seed)[0].fc1.linear.of_hypothesis for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
-def test_a_set_without_splits_is_cut_and_nothing_is_in_both_parts(tmp_path):
+def test_a_data_set_without_splits_is_divided_into_disjoint_parts(tmp_path):
     import numpy as np
 
     pixels = np.arange(50 * 64, dtype=np.float32).reshape(50, 1, 8, 8) / 4000
@@ -134,9 +134,9 @@ def test_a_set_without_splits_is_cut_and_nothing_is_in_both_parts(tmp_path):
     assert len(named.held_out_images) == len(load_training_data(RUN).held_out_images)
 
 
-def test_the_command_trains_and_refuses_options_that_a_fixed_recipe_has_no_use_for(tmp_path, capsys):
+def test_the_command_trains_and_refuses_options_of_other_recipes(tmp_path, capsys):
     words = ["train", "guess-first/lenet", "--epochs", "1", "--count", "300", "--seed", "4", "--out", str(tmp_path)]
     assert main(words) == 0
     assert capsys.readouterr().out.startswith("guess-first-lenet-digits-4: natural 0.")
     assert main(["train", "digits-vgg-standard", "--epochs", "1", "--out", str(tmp_path)]) == 2
-    assert "recipe digits-vgg-standard is fixed: leave out --epochs" in capsys.readouterr().err
+    assert "recipe digits-vgg-standard is fixed: omit --epochs" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Table 1 in miniature: every row from learned encoders to measured heads, stopped and taken up again."""
+"""Table 1 in miniature: all rows from learned encoders to measured heads, and resumed runs."""
 
 import csv
 import json
@@ -16,19 +16,31 @@ from audit.errors import UnknownNameError, UsageError
 from audit.representation.layers import Representation
 from audit.run.cell import Cell
 from audit.run.run_loop import run as audit_cells
-from audit.studies import table1
+from audit.studies import table1, table1_encoders
 from audit.studies.table1 import COLUMNS, HEADS, ROWS, run_table1
-from audit.studies.table1_settings import PAPER_PGD, SCALES, SUBJECTS, Scale, Table1Request, load_parts
-from audit.training.objectives import ScorerShape
-from model_zoo.images.load import ImageRequest, check_fit, load_images
+from audit.studies.table1_settings import DATASETS, PAPER_PGD, SCALES, Table1Request, Table1Scale, load_splits
+from audit.training.objectives import ObjectiveSettings
+from model_zoo.images.datasets import ImageRequest, check_fit, load_images
 from model_zoo.load import SourceSettings, load_model
 from reports.cli import main
 
-MICRO = Scale(
-    width=16, critic=ScorerShape(width=8), image_branch="cached", epochs=2, rate=1e-3, head_epochs=2, robust_epochs=1,
-    head_rate=5e-3, supervised_epochs=1, supervised_rate=4e-3, every=1, train_images=40, test_images=10,
-    attack="smoke", batch_size=18,
-)  # fmt: skip
+MICRO = Table1Scale(
+    width=16,
+    critic=ObjectiveSettings(width=8),
+    image_branch="cached",
+    epochs=2,
+    rate=1e-3,
+    head_epochs=2,
+    robust_epochs=1,
+    head_rate=5e-3,
+    supervised_epochs=1,
+    supervised_rate=4e-3,
+    every=1,
+    train_images=40,
+    test_images=10,
+    attack="smoke",
+    batch_size=18,
+)
 OFFLINE = SourceSettings(offline=True)
 REQUEST = Table1Request("digits", MICRO, "micro")
 
@@ -36,7 +48,7 @@ REQUEST = Table1Request("digits", MICRO, "micro")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder, heard = tmp_path_factory.mktemp("table1"), []
-    rows = run_table1(REQUEST, 1, folder, watch=lambda *line: heard.append(line))
+    rows = run_table1(REQUEST, 1, folder, progress=lambda *line: heard.append(line))
     return folder, rows, heard
 
 
@@ -62,7 +74,7 @@ def test_every_row_and_head_is_measured_and_written(run):
         assert (row["images"], row["eps"], row["attack"], row["seed"]) == (10, 0.2, "smoke", 0)
 
 
-def test_progress_ends_where_the_estimate_does_and_never_goes_back(run):
+def test_progress_is_monotone_and_ends_at_the_total(run):
     done, total = [line[1] for line in run[2]], {line[2] for line in run[2]}
     assert done == sorted(done)
     assert total == {done[-1]}
@@ -71,13 +83,14 @@ def test_progress_ends_where_the_estimate_does_and_never_goes_back(run):
 
 def test_a_finished_table_is_not_computed_again(run, monkeypatch):
     folder, rows, _ = run
-    for name in ("train_representation", "train_classifier", "fit_head", "measure_accuracy"):
+    monkeypatch.setattr(table1_encoders, "train_representation", lambda *_: pytest.fail("computed again"))
+    for name in ("train_classifier", "fit_head", "measure_accuracy"):
         monkeypatch.setattr(table1, name, lambda *_: pytest.fail("computed again"))
     again = run_table1(REQUEST, 1, folder)
     assert [(row["row"], row["head"]) for row in again] == [(row["row"], row["head"]) for row in rows]
 
 
-def test_a_table_that_was_stopped_goes_on_with_the_same_numbers(run, tmp_path, monkeypatch):
+def test_a_resumed_table_has_the_same_numbers(run, tmp_path, monkeypatch):
     class StoppedError(Exception):
         pass
 
@@ -95,20 +108,20 @@ def test_a_table_that_was_stopped_goes_on_with_the_same_numbers(run, tmp_path, m
             run_table1(REQUEST, 1, tmp_path)
     assert len(written(tmp_path)) == 2
     taken = []
-    train = table1.train_representation
-    monkeypatch.setattr(table1, "train_representation", lambda *a: taken.append(None) or train(*a))
+    train = table1_encoders.train_representation
+    monkeypatch.setattr(table1_encoders, "train_representation", lambda *a: taken.append(None) or train(*a))
     run_table1(REQUEST, 1, tmp_path)
-    assert len(taken) == 1  # the other encoder was in the folder
+    assert len(taken) == 1  # the other encoder is loaded from the folder
     assert (tmp_path / "rows.csv").read_text() == (run[0] / "rows.csv").read_text()
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
-def test_rows_of_other_settings_are_not_mixed_in(run):
+def test_rows_of_other_settings_are_refused(run):
     with pytest.raises(UsageError, match="holds rows of other settings"):
         run_table1(replace(REQUEST, scale=replace(MICRO, rate=2e-3)), 1, run[0])
 
 
-def test_a_learned_encoder_is_loaded_by_its_card_like_any_other_model(run):
+def test_a_learned_encoder_loads_by_its_card(run):
     folder = run[0] / "encoders"
     cards = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     learned = {"digits-micro-standard-seed0", "digits-micro-worst-case-seed0"}
@@ -125,11 +138,11 @@ def test_a_learned_encoder_is_loaded_by_its_card_like_any_other_model(run):
     assert trained == {name: ("standard", 0.0) if name in plain else ("robust", 0.2) for name in cards}
 
 
-def test_an_encoder_under_its_linear_head_answers_as_its_row_says(run):
+def test_a_saved_encoder_with_head_has_the_accuracy_of_its_row(run):
     folder, name = run[0] / "encoders", "digits-micro-worst-case-seed0"
     loaded = load_model(f"file:{folder}/{name}-robust-h.safetensors", OFFLINE)
     images = load_images("digits", ImageRequest(count=10))
-    check_fit(loaded, images)  # what an audit asks of a model before it starts
+    check_fit(loaded, images)  # the precondition of an audit
     (row,) = (row for row in run[1] if (row["row"], row["head"]) == ("worst-case g, robust h", "linear"))
     right = (loaded.network(images.images).argmax(1) == images.labels).float().mean()
     assert float(right) == pytest.approx(row["natural"])
@@ -138,7 +151,7 @@ def test_an_encoder_under_its_linear_head_answers_as_its_row_says(run):
     assert torch.equal(features, encoder.network(images.images))
 
 
-def test_an_encoder_under_its_head_is_audited_at_its_features(run, tmp_path):
+def test_an_encoder_with_head_is_audited_at_its_features(run, tmp_path):
     ref = f"file:{run[0]}/encoders/digits-micro-worst-case-seed0-robust-h.safetensors"
     settings = AuditSettings(attack=TIERS["smoke"], seeds=(0,))
     (record,) = audit_cells([Cell(ref, None, "digits", 50, "penultimate", Linf(0.02), settings)], tmp_path)
@@ -148,7 +161,7 @@ def test_an_encoder_under_its_head_is_audited_at_its_features(run, tmp_path):
     assert record.worst_nats < record.normal_nats
 
 
-def test_an_encoder_without_a_head_is_certified_and_an_audit_says_what_to_do(run, tmp_path, capsys):
+def test_an_encoder_without_a_head_can_be_certified_but_not_audited(run, tmp_path, capsys):
     ref = f"file:{run[0]}/encoders/digits-micro-standard-seed0.safetensors"
     options = ["--dataset", "digits", "--eps", "0.2", "--images", "4"]
     assert main(["certify", ref, *options, "--hubs", "1", "--hubs-only", "--head-images", "0", "--json"]) == 0
@@ -158,10 +171,10 @@ def test_an_encoder_without_a_head_is_certified_and_an_audit_says_what_to_do(run
     assert main(["audit", ref, *options, "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert "has no classifier, so its accuracy on digits is not defined" in said
-    assert "audit it saved with a head, or bound every head on it: rvaudit certify" in said
+    assert "audit it with a head, or bound the accuracy of every head: rvaudit certify" in said
 
 
-def test_what_is_reported_of_training_in_mixed_precision_is_measured_in_full(tmp_path, monkeypatch):
+def test_accuracies_are_measured_in_full_precision(tmp_path, monkeypatch):
     seen, measure = [], table1.measure_accuracy
 
     def watched(network, images, *rest):
@@ -176,25 +189,25 @@ def test_what_is_reported_of_training_in_mixed_precision_is_measured_in_full(tmp
     assert set(seen) == {(False, torch.float32)}
 
 
-def test_a_single_file_gives_its_last_fifth_to_test_on_and_a_tenth_of_the_rest_to_stop_by(tmp_path):
+def test_a_single_file_is_divided_into_training_validation_and_test(tmp_path):
     request = replace(REQUEST, scale=SCALES["tiny"], data=npz(tmp_path / "all.npz", 100))
-    parts = load_parts(request)
+    parts = load_splits(request)
     assert [len(part.images) for part in parts[:3]] == [72, 8, 20]
     order = torch.cat([part.images[:, 0, 0, 0] for part in parts[:3]])
     assert torch.equal(order, torch.arange(100) / 1000)
     assert parts.classes == 10
 
 
-def test_two_files_are_taken_as_they_are_and_cut_to_the_scale(tmp_path):
+def test_two_files_are_truncated_to_the_scale(tmp_path):
     train, test = npz(tmp_path / "train.npz", 90), npz(tmp_path / "test.npz", 30, start=500)
-    parts = load_parts(replace(REQUEST, data=test, train_data=train))
+    parts = load_splits(replace(REQUEST, data=test, train_data=train))
     assert [len(part.images) for part in parts[:3]] == [36, 4, 10]
     assert float(parts.test.images.min()) == 0.5
-    with pytest.raises(UsageError, match="5 images to learn from are too few"):
-        load_parts(replace(REQUEST, data=test, train_data=npz(tmp_path / "few.npz", 5)))
+    with pytest.raises(UsageError, match="5 training images are too few"):
+        load_splits(replace(REQUEST, data=test, train_data=npz(tmp_path / "few.npz", 5)))
 
 
-def test_requests_that_mean_nothing_are_refused():
+def test_invalid_requests_are_refused():
     with pytest.raises(UnknownNameError, match="did you mean 'mnist'"):
         Table1Request("mnits", MICRO)
     with pytest.raises(UnknownNameError, match="did you mean 'smoke'"):
@@ -203,7 +216,7 @@ def test_requests_that_mean_nothing_are_refused():
         Table1Request("digits", MICRO, train_data="npz:x")
 
 
-def test_the_scales_and_radii_are_the_papers():
+def test_scales_and_radii_match_the_paper():
     paper = Table1Request("cifar10", SCALES["paper"]).mutual_information(1.0, 0)
     assert (paper.epochs, paper.learning_rate, paper.batch_size, paper.critic.width) == (500, 1e-4, 128, 2048)
     assert (paper.critic.name, paper.image_branch, paper.flip, SCALES["paper"].width) == (
@@ -213,9 +226,12 @@ def test_the_scales_and_radii_are_the_papers():
         64,
     )
     assert PAPER_PGD.relative_step * 8 / 255 == pytest.approx(0.01, abs=1e-4)
-    assert {name: round(each.eps * 255, 2) for name, each in SUBJECTS.items() if name != "digits"} == {
-        "mnist": 76.5, "fashion-mnist": 25.5, "svhn": 4.0, "cifar10": 8.0,
-    }  # fmt: skip
+    assert {name: round(each.eps * 255, 2) for name, each in DATASETS.items() if name != "digits"} == {
+        "mnist": 76.5,
+        "fashion-mnist": 25.5,
+        "svhn": 4.0,
+        "cifar10": 8.0,
+    }
 
 
 def test_the_command_writes_rows_and_page(run, tmp_path, monkeypatch, capsys):
@@ -232,7 +248,7 @@ def test_the_command_writes_rows_and_page(run, tmp_path, monkeypatch, capsys):
     assert "did you mean 'tiny'" in capsys.readouterr().err
 
 
-def test_studies_are_listed_and_others_are_not_known(capsys):
+def test_studies_are_listed_and_unknown_ones_refused(capsys):
     assert main(["reproduce", "--help"]) == 0
     assert "table1" in capsys.readouterr().out
     assert main(["reproduce", "table9"]) == 2

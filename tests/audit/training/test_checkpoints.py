@@ -1,4 +1,4 @@
-"""A run that is stopped and taken up again ends where one left alone does."""
+"""Checkpoints: resumed runs equal uninterrupted ones, and foreign or damaged files are refused."""
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ class Run:
 
     def train(self, until):
         for step in range(self.checkpoint.restore(), until):
-            drawn = torch.randn(4, generator=self.generator)
-            self.remembered += drawn
+            noise = torch.randn(4, generator=self.generator)
+            self.remembered += noise
             self.optimiser.zero_grad()
             self.network(self.remembered).square().sum().backward()
             self.optimiser.step()
@@ -34,13 +34,13 @@ class Run:
         return self.network.weight.detach().clone()
 
 
-def test_a_run_taken_up_again_ends_bit_for_bit_where_one_left_alone_does(tmp_path):
-    undisturbed = Run(None).train(6)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    uninterrupted = Run(None).train(6)
     Run(tmp_path / "run.pt").train(2)
-    assert torch.equal(Run(tmp_path / "run.pt").train(6), undisturbed)
+    assert torch.equal(Run(tmp_path / "run.pt").train(6), uninterrupted)
 
 
-def test_without_a_file_a_run_starts_at_nothing_and_ends_without_one(tmp_path):
+def test_a_run_without_a_file_starts_at_zero_and_clear_deletes_it(tmp_path):
     run = Run(tmp_path / "run.pt")
     assert run.checkpoint.restore() == 0
     run.train(1)
@@ -54,9 +54,9 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
         Run(tmp_path / "run.pt", rate=1e-3).train(2)
 
 
-def test_a_torn_checkpoint_is_named(tmp_path):
+def test_a_truncated_checkpoint_is_refused(tmp_path):
     Run(tmp_path / "run.pt").train(1)
-    whole = (tmp_path / "run.pt").read_bytes()
-    (tmp_path / "run.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(IntegrityError, match="not a whole checkpoint"):
+    content = (tmp_path / "run.pt").read_bytes()
+    (tmp_path / "run.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(IntegrityError, match="not a complete checkpoint"):
         Run(tmp_path / "run.pt").train(2)

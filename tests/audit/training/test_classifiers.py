@@ -1,3 +1,5 @@
+"""Training of classifiers: updates, augmentation, adversarial training and resuming."""
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from audit.adversary.label_attack import two_losses
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import Linf
 from audit.errors import UnknownNameError, UsageError
-from audit.training import classifiers as supervised
+from audit.training import classifiers
 from audit.training.classifiers import ClassifierTraining, StepSchedule, train_classifier
 
 
@@ -36,12 +38,12 @@ def trained(toy, **settings):
     return net
 
 
-def test_a_separable_toy_is_learned(toy):
-    net, heard = network(), []
-    train_classifier(net, *toy, ClassifierTraining(epochs=3, batch_size=32), lambda *line: heard.append(line))
+def test_a_separable_problem_is_learned(toy):
+    net, received = network(), []
+    train_classifier(net, *toy, ClassifierTraining(epochs=3, batch_size=32), lambda *line: received.append(line))
     assert float((net(toy[0]).argmax(1) == toy[1]).float().mean()) >= 0.99
-    assert [epoch for epoch, _ in heard] == [0, 1, 2]
-    assert heard[-1][1] < heard[0][1]
+    assert [epoch for epoch, _ in received] == [0, 1, 2]
+    assert received[-1][1] < received[0][1]
 
 
 @pytest.mark.parametrize("threat", [None, Linf(0.1)])
@@ -51,7 +53,7 @@ def test_the_network_is_left_in_eval_mode(toy, threat):
 
 
 @pytest.mark.parametrize("threat", [None, Linf(0.1)])
-def test_the_seed_decides_the_weights(toy, threat):
+def test_weights_are_deterministic_given_the_seed(toy, threat):
     settings = {"epochs": 2, "threat": threat, "pgd": PGD(2, 0.5)}
     before = torch.random.get_rng_state()
     first, again, other = (trained(toy, seed=s, **settings).state_dict() for s in (1, 1, 2))
@@ -60,7 +62,7 @@ def test_the_seed_decides_the_weights(toy, threat):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_adversarial_training_helps_against_its_threat(toy):
+def test_adversarial_training_raises_adversarial_accuracy(toy):
     images, labels = toy
     threat = Linf(0.2)
     plain = trained(toy, epochs=6, shift=0)
@@ -70,7 +72,7 @@ def test_adversarial_training_helps_against_its_threat(toy):
     assert values[1] >= max(0.9, values[0])
 
 
-def test_the_attack_does_not_move_the_batch_statistics(toy):
+def test_the_attack_does_not_update_the_batch_statistics(toy):
     seen = []
 
     class Spy(nn.BatchNorm2d):
@@ -88,35 +90,35 @@ def test_the_attack_does_not_move_the_batch_statistics(toy):
     assert int(net[0].num_batches_tracked) == 1
 
 
-def test_images_come_back_unchanged_and_fewer_than_a_batch_is_enough(toy):
+def test_images_are_not_modified_and_may_be_fewer_than_a_batch(toy):
     images, labels = toy[0][:5].clone(), toy[1][:5]
     kept = images.clone()
     train_classifier(network(), images, labels, ClassifierTraining(epochs=1, batch_size=64, shift=2))
     assert torch.equal(images, kept)
 
 
-def test_sgd_with_steps_is_the_textbook_update_and_its_rate_falls(toy):
+def test_sgd_follows_the_textbook_update_with_a_step_schedule(toy):
     images, labels = toy[0][:64], toy[1][:64]
     settings = ClassifierTraining(
         epochs=4, batch_size=64, learning_rate=0.1, weight_decay=5e-4, shift=0, steps=StepSchedule(2, 0.1, 0.9)
     )
-    net, mine = network(), network()
+    net, reference = network(), network()
     train_classifier(net, images, labels, settings)
-    velocity = [torch.zeros_like(weight) for weight in mine.parameters()]
+    velocity = [torch.zeros_like(weight) for weight in reference.parameters()]
     generator = torch.Generator().manual_seed(0)
     for rate in (0.1, 0.1, 0.01, 0.01):
-        order = torch.randperm(64, generator=generator)  # the whole set is one batch: its order does not matter
-        loss = nn.functional.cross_entropy(mine(images[order]), labels[order])
-        slopes = torch.autograd.grad(loss, list(mine.parameters()))
+        order = torch.randperm(64, generator=generator)  # one batch holds all images, so their order does not matter
+        loss = nn.functional.cross_entropy(reference(images[order]), labels[order])
+        slopes = torch.autograd.grad(loss, list(reference.parameters()))
         with torch.no_grad():
-            for weight, slope, speed in zip(mine.parameters(), slopes, velocity, strict=True):
+            for weight, slope, speed in zip(reference.parameters(), slopes, velocity, strict=True):
                 speed.mul_(0.9).add_(slope + 5e-4 * weight)
                 weight.sub_(rate * speed)
-    for found, expected in zip(net.parameters(), mine.parameters(), strict=True):
+    for found, expected in zip(net.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_with_flip_every_image_is_mirrored_or_not_by_itself(toy):
+def test_images_are_flipped_independently(toy):
     seen = []
 
     class Spy(nn.Module):
@@ -141,31 +143,31 @@ class _Killed(Exception):
     "changes",
     [{}, {"threat": Linf(0.1), "pgd": PGD(2, 0.5)}, {"steps": StepSchedule(1), "flip": True, "learning_rate": 0.05}],
 )
-def test_a_run_killed_at_a_step_and_taken_up_again_ends_in_the_same_bits(toy, tmp_path, monkeypatch, changes):
+def test_a_killed_and_resumed_run_gives_the_same_weights(toy, tmp_path, monkeypatch, changes):
     settings, path = ClassifierTraining(**{"epochs": 3, "batch_size": 32} | changes), tmp_path / "run.pt"
-    undisturbed, taken, net = trained(toy, **changes).state_dict(), [], network()
+    uninterrupted, steps, net = trained(toy, **changes).state_dict(), [], network()
     with monkeypatch.context() as patch:
 
         def failing(module, batch, labels, training, generator):
-            taken.append(None)
-            if len(taken) == 8:  # the third step of the second epoch
+            steps.append(None)
+            if len(steps) == 8:  # the third step of the second epoch
                 raise _Killed
-            return whole(module, batch, labels, training, generator)
+            return original(module, batch, labels, training, generator)
 
-        whole = supervised._loss
-        patch.setattr(supervised, "_loss", failing)
+        original = classifiers._loss
+        patch.setattr(classifiers, "_loss", failing)
         with pytest.raises(_Killed):
             train_classifier(net, *toy, settings, checkpoint_path=path)
-    heard, again = [], network()
-    train_classifier(again, *toy, settings, lambda epoch, _loss: heard.append(epoch), path)
-    assert heard == [1, 2]
-    assert all(torch.equal(tensor, undisturbed[name]) for name, tensor in again.state_dict().items())
+    received, again = [], network()
+    train_classifier(again, *toy, settings, lambda epoch, _loss: received.append(epoch), path)
+    assert received == [1, 2]
+    assert all(torch.equal(tensor, uninterrupted[name]) for name, tensor in again.state_dict().items())
     with pytest.raises(UsageError, match="another run"):
         train_classifier(network(), *toy, ClassifierTraining(epochs=4, batch_size=32), checkpoint_path=path)
 
 
 @pytest.mark.parametrize("threat", [None, Linf(0.1)])
-def test_bf16_trains_weights_that_stay_and_answer_in_full_precision(toy, threat):
+def test_bf16_training_keeps_weights_and_outputs_in_float32(toy, threat):
     settings = {"epochs": 1, "threat": threat, "pgd": PGD(1, 0.5)}
     mixed, full = trained(toy, precision="bf16", **settings), trained(toy, **settings)
     assert all(tensor.isfinite().all() for tensor in mixed.state_dict().values())
@@ -174,13 +176,13 @@ def test_bf16_trains_weights_that_stay_and_answer_in_full_precision(toy, threat)
     assert not torch.equal(mixed[0].weight, full[0].weight)
 
 
-def test_settings_that_mean_nothing_are_refused():
+def test_illegal_settings_are_refused():
     with pytest.raises(UnknownNameError, match="did you mean 'bf16'"):
         ClassifierTraining(precision="bf61")
-    for changes, sentence in (
+    for changes, message in (
         ({"every": 0}, "schedule every 0 must be at least 1"),
         ({"factor": 0.0}, "schedule factor 0.0 must be above 0"),
         ({"momentum": 1.0}, r"schedule momentum 1\.0 must be at least 0 and below 1"),
     ):
-        with pytest.raises(UsageError, match=sentence):
+        with pytest.raises(UsageError, match=message):
             StepSchedule(**changes)

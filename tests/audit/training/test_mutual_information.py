@@ -1,4 +1,4 @@
-"""Training by mutual information: the objective of equation 5.2, its extremes, and runs that are stopped."""
+"""Training by mutual information: the objective of equation 5.2, the worst-case search, and resuming."""
 
 from types import SimpleNamespace
 
@@ -11,13 +11,19 @@ from audit.adversary.threat import Linf
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
 from audit.random_keys import keyed_generator
 from audit.representation.layers import Representation
-from audit.training import mutual_information as learning
+from audit.training import mutual_information
 from audit.training.augmentation import draw_shifts
-from audit.training.mutual_information import MITraining, learning_mode, objective, train_representation, worst_case
-from audit.training.objectives import Scorer, ScorerShape
+from audit.training.mutual_information import (
+    MITraining,
+    find_worst_case,
+    mi_objective,
+    set_training_mode,
+    train_representation,
+)
+from audit.training.objectives import ObjectiveSettings, VariationalObjective
 
 THREAT = Linf(0.1)
-SMALL = ScorerShape("dot-product", 16, "infonce")
+SMALL = ObjectiveSettings("dot-product", 16, "infonce")
 SETTINGS = {
     "threat": THREAT, "pgd": PGD(3, 0.4, random_start=False), "critic": SMALL, "epochs": 2, "batch_size": 16,
     "learning_rate": 1e-3,
@@ -60,29 +66,34 @@ def same(one, two):
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
-def scorer(shape, dtype=torch.float64, scale=1.0):
+def build_objective(settings, dtype=torch.float64, scale=1.0):
     batch, encoder = images(dtype=dtype), Encoder(smooth=True).to(dtype).eval()
     with torch.no_grad():
         features = scale * encoder(batch)
-    return Scorer(batch, features, shape, keyed_generator(3)).to(dtype).eval(), batch, features, encoder
+    return (
+        VariationalObjective(batch, features, settings, keyed_generator(3)).to(dtype).eval(),
+        batch,
+        features,
+        encoder,
+    )
 
 
 def toy(beta, branch="detached"):
-    """An encoder, a critic, clean images, and how the worst case is searched, in double precision."""
-    critic, batch, _, encoder = scorer(ScorerShape("dot-product", 8))
+    """An encoder, a critic, clean images and training settings, in double precision."""
+    critic, batch, _, encoder = build_objective(ObjectiveSettings("dot-product", 8))
     batch = 0.2 + 0.6 * batch[:12]
     training = MITraining(**SETTINGS | {"beta": beta, "threat": Linf(0.02), "image_branch": branch})
     return encoder, critic, batch, training
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0, 1.7])
-def test_the_gradient_of_the_objective_is_that_of_finite_differences_attack_included(beta):
-    """The search ends in a corner of the ball, which a small change of the weights does not move: so says Danskin."""
+def test_the_gradient_of_the_objective_matches_finite_differences_through_the_search(beta):
+    """Danskin's theorem: the search ends in a corner of the ball, which small changes of the weights do not move."""
     encoder, critic, clean, training = toy(beta)
 
     def value():
-        moved = worst_case(encoder, critic, clean, training, keyed_generator(0)) if beta else clean
-        return objective(encoder, critic, clean, moved, beta)
+        moved = find_worst_case(encoder, critic, clean, training, keyed_generator(0)) if beta else clean
+        return mi_objective(encoder, critic, clean, moved, beta)
 
     for weight in (encoder.body[0].weight, encoder.body[4].weight, critic.critic.of_feature.embed.weight):
         (gradient,) = torch.autograd.grad(value(), weight)
@@ -99,28 +110,28 @@ def test_the_gradient_of_the_objective_is_that_of_finite_differences_attack_incl
         assert abs(numerical) > 1e-5
 
 
-def test_the_objective_is_the_normal_case_less_beta_times_the_vulnerability():
+def test_the_objective_is_the_normal_case_minus_beta_times_the_vulnerability():
     encoder, critic, clean, training = toy(1.0)
-    moved = worst_case(encoder, critic, clean, training, keyed_generator(0))
+    moved = find_worst_case(encoder, critic, clean, training, keyed_generator(0))
     normal, worst = (critic(x, encoder(x)) for x in (clean, moved))
     assert float(worst.detach()) < float(normal.detach()) - 1e-3
     for beta in (0.0, 0.3, 1.0, 2.5):
         expected = normal - beta * (normal - worst)
-        assert torch.allclose(objective(encoder, critic, clean, moved, beta), expected)
+        assert torch.allclose(mi_objective(encoder, critic, clean, moved, beta), expected)
 
 
 @pytest.mark.parametrize("branch", ["detached", "followed", "cached"])
-def test_the_worst_case_is_legal_and_worth_less_than_the_clean_batch(branch):
+def test_the_worst_case_is_legal_and_has_a_smaller_value_than_the_clean_batch(branch):
     encoder, critic, clean, training = toy(1.0, branch)
-    moved = worst_case(encoder, critic, clean, training, keyed_generator(0))
+    moved = find_worst_case(encoder, critic, clean, training, keyed_generator(0))
     assert float(Linf(0.02).distance(moved, clean).max()) <= 0.02 + 1e-9
     seen = clean if branch == "cached" else moved
     assert float(critic(seen, encoder(moved)).detach()) < float(critic(clean, encoder(clean)).detach())
 
 
-def test_the_image_branch_is_followed_only_if_asked_to():
+def test_image_branches_lead_to_different_worst_cases():
     followed, detached, cached = (
-        worst_case(*(t := toy(1.0, branch))[:3], t[3], keyed_generator(0))
+        find_worst_case(*(t := toy(1.0, branch))[:3], t[3], keyed_generator(0))
         for branch in ("followed", "detached", "cached")
     )
     assert not torch.equal(followed, detached)
@@ -130,22 +141,22 @@ def test_the_image_branch_is_followed_only_if_asked_to():
 def test_beta_0_never_searches_and_needs_no_threat():
     encoder = Encoder()
     train_representation(encoder, images(), MITraining(**SETTINGS | {"beta": 0.0, "threat": None}))
-    assert encoder.searched == 1  # the features that the critic is built on
+    assert encoder.searched == 1  # the features that the critic is initialised with
     searched = Encoder()
     train_representation(searched, images(), MITraining(**SETTINGS))
-    assert searched.searched == 1 + 6 * 4  # a step: three gradients and a look at where the last one led
+    assert searched.searched == 1 + 6 * 4  # a step: three gradients and an evaluation of the last iterate
 
 
-def test_beta_1_is_training_on_the_worst_case_alone_bit_for_bit():
+def test_beta_1_equals_training_on_the_worst_case_alone():
     encoder, batch, training = Encoder().eval(), images(), MITraining(**SETTINGS)
     draws = keyed_generator(0, 104)
     with torch.no_grad():
-        critic = Scorer(batch, encoder(batch), SMALL, draws)
+        critic = VariationalObjective(batch, encoder(batch), SMALL, draws)
     adam = torch.optim.Adam([*encoder.parameters(), *critic.parameters()], 1e-3)
     for epoch in range(2):
         for chosen in torch.randperm(48, generator=keyed_generator(0, 101, epoch)).tensor_split(3):
             encoder.eval(), critic.eval()
-            moved = worst_case(encoder, critic, batch[chosen], training, keyed_generator(0))
+            moved = find_worst_case(encoder, critic, batch[chosen], training, keyed_generator(0))
             encoder.train(), critic.train()
             adam.zero_grad()
             (-critic(moved, encoder(moved))).backward()
@@ -163,12 +174,12 @@ class _Killed(Exception):
     [
         {},
         {"remembered": True, "shift": 1, "flip": True},
-        {"beta": 0.5, "pgd": PGD(2, 0.4), "critic": ScorerShape(width=8)},
+        {"beta": 0.5, "pgd": PGD(2, 0.4), "critic": ObjectiveSettings(width=8)},
     ],
 )
 @pytest.mark.parametrize("killed", [1, 3, 4])
-def test_a_run_killed_at_a_step_and_taken_up_again_ends_in_the_same_bits(tmp_path, monkeypatch, changes, killed):
-    undisturbed, path = trained(**changes), tmp_path / "run.pt"
+def test_a_killed_and_resumed_run_gives_the_same_weights(tmp_path, monkeypatch, changes, killed):
+    uninterrupted, path = trained(**changes), tmp_path / "run.pt"
     with monkeypatch.context() as patch:
         taken, step = [], torch.optim.Adam.step
 
@@ -182,41 +193,41 @@ def test_a_run_killed_at_a_step_and_taken_up_again_ends_in_the_same_bits(tmp_pat
         with pytest.raises(_Killed):
             trained(path, every=2, **changes)
     assert path.exists() == (killed > 1)
-    assert same(trained(path, every=2, **changes), undisturbed)
+    assert same(trained(path, every=2, **changes), uninterrupted)
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tmp_path):
     path = tmp_path / "run.pt"
-    first, heard, encoder = trained(path), [], Encoder()
-    train_representation(encoder, images(), MITraining(**SETTINGS), lambda *line: heard.append(line), path)
+    first, received, encoder = trained(path), [], Encoder()
+    train_representation(encoder, images(), MITraining(**SETTINGS), lambda *line: received.append(line), path)
     assert same(weights(encoder), first)
-    assert heard == []
+    assert received == []
     with pytest.raises(UsageError, match="another run"):
         trained(path, beta=0.5)
 
 
-def test_progress_hears_each_epoch_and_information_rises():
-    heard, encoder = [], Encoder()
+def test_progress_receives_each_epoch_and_information_rises():
+    received, encoder = [], Encoder()
     settings = SETTINGS | {"beta": 0.0, "epochs": 25, "learning_rate": 5e-3}
-    train_representation(encoder, images(), MITraining(**settings), lambda *line: heard.append(line))
-    assert [epoch for epoch, _ in heard] == list(range(25))
-    assert heard[-1][1] > heard[0][1] + 0.5
+    train_representation(encoder, images(), MITraining(**settings), lambda *line: received.append(line))
+    assert [epoch for epoch, _ in received] == list(range(25))
+    assert received[-1][1] > received[0][1] + 0.5
     assert not any(part.training for part in encoder.modules())
 
 
-def test_the_seed_decides_and_the_global_state_stays():
+def test_training_is_deterministic_and_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     assert same(trained(), trained())
     assert not same(trained(), trained(seed=1))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_remembered_perturbations_change_what_is_learned_from_the_second_epoch_on():
+def test_remembered_perturbations_take_effect_in_the_second_epoch():
     assert same(trained(epochs=1, remembered=True), trained(epochs=1))
     assert not same(trained(remembered=True), trained())
 
 
-def test_a_layer_of_a_classifier_is_fine_tuned_and_frozen_parts_stay_as_they_are():
+def test_a_layer_of_a_classifier_is_fine_tuned_and_frozen_modules_are_unchanged():
     model = nn.Sequential(Encoder().body, nn.ReLU(), nn.Linear(8, 3))
     model[0][0].requires_grad_(False)
     model[0][1].requires_grad_(False)
@@ -226,10 +237,10 @@ def test_a_layer_of_a_classifier_is_fine_tuned_and_frozen_parts_stay_as_they_are
     assert changed == {"0.4.weight", "0.4.bias"}
 
 
-def test_frozen_batch_norm_keeps_its_statistics_and_the_rest_learns():
+def test_frozen_batch_norm_stays_in_eval_mode():
     encoder = Encoder()
     encoder.body[1].requires_grad_(False)
-    learning_mode(encoder)
+    set_training_mode(encoder)
     assert not encoder.body[1].training
     assert encoder.body[0].training
 
@@ -241,7 +252,7 @@ def test_bf16_trains_to_finite_weights_that_differ_from_full_precision():
     assert not same(mixed, trained())
 
 
-def test_an_encoder_trained_in_bf16_answers_in_full_precision():
+def test_an_encoder_trained_in_bf16_computes_in_float32():
     encoder, seen = Encoder(), []
     encoder.body[4].register_forward_hook(lambda _module, _given, out: seen.append(out.dtype))
     train_representation(encoder, images(), MITraining(**SETTINGS | {"precision": "bf16"}))
@@ -254,9 +265,9 @@ def test_an_encoder_trained_in_bf16_answers_in_full_precision():
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("shape", [ScorerShape("dot-product", 8), ScorerShape(width=8)])
-def test_the_device_follows_the_tensors(shape, monkeypatch):
-    """On a device without memory: an operation on two devices raises, and so would one that reads values."""
+@pytest.mark.parametrize("settings", [ObjectiveSettings("dot-product", 8), ObjectiveSettings(width=8)])
+def test_the_device_follows_the_tensors(settings, monkeypatch):
+    """On the meta device: operations across devices raise, and so do operations that read values."""
 
     def one_gradient(value, clean, threat, *_rest):
         leaf = clean.clone().requires_grad_()
@@ -264,16 +275,16 @@ def test_the_device_follows_the_tensors(shape, monkeypatch):
         moved = threat.project(clean - 0.1 * slope.sign(), clean)
         return SimpleNamespace(images=moved)
 
-    monkeypatch.setattr(learning, "minimise", one_gradient)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: False)  # it does not know of this device
+    monkeypatch.setattr(mutual_information, "minimise", one_gradient)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _device: False)  # it does not support the meta device
     batch, encoder = images(12).to("meta"), Encoder().to("meta").eval()
     with torch.no_grad():
-        critic = Scorer(batch, encoder(batch), shape, keyed_generator(3))
+        critic = VariationalObjective(batch, encoder(batch), settings, keyed_generator(3))
     batch = draw_shifts(batch, 1, keyed_generator(4)).apply(batch)
-    for branch in learning.IMAGE_BRANCHES:
+    for branch in mutual_information.IMAGE_BRANCHES:
         training = MITraining(**SETTINGS | {"image_branch": branch})
-        moved = worst_case(encoder, critic, batch, training, keyed_generator(0))
-        value = objective(encoder, critic, batch, moved, 0.5)
+        moved = find_worst_case(encoder, critic, batch, training, keyed_generator(0))
+        value = mi_objective(encoder, critic, batch, moved, 0.5)
         value.backward()
         assert {moved.device.type, value.device.type, encoder.body[0].weight.grad.device.type} == {"meta"}
 
@@ -281,20 +292,20 @@ def test_the_device_follows_the_tensors(shape, monkeypatch):
 @pytest.mark.parametrize("name", ["ref-local", "ref-mean", "dot-product"])
 @pytest.mark.parametrize("bound", ["donsker-varadhan", "infonce"])
 def test_the_value_does_not_depend_on_the_order_of_the_batch(name, bound):
-    critic, batch, features, _ = scorer(ScorerShape(name, 8, bound))
+    critic, batch, features, _ = build_objective(ObjectiveSettings(name, 8, bound))
     order = torch.randperm(len(batch), generator=keyed_generator(1))
     assert torch.allclose(critic(batch, features), critic(batch[order], features[order]))
     assert not torch.allclose(critic(batch, features), critic(batch, features[order]))
 
 
-def test_scaled_features_tell_the_dot_product_critic_the_same():
-    one, batch, features, _ = scorer(ScorerShape("dot-product", 8))
-    other, _, scaled, _ = scorer(ScorerShape("dot-product", 8), scale=1000.0)
+def test_the_dot_product_critic_is_invariant_to_the_scale_of_features():
+    one, batch, features, _ = build_objective(ObjectiveSettings("dot-product", 8))
+    other, _, scaled, _ = build_objective(ObjectiveSettings("dot-product", 8), scale=1000.0)
     assert torch.allclose(one(batch, features), other(batch, scaled))
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_shifts_are_undone_where_nothing_left_the_frame(flip):
+def test_shifts_are_undone_if_no_pixel_left_the_frame(flip):
     inner = torch.zeros(6, 2, 8, 8)
     inner[..., 2:6, 2:6] = torch.rand(6, 2, 4, 4, generator=keyed_generator(2))
     shifts = draw_shifts(inner, 2, keyed_generator(4), flip=flip)
@@ -302,12 +313,12 @@ def test_shifts_are_undone_where_nothing_left_the_frame(flip):
     assert not torch.equal(moved, inner)
     assert torch.equal(shifts.undo(moved), inner)
     assert torch.equal(moved.flatten(1).sort().values, inner.flatten(1).sort().values)
-    nothing = draw_shifts(inner, 0, keyed_generator(4))
-    assert torch.equal(nothing.undo(nothing.apply(inner)), inner)
+    identity = draw_shifts(inner, 0, keyed_generator(4))
+    assert torch.equal(identity.undo(identity.apply(inner)), inner)
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"beta": -0.1}, "beta -0.1 must be at least 0"),
         ({"threat": None}, r"beta 1\.0 needs a threat model"),
@@ -318,28 +329,28 @@ def test_shifts_are_undone_where_nothing_left_the_frame(flip):
         ({"image_branch": "cache"}, "did you mean 'cached'"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(changes, sentence):
-    with pytest.raises(UsageError, match=sentence):
+def test_illegal_settings_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
         MITraining(**{"threat": THREAT} | changes)
 
 
-def test_critics_that_do_not_exist_are_refused():
+def test_illegal_critics_are_refused():
     with pytest.raises(UnknownNameError, match="did you mean 'ref-local'"):
-        ScorerShape("ref-locl")
+        ObjectiveSettings("ref-locl")
     with pytest.raises(UnknownNameError, match="did you mean 'infonce'"):
-        ScorerShape(objective="infonec")
+        ObjectiveSettings(objective="infonec")
     with pytest.raises(UsageError, match="critic width 0"):
-        ScorerShape(width=0)
+        ObjectiveSettings(width=0)
 
 
-def test_what_cannot_learn_is_refused():
-    with pytest.raises(UsageError, match="1 images train no encoder"):
+def test_encoders_that_cannot_be_trained_are_refused():
+    with pytest.raises(UsageError, match="an encoder cannot be trained on 1 images"):
         train_representation(Encoder(), images(1), MITraining(**SETTINGS))
     with pytest.raises(UsageError, match="no parameter of the encoder requires a gradient"):
         train_representation(Encoder().requires_grad_(False), images(), MITraining(**SETTINGS))
 
 
-def test_an_objective_that_stops_being_finite_is_named():
+def test_a_non_finite_objective_is_an_error():
     class Broken(Encoder):
         def forward(self, images):
             return super().forward(images) * (torch.inf if self.training else 1.0)

@@ -1,4 +1,4 @@
-"""Images in the user's own files: folders, npz archives, parquet files."""
+"""Images in user files: folders, npz archives, parquet files."""
 
 import io
 import json
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from audit.errors import EnvironmentFault, UsageError
-from model_zoo.images.load import ImageRequest, ImageSet, load_images
+from model_zoo.images.datasets import ImageRequest, ImageSet, load_images
 
 RNG = np.random.default_rng(0)
 
@@ -41,7 +41,7 @@ def _folder(path: Path, size: int = 6, mode: str = "RGB") -> Path:
     return path
 
 
-def test_folder_takes_the_classes_in_turn(tmp_path: Path) -> None:
+def test_a_folder_alternates_between_classes(tmp_path: Path) -> None:
     images = load_images(f"folder:{_folder(tmp_path / 'set')}")
     _check_contract(images)
     assert images.images.shape == (6, 3, 6, 6)
@@ -106,7 +106,7 @@ def test_npz_class_names(tmp_path: Path) -> None:
     ("images", "labels", "sentence"),
     [
         (np.full((4, 3, 8, 8), 254.0), None, r"range from 254 to 254 .*float images with max > 1\.5: divide by 255"),
-        (np.full((4, 3, 8, 8), -2.0), None, "they look normalised already"),
+        (np.full((4, 3, 8, 8), -2.0), None, "they seem to be normalised"),
         (np.full((4, 3, 8, 8), 1.01), None, "instead of .*; clip them"),
         (np.full((4, 3, 8, 8), np.nan), None, "values that are not finite"),
         (np.zeros((4, 3, 8, 8), np.int32), None, "are int32; store uint8, or floats"),
@@ -122,7 +122,7 @@ def test_npz_faults(tmp_path: Path, images: Any, labels: Any, sentence: str) -> 
         load_images(_npz(tmp_path, images, labels))
 
 
-def test_npz_files_that_are_not(tmp_path: Path) -> None:
+def test_invalid_npz_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     with pytest.raises(EnvironmentFault, match=r"npz file .* does not exist"):
         load_images(f"npz:{path}")

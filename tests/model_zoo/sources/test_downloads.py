@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine that misbehaves."""
+"""Downloads from a faulty local server."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from audit.errors import CheckpointError, EnvironmentFault, IntegrityError
-from model_zoo.sources.downloads import Download, fetch, file_sha256, verify
+from model_zoo.sources.downloads import Download, fetch
 from model_zoo.sources.hub import hub_file
+from model_zoo.untrusted import file_sha256, verify_sha256
 
 Server = tuple[str, dict[str, tuple[bytes, int | None]], list[str]]
 BODY = b"weights " * 1000
@@ -34,7 +35,7 @@ def test_the_first_seen_hash_is_remembered(server: Server, tmp_path: Path) -> No
     url, answers, _ = server
     answers["/w.pth"] = (BODY, None)
     target = fetch(Download(url=f"{url}/w.pth"), tmp_path / "w.pth")
-    assert verify(target) == DIGEST
+    assert verify_sha256(target) == DIGEST
     target.write_bytes(BODY[:-1] + b"X")
     with pytest.raises(IntegrityError, match="not the first seen"):
         fetch(Download(url=f"{url}/w.pth"), target)
@@ -60,7 +61,7 @@ def test_a_file_with_another_hash_is_not_kept(server: Server, tmp_path: Path) ->
         (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>", None, "html"),
     ],
 )
-def test_bodies_that_are_not_the_file(server: Server, tmp_path: Path, body: bytes, announced: Any, kind: str) -> None:
+def test_invalid_bodies_are_refused(server: Server, tmp_path: Path, body: bytes, announced: Any, kind: str) -> None:
     url, answers, _ = server
     answers["/w.pth"] = (body, announced)
     with pytest.raises(CheckpointError) as caught:
@@ -70,14 +71,14 @@ def test_bodies_that_are_not_the_file(server: Server, tmp_path: Path, body: byte
     assert _leftovers(tmp_path) == []
 
 
-def test_offline_opens_no_socket_and_says_where_to_put_the_file(server: Server, tmp_path: Path) -> None:
+def test_offline_opens_no_socket_and_names_the_target_path(server: Server, tmp_path: Path) -> None:
     url, _, asked = server
     with pytest.raises(EnvironmentFault, match=r"w\.pth does not exist and offline mode .* put the file from"):
         fetch(Download(url=f"{url}/w.pth"), tmp_path / "w.pth", offline=True)
     assert asked == []
 
 
-def test_a_server_that_refuses_or_is_not_there(server: Server, tmp_path: Path) -> None:
+def test_unavailable_servers_are_environment_faults(server: Server, tmp_path: Path) -> None:
     url, _, _ = server
     with pytest.raises(EnvironmentFault, match=r"cannot fetch .*/none\.pth \(HTTPError\); put the file"):
         fetch(Download(url=f"{url}/none.pth"), tmp_path / "w.pth")
@@ -85,7 +86,7 @@ def test_a_server_that_refuses_or_is_not_there(server: Server, tmp_path: Path) -
         fetch(Download(url="http://127.0.0.1:9/w.pth"), tmp_path / "w.pth")
 
 
-def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_environment_fault(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(EnvironmentFault, match="cannot write"):
         fetch(Download(url=f"{server[0]}/w.pth"), tmp_path / "file" / "w.pth")
@@ -113,6 +114,6 @@ def test_hub_files_are_compared_with_the_hash_the_hub_states(tmp_path: Path, mon
     assert hub_file("a/b", "config.json", plain, offline=False) == (plain, False)
 
 
-def test_a_hub_file_that_is_not_there_offline(tmp_path: Path) -> None:
+def test_a_missing_hub_file_offline_is_an_environment_fault(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"model\.safetensors of no/such is not on this machine and offline"):
         hub_file("no/such", "model.safetensors", tmp_path / "none", offline=True)

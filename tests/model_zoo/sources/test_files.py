@@ -1,4 +1,4 @@
-"""`file:` references: the user's weights with an architecture from a library or from a Python factory."""
+"""`file:` references: weights files with an architecture of a library or of a Python factory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +10,9 @@ from torch import nn
 from audit.errors import EnvironmentFault, IntegrityError, MismatchError, UnknownNameError, UnsafeError, UsageError
 from model_zoo import libraries
 from model_zoo.load import SourceSettings, identify, load_model
-from model_zoo.prepared import check_outputs
+from model_zoo.model_types import check_outputs
 from model_zoo.sources import files
-from model_zoo.sources.downloads import file_sha256
+from model_zoo.untrusted import file_sha256
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_factory_with_normalisation_inside(
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
 
 
-def test_shape_is_unknown_where_nobody_tells_it(ref: str, trusted: SourceSettings) -> None:
+def test_shape_is_unknown_where_not_given(ref: str, trusted: SourceSettings) -> None:
     assert load_model(ref, trusted).image_shape is None
 
 
@@ -60,7 +60,7 @@ def test_module_factory_and_names(
 
 
 def test_code_needs_trust(ref: str) -> None:
-    with pytest.raises(UnsafeError, match="would run Python code of yours; pass --trust-code"):
+    with pytest.raises(UnsafeError, match="would run Python code; pass --trust-code"):
         load_model(ref)
     with pytest.raises(UnsafeError, match="--trust-code"):
         identify(ref)
@@ -101,7 +101,7 @@ def test_pinned_hash(ref: str, weights: Path, trusted: SourceSettings) -> None:
         (("net-a.pth", "net-b.pth"), EnvironmentFault, r"net-b\.pth does not exist; .* holds net-a\.pth"),
     ],
 )
-def test_faults_of_a_reference(
+def test_invalid_file_references_are_refused(
     ref: str, change: tuple[str, str], error: type, sentence: str, trusted: SourceSettings
 ) -> None:
     with pytest.raises(error, match=sentence):
@@ -147,7 +147,7 @@ def test_library_architectures(
     arch: str, build: Callable[[], nn.Module], shape: tuple[int, ...] | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "w.pth"
-    # Some libraries start their classifier at zero, which gives no gradient.
+    # Some libraries initialise the classifier with zeros, which gives no gradient.
     state = {n: t + 0.01 * torch.randn(t.shape) if "head" in n else t for n, t in build().state_dict().items()}
     torch.save(state, path)
     size = f"&shape={'x'.join(map(str, shape))}" if shape else ""
@@ -168,11 +168,11 @@ def test_an_encoder_without_a_classifier(tmp_path: Path) -> None:
     model = load_model(ref, SourceSettings(offline=True))
     assert model.num_classes == 0
     assert model.network(torch.rand(2, 3, 32, 32)).shape == (2, 64)
-    with pytest.raises(UsageError, match="name a layer below it instead"):
+    with pytest.raises(UsageError, match="audit a layer below it instead"):
         load_model(ref.replace("timm:test_vit", "torchvision:resnet18"), SourceSettings(offline=True))
 
 
-def test_the_blank_image_goes_where_the_network_is():
+def test_the_blank_image_is_on_the_device_of_the_network():
     seen = []
 
     class Elsewhere(nn.Module):

@@ -1,7 +1,7 @@
-"""Files that nobody should open: malicious and broken ones, made on the spot, each with the exit code it must get.
+"""Generate a corpus of malicious and broken files, each with its expected exit code.
 
-Weights are in `hostile_code.py` and `hostile_bytes.py`, data sets here. Nothing of it is committed as a file. Run as a
-program on a folder, it opens the whole corpus in one process and prints how much memory that took.
+Weights are in `hostile_code.py` and `hostile_bytes.py`, data sets here. No file of the corpus is committed. Run as a
+program on a folder, it opens the whole corpus in one process and prints the memory used.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def _damaged(path: Path, _: Path) -> None:
 
 
 def archives() -> list[Hostile]:
-    """Files given as npz data sets."""
+    """Return files passed as npz data sets."""
     images, labels = np.zeros((4, 1, 8, 8), np.uint8), np.zeros(4, np.int64)
     shape = "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 1, 8, 8), }"
     return [
@@ -87,7 +87,7 @@ def archives() -> list[Hostile]:
         Hostile("pipe", lambda p, _: os.mkfifo(p), BROKEN, "pipe"),
         Hostile("folder", lambda p, _: p.mkdir(), BROKEN, "folder"),
         Hostile("device", linked("/dev/zero"), BROKEN, "device"),
-    ]  # fmt: skip
+    ]
 
 
 def _one_image_often(path: Path, _: Path) -> None:
@@ -108,7 +108,7 @@ def _label_of_a_trillion(path: Path, _: Path) -> None:
 
 
 def tables() -> list[Hostile]:
-    """Files given as parquet data sets."""
+    """Return files passed as parquet data sets."""
     return [
         Hostile("repeated", _one_image_often, UNSAFE, "unpacks to"),
         Hostile("label", _label_of_a_trillion, USAGE, "labels of"),
@@ -126,7 +126,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def large_png(side: int) -> bytes:
-    """A black picture of `side` x `side` pixels, a bit each, in a few kilobytes."""
+    """Return a black 1-bit image of `side` x `side` pixels, in a few kilobytes."""
     rows = zlib.compress(bytes(side * (side // 8 + 1)), 1)
     head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", head) + _chunk(b"IDAT", rows) + _chunk(b"IEND", b"")
@@ -141,7 +141,7 @@ def _picture(name: str, write: Callable[[Path, Path], Any]) -> Callable[[Path, P
 
 
 def folders() -> list[Hostile]:
-    """Folders given as data sets."""
+    """Return folders passed as data sets."""
     script = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n({}) (w) file closefile\nshowpage\n%%EOF\n"
     return [
         Hostile("pixels", _picture("a.png", put(large_png(16_000))), UNSAFE, "pixels"),
@@ -159,7 +159,7 @@ DATA: dict[str, Callable[[], list[Hostile]]] = {"npz": archives, "parquet": tabl
 
 
 def write_all(folder: Path, canary: Path) -> dict[str, list[tuple[Hostile, Path]]]:
-    """Write the whole corpus below a folder and return it by kind: weights, npz, parquet, folder."""
+    """Write the corpus below a folder and return it by kind: weights, npz, parquet, folder."""
     made: dict[str, list[tuple[Hostile, Path]]] = {}
     for kind, files in {"weights": weights, **DATA}.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -170,15 +170,15 @@ def write_all(folder: Path, canary: Path) -> dict[str, list[tuple[Hostile, Path]
 
 
 def peak() -> int:
-    """Return the most memory this process ever held, in bytes (`getrusage` counts that of its parent, too)."""
+    """Return the peak memory of this process in bytes (`getrusage` includes its parent)."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 
 def open_all(folder: Path) -> dict[str, Any]:
-    """Open every file of a written corpus; return the memory it took, and the exit code each got (-1: none)."""
+    """Open every file of a corpus; return the memory used and the exit code of each file (-1: no error)."""
     from audit.errors import AuditError
-    from model_zoo.images.load import load_images
+    from model_zoo.images.datasets import load_images
     from model_zoo.load import SourceSettings, load_model
 
     def attempt(function: Callable[..., Any], *arguments: Any) -> int:
@@ -190,7 +190,7 @@ def open_all(folder: Path) -> dict[str, Any]:
 
     sources = SourceSettings(offline=True)
     load_model(f"file:{GOOD}?arch={REF}&num_classes=10", sources)
-    for kind in DATA:  # imports what reads them
+    for kind in DATA:  # imports the readers
         attempt(load_images, f"{kind}:{folder}/{kind}/pipe")
     before, codes, grown, slow = peak(), {}, {}, {}
     for kind in ("weights", *DATA):

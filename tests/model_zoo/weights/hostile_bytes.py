@@ -1,4 +1,4 @@
-"""Weights that would fill the memory, and weights that are none: bombs, cut files, the wrong tensors."""
+"""Weights files that exhaust resources, and invalid ones: bombs, truncated files, wrong tensors."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from hostile_code import (
     put,
     saved,
     with_pickle,
-)  # fmt: skip
+)
 
 
 def safe_header(header: object, body: bytes = b"", length: int | None = None) -> bytes:
@@ -61,12 +61,12 @@ def many_members() -> bytes:
 
 
 def two_directories() -> bytes:
-    """An archive before another one: readers that search from the end and readers of offsets see different members."""
+    """Return two concatenated archives: readers from the end and readers by offset see different members."""
     return saved({"a": torch.zeros(2)}) + with_pickle(pickle.dumps({}, protocol=2))
 
 
 def two_locations() -> bytes:
-    """An archive whose 64-bit record lies in one place, while its locator names another."""
+    """Return an archive whose 64-bit record is not where its locator points."""
     data = bytearray(saved({"a": torch.zeros(2)}))
     struct.pack_into("<Q", data, len(data) - 22 - 20 + 8, 100)
     return bytes(data)
@@ -79,18 +79,18 @@ def long_comment() -> bytes:
 
 
 def legacy_claim() -> bytes:
-    """A legacy file whose storage claims 4 * 10^9 elements: the number stands in its pickle."""
+    """Return a legacy file whose pickle claims a storage of 4 * 10^9 elements."""
     data = saved({"a": torch.zeros(70_000)}, new=False)
     return data.replace(b"J" + struct.pack("<i", 70_000), b"J" + struct.pack("<i", 2**31 - 1))
 
 
 def doubling(times: int) -> bytes:
-    """A dictionary whose key is a tuple of two equal tuples of two equal tuples...: hashing it takes 2^times steps."""
+    """Return a dictionary whose key nests pairs of equal tuples `times` deep: hashing it takes 2^times steps."""
     return b"\x80\x02})" + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(times)) + b"K\x01s."
 
 
 def bombs() -> list[Hostile]:
-    """Small files that would fill the memory, the stack or the day."""
+    """Return small files that exhaust memory, stack or time."""
     stride = torch.zeros(1).as_strided((1_000_000_000,), (0,))
     deep_json = b'{"a":' * 100_000
     return [
@@ -103,10 +103,8 @@ def bombs() -> list[Hostile]:
         Hostile("comment", put(long_comment()), UNSAFE, "after its directory"),
         Hostile("bytearray", lambda p, _: torch.save(Runs(bytearray, 10**9), p), UNSAFE, "bytearray"),
         Hostile("empty-lists", put(with_pickle(b"\x80\x02" + b"]" * 1_500_000)), UNSAFE, "steps"),
-        Hostile("deep-list", put(with_pickle(b"\x80\x02" + b"]" * 9999 + b"a" * 9998 + b".")),
-                BROKEN, "levels deep"),
-        Hostile("deep-tuple", put(with_pickle(b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.")),
-                UNSAFE, "nests tuples"),
+        Hostile("deep-list", put(with_pickle(b"\x80\x02" + b"]" * 9999 + b"a" * 9998 + b".")), BROKEN, "levels deep"),
+        Hostile("deep-tuple", put(with_pickle(b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.")), UNSAFE, "nests tuples"),
         Hostile("doubling", put(with_pickle(doubling(60))), UNSAFE, "nests tuples"),
         Hostile("cycle", put(with_pickle(b"\x80\x02]q\x00h\x00a.")), BROKEN, "levels deep"),
         Hostile("huge-tensor", lambda p, _: torch.save(Runs(torch.Tensor, 10**15), p), BROKEN, "restricted reader"),
@@ -117,21 +115,19 @@ def bombs() -> list[Hostile]:
         Hostile("header-length", put(safe_header({}, b"\0" * 40, 1 << 63)), BROKEN, "truncated"),
         Hostile("header-long", put(safe_header({"a": "b" * 9_000_000})), UNSAFE, "header of"),
         Hostile("header-deep", put(safe_header(deep_json)), BROKEN, "does not parse"),
-        Hostile("header-infinite", put(safe_header(b'{"a":{"data_offsets":[0,1e999]}}')),
-                BROKEN, "does not parse"),
+        Hostile("header-infinite", put(safe_header(b'{"a":{"data_offsets":[0,1e999]}}')), BROKEN, "does not parse"),
         Hostile("offsets-outside", put(safe_header({"a": entry(0, 4000)}, bytes(4))), BROKEN, "truncated"),
         Hostile("offsets-negative", put(safe_header({"a": entry(-4, 0)}, bytes(4))), BROKEN, "valid"),
-        Hostile("offsets-overlap", put(safe_header({"a": entry(0, 4), "b": entry(0, 4)}, bytes(4))),
-                BROKEN, "valid"),
-        Hostile("offsets-hole", put(safe_header({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12))),
-                BROKEN, "valid"),
-        Hostile("shape-overflow", put(safe_header({"a": entry(0, 4, shape=(2**40, 2**40))}, bytes(4))),
-                BROKEN, "valid"),
-    ]  # fmt: skip
+        Hostile("offsets-overlap", put(safe_header({"a": entry(0, 4), "b": entry(0, 4)}, bytes(4))), BROKEN, "valid"),
+        Hostile("offsets-hole", put(safe_header({"a": entry(0, 4), "b": entry(8, 12)}, bytes(12))), BROKEN, "valid"),
+        Hostile(
+            "shape-overflow", put(safe_header({"a": entry(0, 4, shape=(2**40, 2**40))}, bytes(4))), BROKEN, "valid"
+        ),
+    ]
 
 
 def truncated() -> list[Hostile]:
-    """The same weights in three layouts, each cut at five places."""
+    """Return the same weights in three formats, each truncated at five places."""
     whole = {"zip": lambda: saved(good()), "legacy": lambda: saved(good(), new=False), "safetensors": GOOD.read_bytes}
 
     def cut(layout: str, percent: float) -> Callable[[Path, Path], Any]:
@@ -157,7 +153,7 @@ def last_layer() -> tuple[str, torch.Tensor]:
 
 
 def tarred(path: Path, mode: str = "w") -> None:
-    """A tar with a member outside its folder and one behind a link."""
+    """Write a tar with one member outside its folder and one behind a link."""
     with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
         member = tarfile.TarInfo("../escaped")
         member.size = 3
@@ -178,7 +174,7 @@ def linked(target: str) -> Callable[[Path, Path], Any]:
 
 
 def broken() -> list[Hostile]:
-    """Files that hold no weights, or not the right ones."""
+    """Return files without weights or with wrong weights."""
     name, tensor = last_layer()
     bias = name.removesuffix("weight") + "bias"
     nan, inf = tensor.clone(), tensor.clone()
@@ -213,9 +209,9 @@ def broken() -> list[Hostile]:
         Hostile("classes", _changed(**more), USAGE, "the checkpoint has 20 outputs, the network 10"),
         Hostile("shapes", _changed(**{name: tensor[:, :-1].clone()}), USAGE, "the network needs"),
         Hostile("dtype", _changed(**{name: tensor.to(torch.int32)}), USAGE, "holds int32"),
-    ]  # fmt: skip
+    ]
 
 
 def weights() -> list[Hostile]:
-    """Every file given as weights."""
+    """Return all files passed as weights."""
     return [*malicious(), *bombs(), *truncated(), *broken()]

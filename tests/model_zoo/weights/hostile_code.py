@@ -1,4 +1,4 @@
-"""What a hostile file is, and weights that would run code: pickles by every route, packages, scripts.
+"""The `Hostile` file type, and weights files that would run code: pickles, packages, scripts.
 
 Loaded by `hostile.py`, from its folder: test folders are no packages.
 """
@@ -25,7 +25,7 @@ CANARY = "canary"
 
 
 class Hostile(NamedTuple):
-    """A file: its name, how to write it (path, canary), the exit code it must get, and a part of what is said."""
+    """A file: name, writer (path, canary), expected exit code, and a part of the expected message."""
 
     name: str
     write: Callable[[Path, Path], Any]
@@ -64,7 +64,7 @@ def saved(contents: object, new: bool = True) -> bytes:
 
 
 def repacked(change: Callable[[zipfile.ZipFile, zipfile.ZipFile], None], contents: object = None) -> bytes:
-    """Return a torch.save archive whose members were copied by `change` into a new one."""
+    """Return a torch.save archive whose members `change` copied into a new archive."""
     buffer = io.BytesIO()
     source = io.BytesIO(saved(good() if contents is None else contents))
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(buffer, "w") as new:
@@ -88,7 +88,7 @@ def text(value: str) -> bytes:
 
 
 def calling(canary: Path) -> dict[str, Runs]:
-    """Values whose unpickling would make the canary, by many functions."""
+    """Return values whose unpickling would create the canary file, by various functions."""
     code = f"open({str(canary)!r}, 'w')"
     import operator
     import runpy
@@ -112,7 +112,7 @@ def calling(canary: Path) -> dict[str, Runs]:
 
 
 def opcodes(canary: Path) -> dict[str, bytes]:
-    """Pickles written by hand: the routes that Python's own pickler does not take."""
+    """Return hand-written pickles with opcodes that Python's pickler does not emit."""
     command = f"touch {canary}"
     system, argument = b"cposix\nsystem\n", text(command)
     return {
@@ -123,17 +123,25 @@ def opcodes(canary: Path) -> dict[str, bytes]:
         "newobj": b"\x80\x02" + system + argument + b"\x85\x81.",
         "stack-global": pickle.dumps(Runs(os.system, command), protocol=4),
         "stack-global-memo": b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x940h\x00h\x01\x93\x8c"
-        + bytes([len(command)]) + command.encode() + b"\x85R.",
+        + bytes([len(command)])
+        + command.encode()
+        + b"\x85R.",
         "build-setstate": b"\x80\x02cfunctools\npartial\n" + system + b"\x85R(" + system + argument + b"\x85}Ntb)R.",
         "extension": b"\x80\x02\x82\x01" + argument + b"\x85R.",
-        "persistent-id": b"\x80\x02(" + text("storage") + system + argument + b"\x85R" + text("0") + text("cpu")
+        "persistent-id": b"\x80\x02("
+        + text("storage")
+        + system
+        + argument
+        + b"\x85R"
+        + text("0")
+        + text("cpu")
         + b"K\x01tQ.",
         "hostile-name": b"\x80\x04" + b"\x8c\x0aos\x1b[2J\nx\r\x07" + b"\x8c\x03sys\x93.",
-    }  # fmt: skip
+    }
 
 
 def second_legacy_pickle(canary: Path) -> bytes:
-    """A legacy file whose last pickle, after the harmless ones, is the one that calls."""
+    """Return a legacy file whose last pickle, after harmless ones, calls a function."""
     data = saved({"a": torch.zeros(3)}, new=False)
     start = data.rindex(b"\x80\x02]q\x00")
     return data[:start] + pickle.dumps([Runs(os.system, f"touch {canary}")], protocol=2) + data[start:]
@@ -170,14 +178,17 @@ def torchscript(path: Path) -> None:
 
 
 def malicious() -> list[Hostile]:
-    """Files that would run code."""
+    """Return files that would run code."""
     some = Path("x")
     zipped = [Hostile(f"zip-{name}", _dump(name), UNSAFE, "would import") for name in calling(some)]
     legacy = [Hostile(f"legacy-{name}", _dump(name, new=False), UNSAFE, "would import") for name in calling(some)]
     by_hand = [Hostile(f"raw-{name}", _raw(name), UNSAFE, "would import") for name in opcodes(some)]
     inside = [Hostile(f"member-{name}", _raw(name, zipped=True), UNSAFE, "would import") for name in opcodes(some)]
     return [
-        *zipped, *legacy, *by_hand, *inside,
+        *zipped,
+        *legacy,
+        *by_hand,
+        *inside,
         Hostile("second-legacy-pickle", lambda p, c: p.write_bytes(second_legacy_pickle(c)), UNSAFE, "would import"),
         Hostile("two-pickles", lambda p, c: p.write_bytes(two_pickles(c)), UNSAFE, "would import"),
         Hostile("joblib", joblib_dump, UNSAFE, "would import"),
@@ -185,7 +196,7 @@ def malicious() -> list[Hostile]:
         Hostile("torch-package", lambda p, _: torch_package(p), UNSAFE, "torch package"),
         Hostile("torchscript", lambda p, _: torchscript(p), UNSAFE, "TorchScript"),
         Hostile("numpy-array", lambda p, _: torch.save({"w": np.zeros(3)}, p), UNSAFE, "_reconstruct"),
-    ]  # fmt: skip
+    ]
 
 
 def _dump(name: str, new: bool = True) -> Callable[[Path, Path], Any]:

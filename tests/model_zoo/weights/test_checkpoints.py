@@ -1,4 +1,4 @@
-"""What a hostile or damaged weights file gets: one sentence, and nothing of it runs."""
+"""Malicious and damaged weights files are refused with one line, and no code runs."""
 
 import argparse
 import io
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from audit.errors import CheckpointError, EnvironmentFault, UnsafeError
-from model_zoo.sources.downloads import file_sha256
+from model_zoo.untrusted import file_sha256
 from model_zoo.weights.checkpoints import read_weights, write_safetensors
 
 
@@ -54,7 +54,7 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, layout: str, payload: str) 
     assert not canary.exists()
 
 
-def test_a_whole_pickled_module_says_how_to_export(tmp_path: Path) -> None:
+def test_a_pickled_module_is_refused_with_export_advice(tmp_path: Path) -> None:
     for name, new in (("new", True), ("old", False)):
         torch.save(nn.Linear(2, 2), tmp_path / name, _use_new_zipfile_serialization=new)
         with pytest.raises(UnsafeError, match=r"torch\.nn\.modules\.linear\.Linear.*model\.state_dict\(\)"):
@@ -84,7 +84,7 @@ def test_truncated_files_are_recognised(tmp_path: Path, kind: str, percent: floa
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_whole_files_load_with_their_hash(tmp_path: Path, kind: str) -> None:
+def test_complete_files_load_with_their_hash(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(_saved(kind))
     weights = read_weights(path)
@@ -109,7 +109,7 @@ def test_whole_files_load_with_their_hash(tmp_path: Path, kind: str) -> None:
         (pickle.dumps(list(range(20)), protocol=2), "not_a_checkpoint"),
     ],
 )
-def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes, kind: str) -> None:
+def test_files_of_other_kinds_are_identified(tmp_path: Path, content: bytes, kind: str) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
@@ -120,7 +120,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes,
 
 
 @pytest.mark.parametrize(("kind", "size"), [("legacy", 60), ("legacy", 200), ("safetensors", 40)])
-def test_files_cut_inside_their_header(tmp_path: Path, kind: str, size: int) -> None:
+def test_files_truncated_inside_their_header_are_refused(tmp_path: Path, kind: str, size: int) -> None:
     (tmp_path / "w").write_bytes(_saved(kind)[:size])
     with pytest.raises(CheckpointError, match="is truncated") as caught:
         read_weights(tmp_path / "w")
@@ -159,7 +159,7 @@ def test_an_archive_that_claims_more_than_it_holds(tmp_path: Path) -> None:
         read_weights(path)
 
 
-def test_a_zip_of_something_else(tmp_path: Path) -> None:
+def test_a_zip_without_weights_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "notes.pth", "w") as archive:
         archive.writestr("notes.txt", "hello, this is a text")
     with pytest.raises(CheckpointError, match=r"zip without data\.pkl"):
@@ -174,7 +174,7 @@ def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
         read_weights(path)
 
 
-def test_settings_and_numpy_numbers_beside_the_weights_are_allowed(tmp_path: Path) -> None:
+def test_namespaces_and_numpy_scalars_beside_the_weights_are_allowed(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     extra = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.9), "n": np.int64(3)}
     torch.save({"state_dict": {"weight": torch.ones(2)}, **extra}, path)
@@ -183,19 +183,19 @@ def test_settings_and_numpy_numbers_beside_the_weights_are_allowed(tmp_path: Pat
     assert weights.notes == ("unwrapped 'state_dict', ignored args, best, n",)
 
 
-def test_numpy_arrays_are_not(tmp_path: Path) -> None:
+def test_numpy_arrays_beside_the_weights_are_refused(tmp_path: Path) -> None:
     torch.save({"weight": np.zeros(3)}, tmp_path / "w.pth")
     with pytest.raises(UnsafeError, match=r"numpy.*_reconstruct"):
         read_weights(tmp_path / "w.pth")
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+def test_a_missing_file_lists_files_in_its_folder(tmp_path: Path) -> None:
     (tmp_path / "other.pth").write_bytes(b"x")
     with pytest.raises(EnvironmentFault, match=r"does not exist; .* holds other\.pth"):
         read_weights(tmp_path / "weights.pth")
 
 
-def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_an_environment_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -215,8 +215,8 @@ def test_safetensors_are_written_with_their_hash(tmp_path: Path) -> None:
         write_safetensors(tensors, path / "below-a-file" / "w.safetensors")
 
 
-def test_what_torch_itself_cannot_read(tmp_path: Path) -> None:
-    """Storages shorter than the archive says, and a pickle without dangerous names that torch still refuses."""
+def test_files_that_torch_cannot_read_are_refused(tmp_path: Path) -> None:
+    """Check short storages, and a pickle with harmless globals that torch refuses."""
     path = tmp_path / "w.pth"
     source = io.BytesIO(_saved("zip"))
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:

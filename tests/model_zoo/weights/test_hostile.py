@@ -1,4 +1,4 @@
-"""The corpus of hostile files through every loading path: nothing runs, one sentence, the right code, little memory."""
+"""The hostile corpus through every loading path: no code runs; one-line errors, exit codes, bounded memory."""
 
 import contextlib
 import importlib
@@ -21,21 +21,22 @@ from model_zoo import libraries
 from model_zoo.architectures import build
 from model_zoo.catalogue import read_card
 from model_zoo.entries import PretrainedFacts
-from model_zoo.images.load import ImageRequest, load_images
+from model_zoo.images.datasets import ImageRequest, load_images
 from model_zoo.load import SourceSettings, load_model
 from model_zoo.sources import downloads
-from model_zoo.sources.downloads import Download, fetch, file_sha256
+from model_zoo.sources.downloads import Download, fetch
 from model_zoo.sources.hub import config_facts, read_config
+from model_zoo.untrusted import file_sha256
 from model_zoo.weights import checkpoints
 from model_zoo.weights.checkpoints import read_weights
 from reports.cli import main
 
 HERE = Path(__file__).parent
-MOST = 300 << 20  # bytes above what loading an honest file takes
+MOST = 300 << 20  # bytes above the memory of a valid file
 
 
 def _corpus() -> ModuleType:
-    """Import the corpus from this folder, as the program does that opens it: test folders are no packages."""
+    """Import the corpus module from this folder, because test folders are not packages."""
     sys.path.insert(0, str(HERE))
     try:
         return importlib.import_module("hostile")
@@ -44,13 +45,13 @@ def _corpus() -> ModuleType:
 
 
 hostile = _corpus()
-# Seconds each to hash or to scan: opened once, by the process of its own.
+# These take seconds to hash or scan, so they are opened once, in the separate process.
 SLOW = {"sparse", "sparse-huge", "sparse-safetensors", "empty-lists", "deep-tuple", "members"}
 SIZE = (1, 8, 8)
 
 
 class Corpus:
-    """The corpus on the disk, and the file that any of it would make if it ran."""
+    """The corpus on disk, and the canary file that a payload would create."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.canary = folder / "files", folder / hostile.CANARY
@@ -66,7 +67,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def refused(one: Any, action: Callable[..., object], *arguments: object) -> str:
-    """Run what must be refused, and return a complaint where it is not, or not as it should be."""
+    """Run a call that must be refused; return a description of any deviation, '' without one."""
     try:
         action(*arguments)
     except AuditError as error:
@@ -80,7 +81,7 @@ def refused(one: Any, action: Callable[..., object], *arguments: object) -> str:
     return f"{one.name}: was loaded"
 
 
-def test_the_corpus_is_large_and_its_traps_work(corpus: Corpus, tmp_path: Path) -> None:
+def test_the_corpus_is_large_and_its_payloads_work(corpus: Corpus, tmp_path: Path) -> None:
     names = [one.name for files in corpus.made.values() for one, _ in files]
     assert len(names) > 140
     assert len(set(names)) > 120
@@ -95,8 +96,8 @@ def test_the_corpus_is_large_and_its_traps_work(corpus: Corpus, tmp_path: Path) 
         assert canary.exists(), name
 
 
-def test_no_file_runs_or_fills_the_memory(corpus: Corpus) -> None:
-    """All in one process, with the variable set that makes torch unpickle where nobody says otherwise."""
+def test_no_file_runs_code_or_exhausts_memory(corpus: Corpus) -> None:
+    """Open the corpus in one process, with the environment variable set that makes torch unpickle by default."""
     environment = {**os.environ, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "PYTHONPATH": str(HERE.parents[2])}
     command = [sys.executable, str(HERE / "hostile.py"), str(corpus.folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=corpus.folder, check=False)
@@ -115,14 +116,21 @@ def _small(*_: object, **__: object) -> torch.nn.Module:
 
 
 FACTS = PretrainedFacts(
-    name="small", family="vgg", num_classes=10, image_shape=SIZE, mean=(0.5,), std=(0.5,), hub_repo="nobody/small",
-    hub_file="model.safetensors", url="https://example.org/small.pth",
-)  # fmt: skip
+    name="small",
+    family="vgg",
+    num_classes=10,
+    image_shape=SIZE,
+    mean=(0.5,),
+    std=(0.5,),
+    hub_repo="nobody/small",
+    hub_file="model.safetensors",
+    url="https://example.org/small.pth",
+)
 
 
 @pytest.fixture
 def small_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The libraries' architectures are not the matter here: all of them build one small network at once."""
+    """Replace the architectures of all libraries by one small network, which builds quickly."""
     for name in ("timm_build", "torchvision_build", "robustbench_build"):
         monkeypatch.setattr(libraries, name, _small)
     monkeypatch.setattr(libraries, "timm_facts", lambda _: FACTS)
@@ -148,7 +156,9 @@ PLACES = {
 
 @pytest.mark.usefixtures("small_libraries")
 @pytest.mark.parametrize("ref", PLACES)
-def test_every_cache(ref: str, corpus: Corpus, offline: SourceSettings, tmp_path: Path) -> None:
+def test_malicious_files_in_every_cache_are_refused(
+    ref: str, corpus: Corpus, offline: SourceSettings, tmp_path: Path
+) -> None:
     place = tmp_path / PLACES[ref]
     place.parent.mkdir(parents=True)
     (place.parent / "config.json").write_text('{"architecture": "small", "num_classes": 10}')
@@ -162,7 +172,7 @@ def test_every_cache(ref: str, corpus: Corpus, offline: SourceSettings, tmp_path
     assert not corpus.canary.exists()
 
 
-def test_every_file_reference(corpus: Corpus, offline: SourceSettings) -> None:
+def test_malicious_file_references_are_refused(corpus: Corpus, offline: SourceSettings) -> None:
     complaints = [
         refused(one, load_model, f"file:{path}?arch={hostile.REF}&num_classes=10", offline)
         for one, path in corpus.weights()
@@ -172,15 +182,17 @@ def test_every_file_reference(corpus: Corpus, offline: SourceSettings) -> None:
 
 
 @pytest.mark.parametrize("kind", hostile.DATA)
-def test_every_data_set(kind: str, corpus: Corpus) -> None:
+def test_malicious_data_sets_are_refused(kind: str, corpus: Corpus) -> None:
     complaints = [refused(one, load_images, f"{kind}:{path}") for one, path in corpus.made[kind]]
     assert [complaint for complaint in complaints if complaint] == []
     assert not corpus.canary.exists()
 
 
 @pytest.mark.usefixtures("small_libraries")
-def test_every_download(corpus: Corpus, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetched by a server's hand, the files get the same answers; pages and empty bodies are not even kept."""
+def test_malicious_downloads_are_refused(
+    corpus: Corpus, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Downloaded files are refused with the same errors; web pages and empty bodies are not stored."""
     url, answers, _ = server
     complaints = []
     for one, path in corpus.weights():
@@ -191,7 +203,7 @@ def test_every_download(corpus: Corpus, server: Any, tmp_path: Path, monkeypatch
         monkeypatch.setattr(libraries, "torchvision_facts", lambda *_, facts=facts: ("V1", facts))
         sources = SourceSettings(cache_dir=tmp_path)
         if not path.stat().st_size:
-            one = one._replace(says="answered with nothing")
+            one = one._replace(says="sent an empty body")
         complaints.append(refused(one, load_model, "torchvision:small/V1", sources))
     assert len(complaints) > 90
     assert [complaint for complaint in complaints if complaint] == []
@@ -203,11 +215,11 @@ def test_every_download(corpus: Corpus, server: Any, tmp_path: Path, monkeypatch
     "name",
     ["zip-system", "member-inst", "joblib", "deflated", "hostile-key", "page", "pipe", "raw-hostile-name", "nan"],
 )
-def test_one_sentence_on_the_terminal(
+def test_the_terminal_shows_a_one_line_error(
     name: str, corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if name != "hostile-key":  # one report of a refused file is enough
+    if name != "hostile-key":  # one written report is enough
         monkeypatch.setattr("reports.publish.write_reports", lambda _folder: [])
     ((one, path),) = [(one, path) for one, path in corpus.made["weights"] if one.name == name]
     ref = f"file:{path}?arch={hostile.REF}&num_classes=10"
@@ -218,7 +230,7 @@ def test_one_sentence_on_the_terminal(
     assert len([line for line in said.splitlines() if line.startswith("Error: ")]) == 1
 
 
-def test_a_flipped_bit_is_seen_where_the_hash_is_pinned(tmp_path: Path, offline: SourceSettings) -> None:
+def test_a_flipped_bit_is_detected_by_a_pinned_hash(tmp_path: Path, offline: SourceSettings) -> None:
     data = bytearray(hostile.GOOD.read_bytes())
     data[-20] ^= 1
     path = tmp_path / "w.safetensors"
@@ -249,7 +261,7 @@ def test_exactly_two_kinds_of_metadata_are_read(tmp_path: Path) -> None:
         assert caught.value.exit_code in (hostile.BROKEN, hostile.UNSAFE)
 
 
-def test_an_old_torch_reads_no_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_are_refused_with_an_old_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pth")
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(EnvironmentFault, match=r"less safely than 2\.10 does; upgrade torch, or convert"):
@@ -269,7 +281,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_configurations_that_ask_for_too_much(name: str, offline: SourceSettings) -> None:
+def test_configurations_beyond_the_limits_are_refused(name: str, offline: SourceSettings) -> None:
     change, error, says = CONFIGS[name]
     folder = offline.cache / "hf-hub" / "nobody" / "net"
     folder.mkdir(parents=True)
@@ -281,13 +293,13 @@ def test_configurations_that_ask_for_too_much(name: str, offline: SourceSettings
     assert str(caught.value).isprintable()
 
 
-def test_configurations_that_are_no_files_of_that_kind(tmp_path: Path) -> None:
+def test_configurations_that_are_not_json_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"a":' * 100_000)
     with pytest.raises(UsageError, match="not in timm's layout"):
         read_config(path, "a/b")
     hostile.sparse(path, 1 << 33)
-    with pytest.raises(UnsafeError, match="more than the 1000000"):
+    with pytest.raises(UnsafeError, match="more than the limit of 1000000"):
         read_config(path, "a/b")
     path.unlink()
     os.mkfifo(path)
@@ -297,8 +309,8 @@ def test_configurations_that_are_no_files_of_that_kind(tmp_path: Path) -> None:
         config_facts({"architecture": "hf-hub:a/b"}, "a/b")
 
 
-def test_named_data_sets_keep_their_pickles_closed(tmp_path: Path) -> None:
-    """CIFAR's batches are pickles: their hashes are compared first, and an archive beside them is not unpacked."""
+def test_pickles_of_named_data_sets_are_not_opened(tmp_path: Path) -> None:
+    """CIFAR batches are pickles: hashes are compared before they are opened, and an archive beside them is ignored."""
     canary = tmp_path / "canary"
     folder = tmp_path / "data" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
@@ -317,33 +329,34 @@ def test_named_data_sets_keep_their_pickles_closed(tmp_path: Path) -> None:
     assert not (tmp_path / "escaped").exists()
 
 
-def test_what_torchvision_unpacks_stays_in_its_folder(tmp_path: Path) -> None:
+def test_archives_extracted_by_torchvision_stay_in_their_folder(tmp_path: Path) -> None:
     import tarfile
 
     from torchvision.datasets.utils import extract_archive
 
-    from model_zoo.images.named import _contained_archives
+    from model_zoo.images.named import _safe_tar_extraction
 
     hostile.tarred(tmp_path / "slip.tar")
     inner = tmp_path / "inner"
-    with _contained_archives(), pytest.raises(tarfile.FilterError):
+    with _safe_tar_extraction(), pytest.raises(tarfile.FilterError):
         extract_archive(str(tmp_path / "slip.tar"), str(inner))
     assert not (tmp_path / "escaped").exists()
     assert tarfile.TarFile.extraction_filter is None
 
 
 YAML = {
-    "aliases": "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    "aliases": "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(
         f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
     ),
     "object": "name: !!python/object/apply:os.system ['touch canary']\n",
     "deep": "a: " + "[" * 3_000,
     "large": "a: b\n" * 300_000,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", YAML)
-def test_benchmarks_that_are_bombs(
+def test_malicious_yaml_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -353,22 +366,22 @@ def test_benchmarks_that_are_bombs(
     assert not Path("canary").exists()
 
 
-def test_bodies_without_end_are_not_kept(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_above_the_size_limit_are_not_kept(server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url, answers, _ = server
-    monkeypatch.setattr(downloads, "MOST_BYTES", 1000)
+    monkeypatch.setattr(downloads, "MAX_FILE_BYTES", 1000)
     answers["/long"], answers["/silent"] = (b"x" * 2000, None), (b"x" * 2000, 0)
-    with pytest.raises(UnsafeError, match=r"sends 2000 bytes, more than the 1000"):
+    with pytest.raises(UnsafeError, match=r"sends 2000 bytes, more than the limit of 1000"):
         fetch(Download(url=f"{url}/long"), tmp_path / "w.pth")
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
 
 
-def test_packed_bodies_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_bodies_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
     asked = []
 
-    class Packed(BaseHTTPRequestHandler):
+    class Compressed(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.headers["Accept-Encoding"])
             self.send_response(200)
@@ -379,10 +392,10 @@ def test_packed_bodies_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.Monk
         def log_message(self, *_: object) -> None:
             return
 
-    http = HTTPServer(("127.0.0.1", 0), Packed)
+    http = HTTPServer(("127.0.0.1", 0), Compressed)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
-    with pytest.raises(UnsafeError, match="was sent packed"):
+    with pytest.raises(UnsafeError, match="was sent compressed"):
         fetch(Download(url=f"http://127.0.0.1:{http.server_port}/w"), tmp_path / "w.pth")
     http.shutdown()
     http.server_close()
@@ -390,7 +403,7 @@ def test_packed_bodies_are_not_unpacked(tmp_path: Path, monkeypatch: pytest.Monk
     assert asked == ["identity"]
 
 
-def test_a_folder_or_pipe_among_the_hashes(tmp_path: Path) -> None:
+def test_folders_and_pipes_cannot_be_hashed(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(EnvironmentFault, match=r"cannot read .* not a file but a folder, a pipe or a device"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from audit.theory import max_accuracy
+from audit.theory import fano_accuracy_bound
 from reports.figures.all_figures import (
     agreement_figure,
     calibration_figure,
@@ -95,7 +95,7 @@ def test_the_fano_curve_has_the_known_values(suite):
     x, y = np.array(curve.get_xdata()), np.array(curve.get_ydata())
     assert np.interp([0.5, 1.08, 1.5], x, y) == pytest.approx([0.495, 0.715, 0.837], abs=0.001)
     assert np.interp([0.003, 0.03], x, y) == pytest.approx(
-        [max_accuracy(nats, 0.1) for nats in (0.003, 0.03)], abs=0.002
+        [fano_accuracy_bound(nats, 0.1) for nats in (0.003, 0.03)], abs=0.002
     )
     assert (y[0], max(y) <= 1) == (0.1, True)
     assert limit("fano", np.array([-1.0, 0.0, 9.0]), 2) == pytest.approx([0.5, 0.5, 1.0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from audit.adversary.fused import faster
+from audit.adversary.fused import fused_copy
 from audit.config.benchmark import BenchmarkConfig
 from reports.figures.speed_figure import along, draw, reached, scaling_figure, search_figure, slope
 
@@ -163,7 +163,7 @@ def test_the_counter_sees_copies_of_a_network_and_what_goes_back(scaling):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)).eval()
     load = counter.watching(lambda *_: argparse.Namespace(network=network.requires_grad_(False)))
     images = torch.rand(5, 3, 8, 8)
-    folded = faster(load("ref").network, images)
+    folded = fused_copy(load("ref").network, images)
     assert folded is not network  # the copy was made, and compared with the network
     before = counter.forwards
     leaf = images.clone().requires_grad_()

@@ -172,7 +172,8 @@ def shown(browser, column):
 def audited(records):
     """Give records what a full audit stores: curves, checks, several layers, a certificate, a long name."""
     curve = {"validation": [[10 * i, i / 30] for i in range(30)], "training": [[10 * i, i / 20] for i in range(30)]}
-    check = {"number": 1, "name": "gradient", "level": "trust", "passed": True, "figure": 0.5, "criterion": "is finite"}
+    check = {"id": "gradient", "name": "gradient", "level": "trust", "passed": True}
+    check |= {"figure": 0.5, "criterion": "is finite"}
     checks = (check, {**check, "passed": False}, {**check, "passed": None, "reason": "no gradient to look at"})
     details = {**records[0].details, "curves": [{"seed": 0, "normal": curve, "worst": curve}]}
     full = [replace(record, details=details, checks=checks, certified_bound=0.4, certified_tier="proved",

@@ -80,7 +80,7 @@ def test_numbers_show_kind_unit_and_error(page):
     assert "fraction, measured" in page.text
     assert "estimated bound" in page.text
     assert "neither an upper nor a lower bound" in page.text
-    assert "a measurement refutes the estimate" in page.text
+    assert "a measurement, or the worst case of a smaller ball, refutes the estimate" in page.text
 
 
 def test_headers_are_keyboard_usable_and_say_how_they_sort(page):
@@ -150,7 +150,7 @@ def test_every_sort_key_is_a_number_where_the_script_reads_one(mixed_zoo):
 
 def test_an_unknown_flag_is_explained_by_the_notes():
     assert explain("brand_new: 3") == "reported by the audit; see the notes of the model"
-    assert explain("contradicted_worst").startswith("a measurement refutes")
+    assert explain("contradicted: worst_nats 0.3").startswith("a measurement, or the worst case of a smaller ball")
 
 
 def test_only_numbers_make_a_curve():

@@ -50,7 +50,8 @@ class Tree(HTMLParser):
 
 def run(zoo, names, field):
     """Give ten audits a name each in one field, and what else a full record holds."""
-    check = {"number": 1, "name": "gradient", "level": "trust", "passed": False, "figure": 0.1, "criterion": "finite"}
+    check = {"id": "gradient", "name": "gradient", "level": "trust", "passed": False}
+    check |= {"figure": 0.1, "criterion": "finite"}
     line = {"validation": [[0, 0.0], [1, 1.0]], "training": [[0, 0.0], [1, 2.0]]}
     details = {"curves": [{"seed": 0, "normal": line, "worst": line}]}
     full = [

@@ -11,7 +11,14 @@ from reports.page.model_pages import model_pages
 from reports.tables.ranking import leaderboard
 from reports.tables.table import to_frame
 
-CHECK = {"number": 15, "name": "Square", "level": "trust", "passed": False, "figure": 0.25, "criterion": "few anew"}
+CHECK = {
+    "id": "gradient_free_attack",
+    "name": "Square",
+    "level": "trust",
+    "passed": False,
+    "figure": 0.25,
+    "criterion": "few anew",
+}
 
 
 def pages_of(records):
@@ -171,9 +178,18 @@ def test_deep_settings_are_shown_to_the_last_number(zoo):
 
 
 def test_a_failed_gate_is_announced_and_stands_among_the_checks(zoo):
-    gate = {**CHECK, "number": 31, "name": "finite", "level": "gate"}
+    gate = {**CHECK, "id": "finite_activations", "name": "finite", "level": "gate"}
     gated = replace(zoo[0], checks=(gate,), flags=("gated: finite failed",))
     text = render_report([gated, zoo[1]])
-    assert "Failed a gate, so broken or not what they should be: baseline-h-standard. They are not ranked." in text
-    assert "Failed a gate" not in render_report(zoo[:2])
-    assert '<tr class="failed"><th scope="row">31 finite</th><td>gate</td>' in text
+    assert (
+        "Failed a sanity check, so broken or not what they claim to be: baseline-h-standard. They are not ranked."
+        in text
+    )
+    assert "Failed a sanity check" not in render_report(zoo[:2])
+    assert '<tr class="failed"><th scope="row">finite <code>finite_activations</code></th><td>gate</td>' in text
+
+
+def test_checks_of_older_records_show_their_number(zoo):
+    older = {**{key: value for key, value in CHECK.items() if key != "id"}, "number": 15}
+    text = render_report([replace(zoo[0], checks=(older,))])
+    assert '<tr class="failed"><th scope="row">Square <code>15</code></th>' in text

@@ -105,7 +105,7 @@ def test_a_broken_calibration_is_an_error_of_its_own(suite, write_run, capsys):
     (folder / "calibration").mkdir()
     Path(folder / "calibration" / "x.json").write_text("{")
     assert main(["leaderboard", str(folder)]) == 5
-    assert "holds no calibration" in capsys.readouterr().err
+    assert "is not a calibration" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("hostile", ["</script><script>alert(1)</script>", "\x1b[31mred\u202e", "模型"])

@@ -146,4 +146,4 @@ def test_an_export_holds_every_row(runs: tuple[Path, Path], ending: str, capsys:
 
 def test_an_export_of_another_ending_is_refused(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(runs[0]), "x.xlsx"]) == 2
-    assert "ends in none of .csv, .parquet, .safetensors" in capsys.readouterr().err
+    assert "must end in one of .csv, .parquet, .safetensors" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_public_names():
 
 
 def test_a_model_whose_attack_failed_a_trust_check_is_shown_and_never_ranked(zoo):
-    check = {"number": 5, "name": "unbounded attack", "level": "trust", "passed": False}
+    check = {"id": "unbounded_attack", "name": "unbounded attack", "level": "trust", "passed": False}
     flag = "untrusted: the adversarial accuracy is an upper bound, attack not trustworthy: failed 5 unbounded attack"
     records = [
         replace(zoo[0], checks=({**check, "passed": True},)),
@@ -194,16 +194,16 @@ def test_a_model_whose_attack_failed_a_trust_check_is_shown_and_never_ranked(zoo
     assert frame["attack_trust"].tolist() == ["trusted", "upper bound", "not checked"]
     assert ranked(frame).tolist() == [True, False, True]
     shown = render_report(records)
-    assert "The adversarial accuracy is an upper bound, attack not trustworthy, of:" in shown
+    assert "The adversarial accuracy is an upper bound, because the attack failed a trust check, for:" in shown
     assert "unbounded attack" in shown
 
 
 def test_a_search_for_the_worst_case_that_is_not_trusted_has_a_sentence_of_its_own(zoo):
-    search = "untrusted: the worst-case information is an upper bound, its search not trustworthy: 3 worst case: slope"
+    search = "untrusted_search: the worst-case information is an upper bound: worst case: slope"
     attack = "untrusted: the adversarial accuracy (upper bound, attack not trustworthy) failed 5 unbounded attack"
-    check = {"number": 3, "name": "slope", "level": "trust", "passed": False}
-    told = "The worst-case information is an upper bound, its search not trustworthy, of:"
-    of_attack = "The adversarial accuracy is an upper bound, attack not trustworthy, of:"
+    check = {"id": "gradient_slope", "name": "slope", "level": "trust", "passed": False}
+    told = "The worst-case information is an upper bound, because its search failed a trust check, for:"
+    of_attack = "The adversarial accuracy is an upper bound, because the attack failed a trust check, for:"
     first, second = (
         replace(record, checks=(check,), flags=(flag,)) for record, flag in zip(zoo[:2], (search, attack), strict=True)
     )
@@ -213,7 +213,8 @@ def test_a_search_for_the_worst_case_that_is_not_trusted_has_a_sentence_of_its_o
     shown = render_report([first, zoo[2]])
     assert told in shown
     assert of_attack not in shown
-    assert "the worst-case information is an upper bound, and the model is not ranked" in shown
-    assert "the network may only seem robust" not in shown
+    assert "the worst-case information is only an upper bound; the model is not ranked" in shown
+    assert "the adversarial accuracy is only an upper bound" not in shown
     both = render_report([first, second, zoo[2]])
-    assert all(text in both for text in (told, of_attack, "the network may only seem robust", "may have stopped short"))
+    meanings = ("the adversarial accuracy is only an upper bound", "may have stopped short")
+    assert all(text in both for text in (told, of_attack, *meanings))

@@ -1,4 +1,4 @@
-"""The authors' released estimator: its formula with the slip, and the order in which it searches and learns."""
+"""The released estimator: its formula including the masking error, and the order of searches and critic steps."""
 
 from dataclasses import replace
 from math import exp, log
@@ -9,10 +9,10 @@ from torch import nn
 
 from audit.adversary.threat import L1, L2, Linf
 from audit.errors import InvalidModelError, UsageError
-from audit.information.critic_training import split_indices
-from audit.information.estimator import Known, Subject
+from audit.information.encoding import split_indices
+from audit.information.estimator import EstimatorInputs, WarmStart
 from audit.information.released.critic import ReferenceCritic, reference_ceiling, reference_influence, reference_value
-from audit.information.released.estimator import Reference, _fit, _flags, _samples, _Search
+from audit.information.released.estimator import Reference, _CriticDescent, _encoded_parts, _fit, _flags
 from audit.representation.layers import Representation
 from audit.types import Encoded
 
@@ -40,21 +40,21 @@ class SmallNet(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def subject():
+def inputs():
     images = torch.rand(60, 1, 8, 8, generator=seeded()).round(decimals=1)  # many pixels at 0 and 1
     encoder = Representation(SmallNet().eval().requires_grad_(False), "logits").encode
-    return Subject(encoder, images, torch.arange(60) % 3)
+    return EstimatorInputs(encoder, images, torch.arange(60) % 3)
 
 
 def slow_value(table):
-    """The value of one table of scores (N, N) by the released formula, pair by pair."""
+    """The value of one table of scores (N, N) by the released formula, in a double loop."""
     count = len(table)
     joint = sum(float(table[i, i]) for i in range(count)) / count
     others = sum(exp(float(table[i, j])) for i in range(count) for j in range(count) if i != j)
     return joint - log(others + count) + log(count * (count - 1))
 
 
-def test_the_formula_is_the_slow_loops():
+def test_value_equals_a_double_loop():
     scores = normal(3, 5, 5).double()
     by_position = sum(slow_value(table) for table in scores) / 3
     assert float(reference_value(scores, per_position=True)) == pytest.approx(by_position, abs=1e-12)
@@ -62,42 +62,47 @@ def test_the_formula_is_the_slow_loops():
     assert float(reference_value(scores, per_position=False)) == pytest.approx(
         slow_value(torch.tensor(averaged)), abs=1e-6
     )
-    assert float(reference_value(scores[:1], True)) == float(reference_value(scores[:1], False))
+    assert float(reference_value(scores[:1], per_position=True)) == float(
+        reference_value(scores[:1], per_position=False)
+    )
 
 
 @BOTH
-def test_the_slip_is_there(per_position):
-    # equal scores tell nothing: Donsker-Varadhan says 0; the masked diagonal makes it ln of a share
+def test_masking_error_is_reproduced(per_position):
+    # equal scores have the Donsker-Varadhan value 0; the masked diagonal changes it
     for level in (0.0, 1.0, -30.0):
-        said = float(reference_value(torch.full((2, 4, 4), level).double(), per_position))
-        assert said == pytest.approx(level - log((12 * exp(level) + 4) / 12), abs=1e-9)
-    # so adding a constant to all scores, which changes no Donsker-Varadhan value, changes this one
+        value = float(reference_value(torch.full((2, 4, 4), level).double(), per_position=per_position))
+        assert value == pytest.approx(level - log((12 * exp(level) + 4) / 12), abs=1e-9)
+    # adding a constant to all scores does not change the Donsker-Varadhan value, but this one
     scores = normal(2, 6, 6).double()
-    assert float(reference_value(scores + 3, per_position)) > float(reference_value(scores, per_position)) + 0.01
+    assert (
+        float(reference_value(scores + 3, per_position=per_position))
+        > float(reference_value(scores, per_position=per_position)) + 0.01
+    )
 
 
 @BOTH
-def test_the_error_is_the_jackknifes(per_position):
+def test_standard_error_agrees_with_the_jackknife(per_position):
     scores = normal(2, 80, 80).double() + 2 * torch.eye(80)
     without = []
     for left_out in range(80):
         kept = torch.arange(80) != left_out
-        without.append(float(reference_value(scores[:, kept][:, :, kept], per_position)))
+        without.append(float(reference_value(scores[:, kept][:, :, kept], per_position=per_position)))
     jackknife = float(torch.tensor(without).std(correction=0)) * 79**0.5
-    found = float(reference_influence(scores, per_position).std()) / 80**0.5
+    found = float(reference_influence(scores, per_position=per_position).std()) / 80**0.5
     assert found == pytest.approx(jackknife, rel=0.05)
 
 
 @BOTH
-def test_the_ceiling_is_reached_and_not_passed(per_position):
+def test_ceiling_is_reached_and_not_exceeded(per_position):
     for largest in (0.0, 0.5, 5.0, 60.0):
         best = torch.full((2, 6, 6), -largest).double()
         best.diagonal(dim1=1, dim2=2).fill_(largest)
         ceiling = reference_ceiling(largest, 6)
-        assert float(reference_value(best, per_position)) == pytest.approx(ceiling, abs=1e-9)
+        assert float(reference_value(best, per_position=per_position)) == pytest.approx(ceiling, abs=1e-9)
         inside = (2 * torch.rand(50, 6, 6, generator=seeded()).double() - 1) * largest
-        assert all(float(reference_value(each[None], per_position)) <= ceiling + 1e-9 for each in inside)
-    # no limit in the number of images alone
+        assert all(float(reference_value(each[None], per_position=per_position)) <= ceiling + 1e-9 for each in inside)
+    # the number of images alone is no limit
     assert reference_ceiling(60.0, 6) > 60
 
 
@@ -114,7 +119,7 @@ def test_positions_and_the_largest_score(channels, side, positions):
     assert critic.largest_score() < 16**0.5 * (1 + 16**0.5) * 16**0.5 * 4
 
 
-def test_each_score_is_of_its_own_image_and_feature():
+def test_scores_do_not_depend_on_the_rest_of_the_batch():
     images, features = torch.rand(5, 1, 8, 8, generator=seeded()), normal(5, 3)
     critic = ReferenceCritic(images, features, 8, seeded()).eval()
     with torch.no_grad():
@@ -124,7 +129,7 @@ def test_each_score_is_of_its_own_image_and_feature():
             assert torch.allclose(scores[:, i, j], alone[:, 0, 0], atol=1e-5)
 
 
-def test_the_shortcut_starts_as_the_identity_where_it_can():
+def test_shortcut_is_initialised_to_the_identity():
     images = torch.rand(4, 1, 8, 8, generator=seeded())
     narrow = ReferenceCritic(images, normal(4, 5), 8, seeded()).of_feature.shortcut.weight.detach()
     assert torch.equal(narrow.diagonal(), torch.ones(5))
@@ -134,8 +139,8 @@ def test_the_shortcut_starts_as_the_identity_where_it_can():
     assert float(wide.abs().max()) > 0.02
 
 
-class Watched:
-    """An encoder that notes every batch it is given, and whether it was asked for a gradient."""
+class RecordingEncoder:
+    """An encoder that records every batch, and whether it requires a gradient."""
 
     def __init__(self, encoder):
         self.encoder, self.seen = encoder, []
@@ -145,18 +150,18 @@ class Watched:
         return self.encoder(images)
 
 
-def test_every_search_leaves_from_the_clean_images(subject):
-    """Max-min: per critic step seven steps and a last look, all from the clean batch anew."""
-    watched, threat = Watched(subject.encoder), Linf(0.1)
-    known = QUICK.normal(subject, 0)
-    found = QUICK.vulnerability(subject._replace(encoder=watched), threat, 0, Known(known))
-    clean = subject.images.flatten(1)
-    searches = [batch for batch in watched.seen if batch[1]]
-    # 4 critic steps, and validation (12 images) and held-out images (18, in two batches) read at 2 + 1 times
+def test_every_search_starts_from_the_clean_images(inputs):
+    """Max-min: before each critic step, seven steps and a last evaluation, from the clean batch."""
+    recording, threat = RecordingEncoder(inputs.encoder), Linf(0.1)
+    normal_case = QUICK.normal(inputs, 0)
+    found = QUICK.vulnerability(inputs._replace(encoder=recording), threat, 0, WarmStart(normal_case))
+    clean = inputs.images.flatten(1)
+    searches = [batch for batch in recording.seen if batch[1]]
+    # 4 critic steps, and validation (12 images) and held-out images (18, in two batches) evaluated 2 + 1 times
     assert len(searches) == 7 * (4 + 2 + 2)
     for number, (batch, _) in enumerate(searches):
         nearest = torch.cdist(batch.flatten(1), clean, p=torch.inf).amin(1)
-        # the n-th look is n - 1 steps of 0.01 away, and no more
+        # the n-th iterate is at most n - 1 steps of 0.01 away
         assert float(nearest.max()) <= 0.01 * (number % 7) + 1e-6
         assert (float(nearest.max()) == 0) == (number % 7 == 0)
     assert found.passes == 60 * 0.5 + 7.5 * (4 * 16 + 2 * 12 + 18)
@@ -166,110 +171,112 @@ def test_every_search_leaves_from_the_clean_images(subject):
     ("threat", "size"), [(Linf(0.03), 0.01), (Linf(2 / 255), 0.01), (L2(0.6), 0.2), (L1(3.0), 1.0)]
 )
 @BOTH
-def test_every_image_met_is_legal(subject, threat, size, per_position):
-    watched = Watched(subject.encoder)
+def test_every_iterate_is_legal(inputs, threat, size, per_position):
+    recording = RecordingEncoder(inputs.encoder)
     settings = replace(QUICK, per_position=per_position, step_size=size, steps=2)
-    found = settings.vulnerability(subject._replace(encoder=watched), threat, 0)
-    everything = torch.cat([images for images, _ in watched.seen])
+    found = settings.vulnerability(inputs._replace(encoder=recording), threat, 0)
+    everything = torch.cat([images for images, _ in recording.seen])
     assert 0 <= float(everything.min()) <= float(everything.max()) <= 1
-    nearest = torch.stack([threat.distance(everything, x.expand_as(everything)) for x in subject.images]).amin(0)
+    nearest = torch.stack([threat.distance(everything, x.expand_as(everything)) for x in inputs.images]).amin(0)
     assert threat.eps * 0.9 < float(nearest.max()) <= threat.eps + 1e-6
-    assert torch.equal(found.which, split_indices(60, 0).test)
-    moved = threat.distance(found.moved, subject.images[found.which])
+    assert torch.equal(found.indices, split_indices(60, 0).test)
+    moved = threat.distance(found.adversarial, inputs.images[found.indices])
     assert float(moved.max()) <= threat.eps + 1e-6
-    assert found.moved.shape == (18, 1, 8, 8)
+    assert found.adversarial.shape == (18, 1, 8, 8)
 
 
 @BOTH
-def test_the_best_iterate_of_the_whole_batch_is_kept(subject, per_position):
-    """Never above the value of the clean batch, by the critic that searches; and the value reported is its own."""
+def test_best_iterate_of_the_batch_is_kept(inputs, per_position):
+    """Its value is at most that of the clean batch, and is the value reported."""
     settings = replace(QUICK, per_position=per_position)
     values = []
 
-    class Noting:
+    class Recording:
         def __init__(self, search):
             self.search = search
 
         def __call__(self, critic, clean):
             moved = self.search(critic, clean)
             with torch.no_grad():
-                looked = [float(reference_value(critic.eval()(*batch), per_position)) for batch in (clean, moved)]
-            values.append(looked)
+                before_and_after = [
+                    float(reference_value(critic.eval()(*batch), per_position=per_position)) for batch in (clean, moved)
+                ]
+            values.append(before_and_after)
             return moved
 
-    search = Noting(_Search(settings, subject.encoder, Linf(0.1)))
-    estimate, _ = _fit(settings, _samples(settings, subject, 0), search, 0)
+    search = Recording(_CriticDescent(settings, inputs.encoder, Linf(0.1)))
+    estimate, _ = _fit(settings, _encoded_parts(settings, inputs, 0), search, 0)
     assert all(after <= before + 1e-6 for before, after in values)
-    assert sum(after < before - 1e-4 for before, after in values) >= 6  # of 8: and mostly lower
+    assert sum(after < before - 1e-4 for before, after in values) >= 6  # of 8 batches
     assert estimate.nats == pytest.approx((values[-2][1] + values[-1][1]) / 2, abs=1e-5)
 
 
-def test_the_search_goes_through_the_representation_alone(subject):
-    """A representation that ignores the image gives no direction, though the critic sees the image move."""
+def test_gradient_passes_through_the_representation_alone(inputs):
+    """A constant representation has a zero gradient, although the critic also depends on the image."""
 
     def encoder(images):
         return Encoded(0 * images.flatten(1)[:, :2] + 3, images.new_empty(len(images), 0))
 
-    found = QUICK.vulnerability(subject._replace(encoder=encoder), Linf(0.1), 0)
-    assert torch.equal(found.moved, subject.images[found.which])
+    found = QUICK.vulnerability(inputs._replace(encoder=encoder), Linf(0.1), 0)
+    assert torch.equal(found.adversarial, inputs.images[found.indices])
     assert found.worst.nats == pytest.approx(found.normal.nats, abs=1e-6)
 
 
 @BOTH
-def test_without_room_the_worst_case_is_the_normal_case(subject, per_position):
+def test_worst_case_equals_normal_case_at_eps_0(inputs, per_position):
     settings = replace(QUICK, per_position=per_position)
-    found = settings.vulnerability(subject, Linf(0.0), 3)
-    assert found.worst == found.normal == settings.normal(subject, 3)
+    found = settings.vulnerability(inputs, Linf(0.0), 3)
+    assert found.worst == found.normal == settings.normal(inputs, 3)
     assert found.nats == 0
-    assert torch.equal(found.moved, subject.images[found.which])
+    assert torch.equal(found.adversarial, inputs.images[found.indices])
 
 
-def test_the_same_seed_gives_the_same_numbers_and_no_global_draw(subject):
+def test_results_depend_on_the_seed_alone(inputs):
     before = torch.random.get_rng_state()
-    first, again = (QUICK.vulnerability(subject, Linf(0.05), 1) for _ in range(2))
+    first, again = (QUICK.vulnerability(inputs, Linf(0.05), 1) for _ in range(2))
     torch.manual_seed(5)
-    after_other_draws = QUICK.vulnerability(subject, Linf(0.05), 1)
+    after_other_draws = QUICK.vulnerability(inputs, Linf(0.05), 1)
     torch.random.set_rng_state(before)
-    other = QUICK.vulnerability(subject, Linf(0.05), 2)
+    other = QUICK.vulnerability(inputs, Linf(0.05), 2)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert first.normal == again.normal == after_other_draws.normal == QUICK.normal(subject, 1)
+    assert first.normal == again.normal == after_other_draws.normal == QUICK.normal(inputs, 1)
     assert first.worst == again.worst == after_other_draws.worst
     assert other.normal.nats != first.normal.nats
 
 
-def test_it_finds_what_images_and_features_share_and_nothing_where_they_do_not():
-    """Eight brightnesses, told by the representation (ln 8 = 2.08 nats) or exchanged at random (0)."""
+def test_dependent_and_independent_features():
+    """Eight levels of brightness, encoded by the representation (ln 8 = 2.08 nats) or permuted at random (0)."""
     level = torch.arange(240) % 8
     pixels = 0.5 + (level[:, None, None, None] - 3.5) / 16 + 0.05 * normal(240, 1, 8, 8)
     shuffled = level[torch.randperm(240, generator=seeded(1))]
     settings = Reference(width=32, steps=100, batch_size=64, learning_rate=1e-3, every=50)
 
-    def told(names):
+    def estimate(names):
         vectors = torch.eye(8)[names]
 
         def encoder(images):
             nearest = torch.cdist(images.flatten(1), pixels.flatten(1)).argmin(1)
             return Encoded(vectors[nearest], images.new_empty(len(images), 0))
 
-        return settings.normal(Subject(encoder, pixels, level), 0)
+        return settings.normal(EstimatorInputs(encoder, pixels, level), 0)
 
-    knowing, ignorant = told(level), told(shuffled)
-    assert 1.2 < knowing.nats < log(8)
-    assert knowing.flags == ("not_converged: the critic was still improving at its last step",)
-    # what it learns by heart of 120 images speaks against it on others, down to -2.4 nats: no early stopping
-    assert ignorant.nats < 0
-    assert ignorant.training_history[-1][1] > 1
-    assert ignorant.flags == ("not_converged: the critic had been better on validation images before its last step",)
+    dependent, independent = estimate(level), estimate(shuffled)
+    assert 1.2 < dependent.nats < log(8)
+    assert dependent.flags == ("not_converged: the critic was still improving at its last step",)
+    # overfitting of 120 images without early stopping lowers the held-out value to -2.4 nats
+    assert independent.nats < 0
+    assert independent.training_history[-1][1] > 1
+    assert independent.flags == ("not_converged: the critic was better on validation images at an earlier step",)
 
 
-def test_names_and_what_is_not_claimed():
+def test_class_attributes():
     assert (Reference().name, Reference(per_position=False).name) == ("ref-local", "ref-mean")
     assert not Reference.ranks
-    assert (Reference.quantity, Reference.floor_kind) == ("I(X; g(X))", "answers")
+    assert (Reference.quantity, Reference.floor_kind) == ("I(X; g(X))", "predictions")
 
 
-def test_an_estimate_says_where_it_comes_from(subject):
-    found = QUICK.normal(subject, 0)
+def test_attributes_of_an_estimate(inputs):
+    found = QUICK.normal(inputs, 0)
     assert [step for step, _ in found.history] == [2, 4]
     assert [step for step, _ in found.training_history] == [0, 2]
     assert found.validated == found.history[-1][1]
@@ -283,31 +290,31 @@ def test_an_estimate_says_where_it_comes_from(subject):
     [
         ((0.1, 0.2, 0.3), "the critic was still improving at its last step"),
         ((0.3,), "the critic was still improving at its last step"),
-        ((0.1, 0.5, 0.2), "the critic had been better on validation images before its last step"),
-        ((0.1, 0.3, 0.2), None),  # less than two standard errors under its best
-        ((0.1, float("nan"), 0.2), "the critic's value stopped being finite while it trained"),
+        ((0.1, 0.5, 0.2), "the critic was better on validation images at an earlier step"),
+        ((0.1, 0.3, 0.2), None),  # less than two standard errors below its best
+        ((0.1, float("nan"), 0.2), "the critic's value diverged during training"),
     ],
 )
-def test_doubts_about_the_last_step(values, flag):
+def test_flags_of_the_last_step(values, flag):
     history = tuple(enumerate(values))
     assert _flags(history, stderr=0.1) == ((f"not_converged: {flag}",) if flag else ())
 
 
-def test_a_layer_without_a_gradient_is_refused(subject):
+def test_rejects_a_layer_without_gradient(inputs):
     def encoder(images):
         return Encoded(images.detach().flatten(1)[:, :2], images.new_empty(len(images), 0))
 
     with pytest.raises(InvalidModelError, match="gives no gradient to its input"):
-        QUICK.vulnerability(subject._replace(encoder=encoder), Linf(0.1), 0)
+        QUICK.vulnerability(inputs._replace(encoder=encoder), Linf(0.1), 0)
 
 
-def test_a_gradient_that_is_not_finite_is_refused(subject):
+def test_rejects_a_gradient_that_is_not_finite(inputs):
     def encoder(images):
         features = (images.flatten(1) - images.flatten(1)).square().sum(1, keepdim=True).sqrt()  # 0, slope NaN
         return Encoded(features, images.new_empty(len(images), 0))
 
     with pytest.raises(InvalidModelError, match="the gradient to the input is not finite for 16 of 16 images"):
-        QUICK.vulnerability(subject._replace(encoder=encoder), Linf(0.1), 0)
+        QUICK.vulnerability(inputs._replace(encoder=encoder), Linf(0.1), 0)
 
 
 @pytest.mark.parametrize(
@@ -322,11 +329,11 @@ def test_a_gradient_that_is_not_finite_is_refused(subject):
         ({"step_size": float("nan")}, "reference step_size nan must be above 0 and finite"),
     ],
 )
-def test_settings_that_are_refused(change, message):
+def test_rejects_illegal_settings(change, message):
     with pytest.raises(UsageError, match=message):
         Reference(**change)
 
 
-def test_images_that_are_too_small(subject):
+def test_rejects_images_that_are_too_small(inputs):
     with pytest.raises(UsageError, match="images of 8 x 7 pixels are too small for this critic: it needs 8 x 8"):
         ReferenceCritic(torch.rand(4, 1, 8, 7), normal(4, 3), 8, seeded())

@@ -1,4 +1,4 @@
-"""The doctor: what is missing is bad, what is optional a note, and a folder is tried, not asked."""
+"""Environment checks: missing packages are bad, optional ones a note, and folders are tested by writing."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from audit.run.upkeep import environment as health
-from audit.run.upkeep.environment import BAD, NOTE, OK, Finding, examine, judge
+from audit.run.upkeep.environment import BAD, NOTE, OK, EnvironmentCheck, check_environment, check_package
 from reports.cli import main
 
 
@@ -24,16 +24,16 @@ from reports.cli import main
         ("huggingface-hub", "2.1", "huggingface-hub", "", BAD),
     ],
 )
-def test_packages_are_judged(name: str, found: str | None, wanted: str, extra: str, state: str) -> None:
-    assert judge(name, found, Requirement(wanted), extra).state == state
+def test_package_versions_are_checked(name: str, found: str | None, wanted: str, extra: str, state: str) -> None:
+    assert check_package(name, found, Requirement(wanted), extra).state == state
 
 
-def test_what_is_optional_names_its_extra() -> None:
-    assert judge("ray", None, Requirement("ray"), "ray").found == "not installed; rvaudit[ray]"
+def test_missing_optional_packages_name_their_extra() -> None:
+    assert check_package("ray", None, Requirement("ray"), "ray").found == "not installed; rvaudit[ray]"
 
 
-def test_this_machine_can_run_audits(tmp_path: Path) -> None:
-    found = {finding.what: finding for finding in examine(tmp_path / "new", tmp_path)}
+def test_this_environment_passes(tmp_path: Path) -> None:
+    found = {finding.what: finding for finding in check_environment(tmp_path / "new", tmp_path)}
     assert {found[name].state for name in ("python", "torch", "pydantic", "safetensors")} == {OK}
     assert found["cache folder"].state in (OK, NOTE)
     assert (tmp_path / "new").is_dir()
@@ -42,18 +42,18 @@ def test_this_machine_can_run_audits(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_bad(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    found = examine(tmp_path / "file" / "below", tmp_path)
+    found = check_environment(tmp_path / "file" / "below", tmp_path)
     (cache,) = [finding for finding in found if finding.what == "cache folder"]
     assert cache.state == BAD
     assert "cannot be written" in cache.found
 
 
-def test_the_command_answers_3_where_something_is_bad(
+def test_the_command_exits_with_3_if_a_check_is_bad(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(health, "_packages", lambda: [])
     assert main(["doctor", "--json"]) == 0
     assert {"what", "state", "found"} == set(json.loads(capsys.readouterr().out)[0])
-    monkeypatch.setattr(health, "_packages", lambda: [Finding("torch", BAD, "gone")])
+    monkeypatch.setattr(health, "_packages", lambda: [EnvironmentCheck("torch", BAD, "gone")])
     assert main(["doctor"]) == 3
     assert "gone" in capsys.readouterr().out

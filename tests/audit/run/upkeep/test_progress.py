@@ -1,4 +1,4 @@
-"""Which cells of a run are done, failed or to do, told from its folder."""
+"""The state of every cell of a run, from its folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from audit.errors import EnvironmentFault
 from audit.records import AuditRecord, RecordStore
-from audit.run.upkeep.progress import DONE, FAILED, TO_DO, counts, record_key, run_standings
+from audit.run.upkeep.progress import DONE, FAILED, TO_DO, counts, record_key, run_statuses
 from reports.cli import main
 
 YAML = (
@@ -39,33 +39,33 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_cell_stands_once(run: Path) -> None:
-    found = run_standings(run, expand)
+def test_every_cell_has_one_status(run: Path) -> None:
+    found = run_statuses(run, expand)
     assert len({each.key for each in found}) == len(found) == 3 * 2 * 2
     assert counts(found) == {DONE: 2, FAILED: 1, TO_DO: 9}
     done = {(each.model, each.eps, each.estimator) for each in found if each.state == DONE}
     assert done == {("x:1", 0.1, "sandwich"), ("y:b", 0.2, "label-level")}
     failed = [(each.model, each.eps, each.estimator, each.reason) for each in found if each.state == FAILED]
-    assert failed == [("y:b", 0.1, "label-level", "no weights")]  # other estimators are not marked by it
+    assert failed == [("y:b", 0.1, "label-level", "no weights")]  # other estimators are not affected
 
 
 def test_a_success_outweighs_an_older_failure(run: Path) -> None:
     RecordStore(run).write(record("y:b", 0.1, "label-level"))
-    (cell,) = [c for c in run_standings(run, expand) if (c.model, c.eps, c.estimator) == ("y:b", 0.1, "label-level")]
+    (cell,) = [c for c in run_statuses(run, expand) if (c.model, c.eps, c.estimator) == ("y:b", 0.1, "label-level")]
     assert (cell.state, cell.cell_id) == (DONE, "y-b-0.1-label-level")
 
 
-def test_a_record_s_key_is_its_cell_s(run: Path) -> None:
-    keys = {each.key for each in run_standings(run, expand)}
+def test_record_keys_are_cell_keys(run: Path) -> None:
+    keys = {each.key for each in run_statuses(run, expand)}
     assert {record_key(each) for each in RecordStore(run) if each.valid} <= keys
 
 
-def test_what_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"is no run folder: it has no benchmark\.yaml"):
-        run_standings(tmp_path, expand)
+        run_statuses(tmp_path, expand)
 
 
-def test_the_command_tells_failures_and_counts(
+def test_the_command_prints_failures_and_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "benchmark.yaml").write_text(YAML.replace("'x:*', ", ""))

@@ -1,4 +1,4 @@
-"""A run is held to what it says: planted lies are found, each by its own sentence, and honest runs are accepted."""
+"""Verification finds each planted inconsistency and accepts unmodified runs."""
 
 import json
 import shutil
@@ -12,7 +12,8 @@ import pytest
 from audit.config.yaml_source import read_config
 from audit.records import AuditRecord, RecordStore
 from audit.run import run_loop as benchmark
-from audit.run.run_loop import claim, expand
+from audit.run.cell import expand
+from audit.run.run_loop import claim
 from audit.run.upkeep.verification import check_record, check_run, differences
 from audit.storage import digest
 from reports.cli import main
@@ -51,13 +52,13 @@ def record(finished: Path) -> AuditRecord:
     return next(iter(RecordStore(finished)))
 
 
-def test_an_honest_run_is_accepted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unmodified_run_is_accepted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_run(run)[1] == []
     assert main(["verify", str(run)]) == 0
     assert capsys.readouterr().out.strip() == "accepted: 2 records, 2 of them with numbers"
 
 
-def test_a_cell_computed_again_agrees(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recomputed_cell_agrees(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(run), "--replay", "1", "--json", "--device", "cpu"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["accepted"]
@@ -65,12 +66,10 @@ def test_a_cell_computed_again_agrees(run: Path, capsys: pytest.CaptureFixture[s
     assert told["violations"] == []
 
 
-def test_a_number_made_up_consistently_is_found_by_computing_it_again(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_consistent_changes_are_found_by_recomputing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (run / "cells").iterdir():
         data = json.loads(path.read_text())
-        lift = 0.25  # of everything that follows from it too
+        lift = 0.25  # of all values that depend on it
         for row in data["details"]["per_seed"]:
             row["normal_nats"] += lift
             row["rv"] = row["normal_nats"] - row["worst_nats"]
@@ -81,7 +80,7 @@ def test_a_number_made_up_consistently_is_found_by_computing_it_again(
     assert main(["verify", str(run)]) == 0
     capsys.readouterr()
     assert main(["verify", str(run), "--replay", "2"]) == 5
-    assert capsys.readouterr().out.count("computed again") == 4  # normal_nats and rv of both
+    assert capsys.readouterr().out.count("recomputed") == 4  # normal_nats and rv of both
 
 
 def _planted(change: Callable[[dict[str, Any]], object]) -> Callable[[AuditRecord], list[str]]:
@@ -104,37 +103,39 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "fano": (lambda data: data.update(fano_accuracy_bound=0.05, flags=["contradicted: x"]), "fano_accuracy_bound is"),
     "natural under adversarial": (
         lambda data: data.update(natural_accuracy=data["adversarial_accuracy"] - 1 / 60),
-        "is above the natural one",
+        "is above the clean accuracy",
     ),
     "gap": (lambda data: data.update(adversarial_gap=0.0), "adversarial_gap is 0.0"),
-    "no share": (lambda data: data.update(natural_accuracy=0.901), "is no share of 60 images"),
+    "no share": (lambda data: data.update(natural_accuracy=0.901), "is not a fraction of 60 images"),
     "interval": (lambda data: data.update(adversarial_accuracy_low=1.0), "is outside its interval"),
-    "eps": (lambda data: data.update(eps=1.5), "eps 1.5 is no legal linf radius"),
-    "eps of the identity": (lambda data: data.update(eps=0.1), "eps is 0.1, its identity says 0.2"),
+    "eps": (lambda data: data.update(eps=1.5), "eps 1.5 is not a legal linf radius"),
+    "eps of the identity": (lambda data: data.update(eps=0.1), "eps is 0.1, but 0.2 in its identity"),
     "weights": (lambda data: data.update(weights_sha256="0" * 64), "weights_sha256 is '000"),
-    "identity": (lambda data: data["details"]["identity"].update(eps=0.1), "its identity gives the id"),
+    "identity": (lambda data: data["details"]["identity"].update(eps=0.1), "the digest of its identity is"),
     "no identity": (lambda data: data["details"].pop("identity"), "has no identity"),
     "data": (lambda data: data["details"].update(data_sha256="0"), "data_sha256 is not that"),
-    "a failure with numbers": (lambda data: data.update(status="failed"), "failed, yet it has an rv"),
-    "certificate": (lambda data: data.update(certified_bound=0.1, best_head_accuracy=0.5), "more than the certified"),
+    "a failure with numbers": (lambda data: data.update(status="failed"), "failed, but has an rv"),
+    "certificate": (lambda data: data.update(certified_bound=0.1, best_head_accuracy=0.5), "above the certified bound"),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_planted_lie_is_found(record: AuditRecord, lie: str) -> None:
+def test_planted_inconsistencies_are_found(record: AuditRecord, lie: str) -> None:
     assert check_record(record) == []
     change, words = LIES[lie]
     found = _planted(change)(record)
     assert any(words in what for what in found), found
 
 
-def test_a_bound_refuted_without_a_flag_is_found(record: AuditRecord) -> None:
+def test_contradictions_without_a_flag_are_found(record: AuditRecord) -> None:
     high = replace(record, adversarial_accuracy_low=1.0, fano_accuracy_bound=0.9, flags=())
-    assert any("under the measured adversarial accuracy's" in what for what in check_record(high))
+    assert any(
+        "the low end of the measured adversarial accuracy, without a flag" in what for what in check_record(high)
+    )
     above = replace(record, normal_nats=0.0, worst_nats=9.0, flags=())
-    assert any("worst_nats 9.0 is above normal_nats 0.0, and no flag" in what for what in check_record(above))
+    assert any("worst_nats 9.0 is above normal_nats 0.0 without a flag" in what for what in check_record(above))
     told = replace(above, flags=("contradicted: worst_nats 9.0 is above normal_nats 0.0",))
-    assert not any("no flag says so" in what for what in check_record(told))
+    assert not any("without a flag" in what for what in check_record(told))
 
 
 def _cells(run: Path) -> list[Path]:
@@ -144,17 +145,17 @@ def _cells(run: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda run: _cells(run)[0].rename(run / "cells" / f"{'0' * 64}.json"), "which is not its name"),
+        (lambda run: _cells(run)[0].rename(run / "cells" / f"{'0' * 64}.json"), "which is not its file name"),
         (lambda run: _cells(run)[0].write_text("{"), "is not a record"),
         (lambda run: _cells(run)[0].write_text('{"schema": "rvaudit.record/1", "x": 1}'), "is not a record"),
-        (lambda run: (run / "leaderboard.csv").write_text("rank\n"), "leaderboard.csv: is not what the records give"),
-        (lambda run: (run / "run.sha256").write_text("0\n"), "is not the configuration that run.sha256 is of"),
-        (lambda run: (run / "benchmark.yaml").write_text("name: [\n"), "is no benchmark"),
+        (lambda run: (run / "leaderboard.csv").write_text("rank\n"), "leaderboard.csv: disagrees with the records"),
+        (lambda run: (run / "run.sha256").write_text("0\n"), "does not match run.sha256"),
+        (lambda run: (run / "benchmark.yaml").write_text("name: [\n"), "is not a benchmark"),
         (lambda run: (run / "run.sha256").unlink(), "is no run folder"),
         (lambda run: shutil.rmtree(run / "cells"), "holds no record"),
     ],
 )
-def test_a_spoilt_folder_exits_with_5(
+def test_a_damaged_folder_exits_with_5(
     run: Path, spoil: Callable[[Path], object], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(run)
@@ -171,29 +172,29 @@ def test_values_of_the_wrong_kind_are_found_and_raise_nothing(run: Path, value: 
         assert check_run(run)[1], name
 
 
-def test_cells_the_benchmark_does_not_have_are_strays(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_of_no_benchmark_cell_are_found(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stray = next(iter(RecordStore(run)))
     identity = {**stray.details["identity"], "layer": "input"}
     details = {**stray.details, "identity": identity}
     RecordStore(run).write(replace(stray, layer="input", cell_id=digest(identity), details=details))
     write_leaderboard(run)
     assert main(["verify", str(run), "--replay", "1"]) == 5
-    assert "is no cell of the benchmark" in capsys.readouterr().out
+    assert "is not a cell of the benchmark" in capsys.readouterr().out
 
 
-def test_what_may_differ_depends_on_the_device(record: AuditRecord) -> None:
+def test_allowed_differences_depend_on_the_device(record: AuditRecord) -> None:
     moved = replace(record, rv=(record.rv or 0.0) + 0.01)
     assert differences(record, record) == []
     assert any("rv is" in what for what in differences(record, moved))
     elsewhere = replace(moved, details={**moved.details, "provenance": {"device": "another"}}, rv_se=0.1)
     assert differences(record, elsewhere) == []
-    assert "fails when computed again" in differences(record, replace(record, status="failed", reason="x"))[0]
+    assert "fails when recomputed" in differences(record, replace(record, status="failed", reason="x"))[0]
     assert "is the cell 0" in differences(record, replace(record, cell_id="0"))[0]
     fewer = replace(record, adversarial_accuracy=(record.adversarial_accuracy or 0.0) + 3 / 60)
     assert any("adversarial_accuracy" in what for what in differences(record, fewer))
 
 
-def test_a_file_is_a_witness_and_needs_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_witness_file_needs_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "w").write_bytes(b"x")
     assert main(["verify", str(tmp_path / "w")]) == 2
-    assert "to check it as a witness, add --model and --dataset" in capsys.readouterr().err
+    assert "to verify it as a witness file, add --model and --dataset" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""The command `convert`: write a checkpoint as safetensors."""
+
+import json
+from pathlib import Path
+
+import click
+
+from audit.commands.options import FILE, json_option
+from audit.errors import UsageError
+
+
+@click.command("convert")
+@click.argument("checkpoint", type=FILE)
+@click.argument("out", type=FILE)
+@json_option("one JSON object")
+def convert_command(checkpoint: Path, out: Path, as_json: bool) -> int:
+    """Write the tensors of CHECKPOINT as OUT.safetensors; no code in the checkpoint is run.
+
+    Exit code 3 for a file that is missing or corrupt, 4 for one that would run code.
+    """
+    from hashlib import sha256
+
+    import safetensors.torch
+
+    from audit.commands.display import print_facts
+    from audit.storage import write_atomically
+    from model_zoo.weights.checkpoints import read_weights
+
+    if out.suffix != ".safetensors":
+        raise UsageError(f"{out.name!r} must end in .safetensors")
+    if out.exists():
+        raise UsageError(f"{out} exists: choose another name, or remove it")
+    weights = read_weights(checkpoint)
+    # tensors may share memory, which safetensors cannot express
+    data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in weights.tensors.items()})
+    write_atomically(out, data)
+    facts = {
+        "path": str(out),
+        "tensors": len(weights.tensors),
+        "sha256": sha256(data).hexdigest(),
+        "from_sha256": weights.sha256,
+        "unwrapped": "; ".join(weights.notes),
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        print_facts(facts)
+    return 0

@@ -1,0 +1,138 @@
+"""Run a benchmark, calibrate its estimators and publish its reports. Loads torch: import it inside functions."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from audit.calibration.calibrate import applicable_channels, calibrate, settings_key
+from audit.commands.display import Display, plain, print_table
+from audit.commands.options import ExecutorOptions, SourceOptions
+from audit.commands.resolve import run_options
+from audit.config.benchmark import BenchmarkConfig
+from audit.errors import EnvironmentFault, UsageError
+from audit.information.estimator import Estimator
+from audit.records import (
+    AuditRecord,
+    CalibrationRow,
+    is_calibrated,
+    read_calibration,
+    write_calibration,
+)
+from audit.run.cell import Cell, expand
+from audit.run.loading import RunOptions
+from audit.run.run_loop import Executor, Watcher, claim, run
+from model_zoo.model_types import default_cache
+from reports.publish import write_reports
+from reports.tables.contradictions import cross_check
+from reports.tables.table import to_rows
+
+
+def run_benchmark(
+    config: BenchmarkConfig, text: str, folder: Path, sources: SourceOptions, executor: ExecutorOptions
+) -> list[AuditRecord]:
+    """Run or resume a benchmark in a folder, calibrate the estimators used, and return the records of all cells.
+
+    `text` is the YAML that the folder keeps. Raises UsageError where the folder holds a run of another benchmark.
+    """
+    cells = expand(config)
+    claim(folder, config, text)
+    records = run_cells(cells, folder, sources, executor)
+    calibrate_briefly(config, records, folder)
+    return records
+
+
+def run_cells(
+    cells: Sequence[Cell], folder: Path, sources: SourceOptions, executor: ExecutorOptions
+) -> list[AuditRecord]:
+    """Compute cells with a progress bar, and return their records; raises UsageError."""
+    options = run_options(sources)
+    chosen = _executor_of(executor, cells, options)
+    with Display(len(cells)) as display:
+        watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
+        return run(cells, folder, options, watcher, chosen)
+
+
+def _executor_of(chosen: ExecutorOptions, cells: Sequence[Cell], options: RunOptions) -> Executor | None:
+    """Return the executor for some cells, None to compute them in this process; raises UsageError."""
+    if chosen.executor == "ray":
+        if chosen.jobs:
+            message = f"--jobs {chosen.jobs} is for --executor local; with ray it is --workers {chosen.jobs}"
+            raise UsageError(message)
+        from audit.run.ray_cluster import RayCluster
+
+        return RayCluster(chosen.address, chosen.workers, chosen.gpus_per_cell)
+    from audit.run.processes import Processes, fitting_processes
+
+    models = len({(cell.ref, cell.dataset) for cell in cells})
+    count = min(chosen.jobs or fitting_processes(cells, options), models)
+    return Processes(count) if count > 1 else None
+
+
+def calibrate_into(estimator: Estimator, folder: Path, *, brief: bool) -> list[CalibrationRow]:
+    """Calibrate an estimator with a progress bar, store the rows in a folder, and return them."""
+    with Display(len(applicable_channels(estimator, brief=brief))) as display:
+        rows = calibrate(
+            estimator,
+            brief=brief,
+            progress=lambda name, done: display.channel(f"{estimator.name}: {name}", done),
+        )
+    write_calibration(folder, settings_key(estimator), rows)
+    return rows
+
+
+def calibrate_briefly(config: BenchmarkConfig, records: Sequence[AuditRecord], folder: Path) -> None:
+    """Store a brief calibration of every estimator with a valid record, unless the folder has one, brief or full.
+
+    The same settings give the same rows, so brief calibrations are cached between runs.
+    """
+    used = {record.estimator for record in records if record.valid}
+    for settings in config.settings():
+        key = settings_key(settings.estimator)
+        if settings.estimator.name not in used or is_calibrated(folder, key):
+            continue
+        try:
+            if not is_calibrated(default_cache(), key):
+                calibrate_into(settings.estimator, default_cache(), brief=True)
+            write_calibration(folder, key, read_calibration(default_cache(), key))
+        except EnvironmentFault:  # the cache folder is not writable
+            calibrate_into(settings.estimator, folder, brief=True)
+
+
+def publish(records: Sequence[AuditRecord], folder: Path, *, as_json: bool) -> None:
+    """Write the reports of a run folder, and print failures and then the records or a summary of them."""
+    failures = {f"{plain(record.model)}: {plain(record.reason)}": None for record in records if not record.valid}
+    for failure in failures:  # once, however many cells of the model failed
+        click.echo(f"Error: {failure}", err=True)
+    write_reports(folder)
+    if as_json:
+        click.echo(json.dumps(to_rows(records), allow_nan=False))
+    else:
+        _print_summary(records, folder)
+
+
+def _print_summary(records: Sequence[AuditRecord], folder: Path) -> None:
+    rows = [_summary_row(record) for record in cross_check(records) if record.valid]
+    if not rows:
+        return
+    header = ("model", "layer", "eps", "estimator", "natural", "adversarial", "worst nats", "RV", "est. bound", "flags")
+    print_table(header, rows)
+    click.echo("Accuracies are measured; nats, RV and the bound are estimates.")
+    click.echo(f"{folder / 'report.html'}  {folder / 'leaderboard.csv'}  {folder / 'figures'}")
+
+
+def _summary_row(record: AuditRecord) -> tuple[str, ...]:
+    bound = record.fano_accuracy_bound
+    return (
+        record.model,
+        record.layer,
+        f"{record.eps:.4g}",
+        record.estimator,
+        f"{record.natural_accuracy:.3f}",
+        f"{record.adversarial_accuracy:.3f}",
+        f"{record.worst_nats:.2f} ± {record.worst_nats_se:.2f}",
+        f"{record.rv:.2f} ± {record.rv_se:.2f}",
+        "" if bound is None else f"{bound:.3f}",
+        ", ".join(flag.partition(":")[0] for flag in record.flags),
+    )

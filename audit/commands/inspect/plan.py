@@ -1,0 +1,89 @@
+"""The command `plan`: forecast the cost of a benchmark."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from audit.commands.options import FOLDER, SourceOptions, json_option, source_options
+
+_SIZES = (("GB", 1e9), ("MB", 1e6))
+
+
+@click.command("plan")
+@click.argument("config", type=click.Path(path_type=Path), default=Path("benchmark.yaml"))
+@click.option("--out", type=FOLDER, default=None, help="The run folder. [runs/<name of the benchmark>]")
+@json_option("one JSON object")
+@source_options
+def plan_command(config: Path, out: Path | None, as_json: bool, sources: SourceOptions) -> int:
+    """Forecast the cost of the benchmark CONFIG: cells, passes, time, memory and disk; completed cells cost nothing.
+
+    The time is rough: it comes from a short calibration on this machine under its present load.
+    """
+    from audit.config.yaml_source import read_config
+    from audit.records import RecordStore
+    from audit.run.upkeep.progress import cell_statuses, counts
+    from model_zoo.lookup import expand_ref
+
+    benchmark = read_config(config)
+    statuses = cell_statuses(benchmark, RecordStore(out or Path("runs") / benchmark.name), expand_ref)
+    from audit.commands.display import Display
+    from audit.commands.resolve import run_options
+    from audit.run.upkeep.model_forecasts import estimator_rates, model_forecasts
+
+    with Display(len({each.estimator for each in statuses})) as display:
+        rates = estimator_rates(benchmark, statuses, display.channel)
+    with Display(len({(each.model, each.dataset) for each in statuses})) as display:
+        found = model_forecasts(benchmark, statuses, rates, run_options(sources), display.channel)
+    rows = [
+        {"model": each.model, "dataset": each.dataset, "cells": each.cells, **each.cost._asdict()} for each in found
+    ]
+    if as_json:
+        click.echo(json.dumps({"cells": counts(statuses), **_totals(rows), "models": rows}, allow_nan=False))
+    else:
+        _print_plan(counts(statuses), rows)
+    return 0
+
+
+def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sums of passes, time and disk, and the largest memory."""
+    sums = {name: sum(row[name] for row in rows) for name in ("passes", "seconds", "disk")}
+    return {**sums, "memory": max((row["memory"] for row in rows), default=0)}
+
+
+def _print_plan(numbers: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> None:
+    from audit.commands.display import print_table
+
+    click.echo(", ".join(f"{count} cells {state}" for state, count in numbers.items()))
+    if not rows:
+        return
+    header = ("model", "data set", "cells", "passes", "time", "memory", "disk")
+    print_table(header, [(row["model"], row["dataset"], row["cells"], *_costs(row)) for row in rows])
+    totals = dict(zip(header[3:], _costs(_totals(rows)), strict=True))
+    click.echo("In total about " + ", ".join(f"{name} {cost}" for name, cost in totals.items()) + ".")
+    click.echo("A pass is one forward and backward pass of one image. Time is rough, from a short calibration.")
+
+
+def _costs(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return f"{row['passes']:,.0f}", duration(row["seconds"]), _size(row["memory"]), _size(row["disk"])
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in seconds, minutes or hours.
+
+    >>> duration(90), duration(600)
+    ('90.0 s', '10.0 min')
+    """
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _size(count: float) -> str:
+    for unit, length in _SIZES:
+        if count >= length:
+            return f"{count / length:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"

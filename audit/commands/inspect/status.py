@@ -1,0 +1,29 @@
+"""The command `status`: progress of a run."""
+
+import json
+from pathlib import Path
+
+import click
+
+from audit.commands.options import FOLDER, json_option
+
+
+@click.command("status")
+@click.argument("run", type=FOLDER)
+@json_option("one JSON array of cells")
+def status_command(run: Path, as_json: bool) -> int:
+    """Count the done, failed and unfinished cells of the run folder RUN; exit code 1 where one failed."""
+    from audit.run.upkeep.progress import FAILED, counts, run_statuses
+    from model_zoo.lookup import expand_ref
+    from reports.text import format_eps, plain_text
+
+    found = run_statuses(run, expand_ref)
+    numbers = counts(found)
+    if as_json:
+        click.echo(json.dumps([each._asdict() for each in found]))
+        return 1 if numbers[FAILED] else 0
+    for each in found:
+        if each.state == FAILED:
+            click.echo(plain_text(f"failed: {each.model}, {each.layer}, {format_eps(each.eps)}: {each.reason}"))
+    click.echo(f"{len(found)} cells: " + ", ".join(f"{count} {state}" for state, count in numbers.items()))
+    return 1 if numbers[FAILED] else 0

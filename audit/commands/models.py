@@ -1,0 +1,35 @@
+"""The command `models`: list the models of a source."""
+
+import json
+from dataclasses import asdict
+
+import click
+
+from audit.commands.options import json_option
+from model_zoo.entries import ModelEntry
+
+
+@click.command("models")
+@click.option("--source", default=None, help="bundled, robustbench, timm or torchvision. [bundled and robustbench]")
+@json_option("one JSON array")
+def models_command(source: str | None, as_json: bool) -> None:
+    """List models with their training and the accuracies that others published."""
+    from audit.commands.display import print_table
+    from model_zoo.catalogue import list_models
+
+    entries = [entry for each in ([source] if source else ["bundled", "robustbench"]) for entry in list_models(each)]
+    if as_json:
+        click.echo(json.dumps([asdict(entry) for entry in entries], allow_nan=False))
+        return
+    header = ("reference", "data set", "trained for", "natural", "adversarial", "source of the numbers")
+    print_table(header, [_row(entry) for entry in entries])
+    click.echo(f"{len(entries)} models", err=True)
+
+
+def _row(entry: ModelEntry) -> tuple[str, ...]:
+    numbers = {number.metric: number for number in entry.published}
+    natural, adversarial = numbers.get("natural_accuracy"), numbers.get("adversarial_accuracy")
+    radius = f" {entry.trained_norm} {entry.trained_eps:.4g}" if entry.trained_norm else ""
+    accuracies = [f"{number.value:.4f}" if number else "" for number in (natural, adversarial)]
+    cited = adversarial or natural
+    return (entry.ref, entry.dataset, entry.training + radius, *accuracies, cited.source if cited else "")

@@ -1,0 +1,38 @@
+"""The command `run`: run or resume a benchmark file."""
+
+from pathlib import Path
+
+import click
+
+from audit.commands.options import (
+    FOLDER,
+    ExecutorOptions,
+    SourceOptions,
+    executor_options,
+    json_option,
+    source_options,
+)
+
+
+@click.command("run")
+@click.argument("config", type=click.Path(path_type=Path), default=Path("benchmark.yaml"))
+@click.option("--out", type=FOLDER, default=None, help="The run folder. [runs/<name of the benchmark>]")
+@json_option("the records as one JSON array")
+@executor_options
+@source_options
+def run_command(
+    config: Path, out: Path | None, as_json: bool, executor: ExecutorOptions, sources: SourceOptions
+) -> int:
+    """Run the benchmark file CONFIG, or resume it: completed cells of its run folder are skipped.
+
+    Several processes, on this machine or on machines that share the folder, may run the same CONFIG at once.
+    """
+    from audit.config.yaml_source import read_config
+
+    benchmark = read_config(config)
+    from audit.commands.execution import publish, run_benchmark  # loads torch: faults of the request come first
+
+    folder = out or Path("runs") / benchmark.name
+    records = run_benchmark(benchmark, config.read_text(encoding="utf-8"), folder, sources, executor)
+    publish(records, folder, as_json=as_json)
+    return 0 if all(record.valid for record in records) else 1

@@ -1,0 +1,91 @@
+"""The command `saliency`: map the information of a layer onto the pixels."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from audit.commands.features import LAYER_OPTIONS
+from audit.commands.options import FOLDER, SourceOptions, grouped_options, json_option, slug, source_options
+
+
+@dataclass(frozen=True)
+class SaliencyOptions:
+    """A layer, its features, and the number of maps to draw."""
+
+    drawn: int
+    dataset: str
+    layer: str
+    images: int
+    features: tuple[int, ...]
+    noise: float
+    seed: int
+
+
+@click.command("saliency")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@grouped_options(
+    "request",
+    SaliencyOptions,
+    click.option("--draw", "drawn", type=click.IntRange(1), default=5, show_default=True, help="Number of maps."),
+    *LAYER_OPTIONS,
+)
+@click.option("--out", type=FOLDER, default=None, help="The folder of rows and figure. [runs/saliency-<model>]")
+@json_option("one JSON array")
+@source_options
+def saliency_command(
+    models: tuple[str, ...], request: SaliencyOptions, out: Path | None, as_json: bool, sources: SourceOptions
+) -> None:
+    """Map the information of a layer of each MODEL onto the pixels, and measure how far maps align with images.
+
+    Writes saliency.csv (alignment), saliency.json (the maps drawn) and the grid of maps.
+    """
+    from audit.adversary.threat import Linf
+    from audit.attribution.saliency import SaliencySettings
+    from audit.commands.display import Display
+    from audit.commands.resolve import run_options
+    from audit.studies.figure4_5 import SaliencyStudy, saliency_study
+    from audit.studies.figure_networks import layer_cell
+    from reports.figures.saliency_figure import draw_saliency
+
+    settings = SaliencySettings(noise=request.noise, seed=request.seed)
+    study = SaliencyStudy(settings, request.features, tuple(range(request.drawn)))
+    stem = (out or Path("runs") / f"saliency-{slug(models[0])}") / "saliency"
+    cells = [layer_cell(model, request.dataset, request.layer, Linf(0), images=request.images) for model in models]
+    with Display(len(cells)) as display:
+        rows = saliency_study(cells, stem, study, run_options(sources), display.channel)
+    table = stem.with_suffix(".csv")
+    paths = [table, stem.with_suffix(".json"), *draw_saliency(table)]
+    if as_json:
+        click.echo(json.dumps(rows))
+    else:
+        _print_alignment(rows)
+        click.echo("  ".join(map(str, paths)))
+
+
+def _print_alignment(rows: Sequence[dict[str, Any]]) -> None:
+    from audit.commands.display import print_table
+
+    names = ("alignment", "cosine", "correlation")
+    print_table(
+        ("model", "layer", "feature", "images", *names, "maps of zeros"),
+        [
+            (
+                row["model"],
+                row["layer"],
+                row["feature"],
+                row["images"],
+                *(_mean(row, name) for name in names),
+                row["zeros"],
+            )
+            for row in rows
+        ],
+    )
+    click.echo("Measured: mean and standard error over images of |<x, m>| / |m| (Etmann et al. 2019) and its cosines.")
+
+
+def _mean(row: dict[str, Any], name: str) -> str:
+    return "" if row[name] is None else f"{row[name]:.3f} ± {row[f'{name}_se']:.3f}"

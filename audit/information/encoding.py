@@ -1,0 +1,88 @@
+"""Encoded images: encoding in batches, seeded splits, and the entropy terms of predicted classes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from audit.errors import InvalidModelError, UsageError
+from audit.information.estimator import EstimatorInputs
+from audit.random_keys import Purpose, keyed_generator
+from audit.types import Encoded, Encoder, Images
+
+
+class Splits(NamedTuple):
+    """Disjoint sets of images (or indices): for training, for validation (early stopping), and held out."""
+
+    train: Images
+    validation: Images
+    test: Images
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Splits":
+        """Return the splits with a function applied to each."""
+        return Splits(*(function(part) for part in self))
+
+
+class EncodedSplits(NamedTuple):
+    """The encodings of each of the `Splits`."""
+
+    train: Encoded
+    validation: Encoded
+    test: Encoded
+
+
+def split_indices(count: int, seed: int, train: float = 0.5, validation: float = 0.2) -> Splits:
+    """Return seeded, disjoint indices; raises UsageError if a part would hold fewer than ten images."""
+    first, second = int(train * count), int((train + validation) * count)
+    if min(first, second - first, count - second) < 10:
+        raise UsageError(
+            f"{count} images are too few: training, validation and held-out sets need 10 each, so 50 in all"
+        )
+    order = torch.randperm(count, generator=keyed_generator(seed, Purpose.CRITIC_SPLIT))
+    return Splits(order[:first], order[first:second], order[second:])
+
+
+def split_images(images: Images, seed: int, train: float = 0.5, validation: float = 0.2) -> Splits:
+    """Return a seeded, disjoint split of images (N, C, H, W); errors as in `split_indices`."""
+    parts = split_indices(len(images), seed, train, validation)
+    return parts.map(lambda index: images[index.to(images.device)])
+
+
+@torch.no_grad()
+def encode(encoder: Encoder, images: Images, batch_size: int) -> Encoded:
+    """Return the encoding of all images; raises InvalidModelError if a feature is not finite."""
+    parts = [encoder(batch) for batch in images.split(batch_size)]
+    return _check_finite(Encoded(*(torch.cat(each) for each in zip(*parts, strict=True))))
+
+
+def encode_clean(inputs: EstimatorInputs, batch_size: int) -> Encoded:
+    """Return the encoding of the clean images, cached or computed; errors as in `encode`."""
+    if inputs.clean is None:
+        return encode(inputs.encoder, inputs.images, batch_size)
+    return _check_finite(inputs.clean)
+
+
+def _check_finite(encoded: Encoded) -> Encoded:
+    bad = int((~encoded.features.isfinite()).any(1).sum())
+    if bad:
+        raise InvalidModelError(f"the representation is not finite for {bad} of {len(encoded.features)} images")
+    return encoded
+
+
+def encode_splits(encoder: Encoder, images: Splits, batch_size: int) -> EncodedSplits:
+    """Return the encoding of each split; errors as in `encode`."""
+    return EncodedSplits(*(encode(encoder, part, batch_size) for part in images))
+
+
+def label_surprise(log_probs: Tensor) -> Tensor:
+    """Return -ln of the frequency of each image's predicted class (N,); the mean is their entropy H(argmax) in nats.
+
+    `log_probs` is (N, K); with K = 0 the terms are zero.
+
+    Source: the plug-in entropy estimate, which is biased downwards.
+    """
+    if log_probs.shape[1] == 0:
+        return log_probs.new_zeros(len(log_probs))
+    predicted = log_probs.argmax(1)
+    return -(predicted.bincount()[predicted].to(log_probs) / len(predicted)).log()

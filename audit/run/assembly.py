@@ -1,0 +1,251 @@
+"""Assemble the record of a finished audit from its parts."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from math import inf, isfinite, log, sqrt
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+
+from audit.adversary.accuracy import Accuracy
+from audit.adversary.attack_checks import Check
+from audit.adversary.robustness import Robustness
+from audit.adversary.threat import ThreatModel
+from audit.certificate.results import LayerCertificate
+from audit.config.settings import AuditSettings
+from audit.information.consistency import (
+    SeedMean,
+    bound_flags,
+    distrust_flags,
+    estimate_flags,
+    search_distrust_flags,
+)
+from audit.information.estimator import History, Vulnerability
+from audit.records import AuditRecord
+from audit.run.layer_audit import LayerResult
+from audit.run.sanity_checks import sanity_flags
+from audit.storage import digest
+from audit.theory import adversarial_accuracy_bound, adversarial_risk_bound, fano_accuracy_bound
+
+_PACKAGES = ("rvaudit", "torch", "torchvision", "timm", "robustbench", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditedNetwork:
+    """Name, origin and training of the audited network and the name of its data set, as records store them.
+
+    `code_trusted` means that user code built the network; `details` are further facts of any kind, as JSON data.
+    """
+
+    model: str
+    source: str
+    family: str
+    dataset: str
+    weights_sha256: str
+    training: str = "unknown"
+    trained_eps: float = 0.0
+    weights_pinned: bool = False
+    code_trusted: bool = False
+    flags: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditParts:
+    """Everything that a record is made of."""
+
+    network: AuditedNetwork
+    layer: str
+    threat: ThreatModel
+    settings: AuditSettings
+    robustness: Robustness
+    result: LayerResult
+    sanity_checks: tuple[Check, ...]
+    certificate: LayerCertificate | None = None
+    identity: Mapping[str, Any]
+    device: torch.device
+    seconds: float
+
+
+class Summary(NamedTuple):
+    """Estimates over seeds with the accuracy bounds they imply, the flags they earn, and the passes they took."""
+
+    normal: SeedMean
+    worst: SeedMean
+    rv: SeedMean
+    bounds: Mapping[str, Any]
+    flags: tuple[str, ...]
+    passes: int
+
+
+def summarise(robustness: Robustness, result: LayerResult, settings: AuditSettings) -> Summary:
+    """Return the summary of one layer's estimates beside the accuracies of its network."""
+    accuracy, runs, floors = robustness.accuracy, result.per_seed, result.floors
+    normal = over_seeds([run.normal.nats for run in runs], [run.normal.stderr for run in runs])
+    worst = over_seeds([run.worst.nats for run in runs], [run.worst.stderr for run in runs])
+    ceiling = runs[0].normal.ceiling
+    # only a ceiling of ln(images) is one that more images would raise; at ln K an estimate is not saturated
+    flags = estimate_flags(normal, worst, floors, ceiling if ceiling == log(runs[0].normal.images) else inf)
+    bounds = _bounds(worst.nats, accuracy) if settings.estimator.bounds_heads else {}
+    if bounds:
+        flags += bound_flags(bounds["fano_accuracy_bound"], accuracy.adversarial.low)
+    flags += distrust_flags(robustness.checks) + search_distrust_flags(result.checks)
+    flags += sorted({flag for run in runs for flag in (*run.normal.flags, *run.worst.flags)})
+    rv = over_seeds([run.nats for run in runs], [run.stderr for run in runs])
+    passes = round(accuracy.passes + sum(run.passes for run in runs))
+    return Summary(normal, worst, rv, bounds, tuple(flags), passes)
+
+
+def assemble(parts: AuditParts) -> AuditRecord:
+    """Return the record of an audit."""
+    network, threat, settings = parts.network, parts.threat, parts.settings
+    accuracy, floors, estimator = parts.robustness.accuracy, parts.result.floors, settings.estimator
+    summary, first = summarise(parts.robustness, parts.result, settings), parts.result.per_seed[0].normal
+    certificate, passes = _certificate_fields(parts.certificate)
+    return AuditRecord(
+        cell_id=digest(parts.identity),
+        model=network.model,
+        source=network.source,
+        family=network.family,
+        training=network.training,
+        trained_eps=network.trained_eps,
+        dataset=network.dataset,
+        layer=parts.layer,
+        dimension=parts.result.dimension,
+        norm=threat.norm,
+        eps=threat.eps,
+        num_classes=accuracy.num_classes,
+        weights_sha256=network.weights_sha256,
+        weights_pinned=network.weights_pinned,
+        code_trusted=network.code_trusted,
+        estimator=estimator.name,
+        quantity=estimator.quantity,
+        ranks=estimator.ranks,
+        attack=settings.attack.name_in(threat.norm),
+        seeds=len(settings.seeds),
+        images=accuracy.natural.images,
+        critic_images=first.images,
+        normal_nats=summary.normal.nats,
+        normal_nats_se=summary.normal.stderr,
+        worst_nats=summary.worst.nats,
+        worst_nats_se=summary.worst.stderr,
+        rv=summary.rv.nats,
+        rv_se=summary.rv.stderr,
+        ceiling_nats=first.ceiling,
+        floor_nats=floors.normal if floors else None,
+        **summary.bounds,
+        **_accuracy_fields(accuracy),
+        **certificate,
+        flags=_flags(parts, summary),
+        checks=_checks(parts),
+        passes=summary.passes + passes,
+        seconds=parts.seconds,
+        details=_details(parts),
+    )
+
+
+def over_seeds(values: list[float], stderrs: list[float]) -> SeedMean:
+    """Return mean and standard error of one value a seed.
+
+    The error over seeds is never reported below the sampling error, since few seeds can agree by chance.
+    """
+    by_sampling = fmean(stderrs) / sqrt(len(values))
+    by_seeds = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
+    return SeedMean(fmean(values), max(by_sampling, by_seeds))
+
+
+def _bounds(worst_nats: float, accuracy: Accuracy) -> dict[str, Any]:
+    """Return Theorem 3.4 as printed, and exact Fano, which holds for any class shares and is never above it."""
+    return {
+        "adversarial_accuracy_bound": adversarial_accuracy_bound(worst_nats, accuracy.num_classes),
+        "adversarial_risk_bound": adversarial_risk_bound(worst_nats, accuracy.num_classes),
+        "fano_accuracy_bound": fano_accuracy_bound(max(0.0, worst_nats), accuracy.largest_share),
+    }
+
+
+def _accuracy_fields(accuracy: Accuracy) -> dict[str, Any]:
+    natural, adversarial = accuracy.natural, accuracy.adversarial
+    return {
+        "natural_accuracy": natural.value,
+        "natural_accuracy_low": natural.low,
+        "natural_accuracy_high": natural.high,
+        "adversarial_accuracy": adversarial.value,
+        "adversarial_accuracy_low": adversarial.low,
+        "adversarial_accuracy_high": adversarial.high,
+        "adversarial_gap": natural.value - adversarial.value,
+    }
+
+
+def _certificate_fields(found: LayerCertificate | None) -> tuple[dict[str, Any], int]:
+    """Return the record's fields of a certificate, and the passes it took."""
+    if found is None:
+        return {}, 0
+    fields = {
+        "certified_bound": found.certified_bound,
+        "certified_bound_population": found.certified_bound_population,
+        "certified_tier": found.certified_tier if found.certified_bound is not None else "",
+        "best_head": found.best_head or "",
+        "best_head_accuracy": found.best_head_accuracy,
+    }
+    return fields, found.passes + found.attack_passes
+
+
+def _flags(parts: AuditParts, summary: Summary) -> tuple[str, ...]:
+    certificate = parts.certificate.flags if parts.certificate else ()
+    return (*sanity_flags(parts.sanity_checks), *summary.flags, *certificate, *parts.network.flags)
+
+
+def _checks(parts: AuditParts) -> tuple[dict[str, Any], ...]:
+    checks = (*parts.sanity_checks, *parts.robustness.checks, *parts.result.checks)
+    return tuple(check._asdict() for check in checks)
+
+
+def _details(parts: AuditParts) -> dict[str, Any]:
+    seeds, runs, floors = parts.settings.seeds, parts.result.per_seed, parts.result.floors
+    return {
+        "per_seed": [_seed_row(seed, run) for seed, run in zip(seeds, runs, strict=True)],
+        "curves": [_curves(seed, run) for seed, run in zip(seeds, runs, strict=True)],
+        "worst_floor_nats": floors.worst if floors else None,
+        **({"certificate": parts.certificate.to_dict()} if parts.certificate else {}),
+        **parts.network.details,
+        "identity": dict(parts.identity),
+        "provenance": provenance(parts.device),
+        "data_sha256": parts.identity["data_sha256"],
+    }
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Return the versions and the hardware that a record was made with."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"python": platform.python_version(), "device": hardware, **{name: version(name) for name in _PACKAGES}}
+
+
+def _seed_row(seed: int, run: Vulnerability) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "rv": run.nats,
+        "served": run.origin.label if run.origin else "",
+        "held_out_images": run.normal.images,
+        "normal_nats": run.normal.nats,
+        "normal_nats_se": run.normal.stderr,
+        "normal_parts": dict(run.normal.parts),
+        "worst_nats": run.worst.nats,
+        "worst_nats_se": run.worst.stderr,
+        "worst_parts": dict(run.worst.parts),
+    }
+
+
+def _curves(seed: int, run: Vulnerability) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "normal": {"validation": _curve(run.normal.history), "training": _curve(run.normal.training_history)},
+        "worst": {"validation": _curve(run.worst.history), "training": _curve(run.worst.training_history)},
+    }
+
+
+def _curve(history: History) -> list[list[float | None]]:
+    """Return a curve as JSON data, with None for values that are not finite, which strict JSON cannot hold."""
+    return [[step, value if isfinite(value) else None] for step, value in history]

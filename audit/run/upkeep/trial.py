@@ -1,0 +1,65 @@
+"""Trial of a model: load it and compute each of its layers on two images."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from audit.config.validation import Finding, Request
+from audit.errors import AuditError, UsageError
+from audit.representation.layers import Representation
+from audit.run.loading import RunOptions, open_images, open_model
+from model_zoo.images.datasets import ImageSet
+from model_zoo.lookup import expand_ref
+
+
+def try_model(request: Request, options: RunOptions) -> Iterator[Finding]:
+    """Yield the faults of a model or of all models that a pattern matches, each once, on the CPU."""
+    try:
+        refs = expand_ref(request.ref)
+    except AuditError as error:
+        yield Finding("ref", error)
+        return
+    options = replace(options, device="cpu")
+    try:
+        images = _images(request.dataset, request.images, options)
+    except AuditError as error:
+        yield Finding("images" if _only_the_count_is_wrong(request, options) else "dataset", error)
+        return
+    seen: set[str] = set()
+    for ref in refs:
+        for finding in _try_layers(ref, request, images, options):
+            if (key := f"{finding.part} {finding.error}") not in seen:
+                seen.add(key)
+                yield finding
+
+
+def _images(dataset: str, count: int | None, options: RunOptions) -> ImageSet:
+    return open_images(dataset, options, options.request(count))
+
+
+def _only_the_count_is_wrong(request: Request, options: RunOptions) -> bool:
+    """Return whether one image of the data set can be loaded, so that the requested number is at fault."""
+    try:
+        _images(request.dataset, 1, options)
+    except AuditError:
+        return False
+    return request.images is not None
+
+
+def _try_layers(ref: str, request: Request, images: ImageSet, options: RunOptions) -> Iterator[Finding]:
+    try:
+        model = open_model(ref, images, options, min_images=1)
+    except Exception as error:  # a third-party network may raise anything
+        yield Finding("ref", _as_audit_error(error))
+        return
+    for number, layer in enumerate(request.layers):
+        try:
+            Representation(model.network, layer, request.reduce)(images.images[:2])
+        except Exception as error:
+            yield Finding(number, _as_audit_error(error))
+
+
+def _as_audit_error(error: Exception) -> AuditError:
+    if isinstance(error, AuditError):
+        return error
+    first = next(iter(str(error).splitlines()), "")
+    return UsageError(f"{type(error).__name__}: {first}".removesuffix(": "))

@@ -1,0 +1,185 @@
+"""Certify layers of a model of the zoo, write witness files, and verify them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from audit.adversary.label_attack import TIERS
+from audit.adversary.threat import ThreatModel
+from audit.certificate.collision_search import SearchEffort
+from audit.certificate.dual_precision import DualPrecisionLayer
+from audit.certificate.equality import find_tier
+from audit.certificate.layers import (
+    CertificationInputs,
+    CertificationSettings,
+    HeadTrainingData,
+    LayerProgress,
+    LayerResult,
+    certify_layers,
+)
+from audit.certificate.settings import CertificateSettings
+from audit.certificate.witness import WitnessHeader, read_witness, verify_witness, witness_header, write_witness
+from audit.errors import IntegrityError, MismatchError, UnknownNameError, UsageError
+from audit.hashing import weights_sha256
+from audit.representation.layers import Representation
+from audit.run.loading import RunOptions, open_images, open_representation
+from model_zoo.images.datasets import ImageRequest, ImageSet, load_at_most, load_images
+from model_zoo.load import LoadedModel
+from model_zoo.lookup import NAMED_DATASETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificationRequest:
+    """A model and its layers, images to certify and to train heads on, threat models, and the effort to spend.
+
+    `images` limits the certified images (None: all); `balanced` takes equally many of each class. `head_images` is the
+    number of images that heads are trained on: of `train_dataset`, else of the training split of a named data set,
+    else those after the certified ones. `pairs` also searches pairs of images outside large hubs; `held_out` adds the
+    held-out population bound. `attack` is the name of an attack tier. Raises UnknownNameError for an unknown attack.
+    """
+
+    model: str
+    dataset: str
+    layers: tuple[str, ...]
+    threats: tuple[ThreatModel, ...]
+    images: int | None = None
+    balanced: bool = False
+    head_images: int = 500
+    train_dataset: str | None = None
+    tier: str = "bit-identical at float32"
+    hubs: int = 2
+    pairs: bool = True
+    confidence: float = 0.95
+    held_out: bool = False
+    attack: str = "audit"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.attack not in TIERS:
+            raise UnknownNameError("attack", self.attack, TIERS)
+
+    @property
+    def settings(self) -> CertificationSettings:
+        """The settings of the certificates. Raises UnknownNameError, UsageError for an illegal tier or confidence."""
+        effort = SearchEffort(hubs=self.hubs) if self.pairs else SearchEffort(hubs=self.hubs, neighbours=0)
+        certificate = CertificateSettings(find_tier(self.tier), effort, self.confidence, seed=self.seed)
+        return CertificationSettings(certificate, TIERS[self.attack], held_out=self.held_out)
+
+    @property
+    def follows_certified(self) -> bool:
+        """Whether heads are trained on the images after the certified ones, for want of another source."""
+        return self.train_dataset is None and self.dataset not in NAMED_DATASETS
+
+    @property
+    def leaves_no_head_images(self) -> bool:
+        """Whether all images are certified, so that none is left to train the requested heads on."""
+        return self.follows_certified and self.images is None and self.head_images > 0
+
+
+class CertificationReport(NamedTuple):
+    """A request, the model as loaded, the certified inputs, and one result per layer and threat model."""
+
+    request: CertificationRequest
+    model: LoadedModel
+    inputs: CertificationInputs
+    results: list[LayerResult]
+
+    def rows(self, witness_path: Callable[[LayerResult], Path] | None = None) -> list[dict[str, Any]]:
+        """Return one row per result, as JSON data, after writing its witness file to the path given for it."""
+        weights, entry = weights_sha256(self.inputs.network), self.model.entry
+        rows = []
+        for result in self.results:
+            row = {"model": entry.name, "training": entry.training, "dataset": self.request.dataset}
+            row |= {**result.row.to_dict(), "weights_sha256": weights, "witness": "", "witness_sha256": ""}
+            if witness_path is not None and result.certificate is not None:
+                path = witness_path(result)
+                data = (self.inputs.clean, self.inputs.labels)
+                header = witness_header(result.certificate, result.row.layer, result.threat, data, weights)
+                sha256 = write_witness(path, result.certificate, header, self.inputs.labels)
+                row |= {"witness": str(path), "witness_sha256": sha256}
+            rows.append(row)
+        return rows
+
+
+def certify_model(
+    request: CertificationRequest, options: RunOptions, on_progress: LayerProgress
+) -> CertificationReport:
+    """Certify the layers of a model under every threat model of a request.
+
+    Raises what loading and `certify_layers` raise.
+    """
+    settings = request.settings
+    model, inputs = load_inputs(request, options)
+    results = certify_layers(inputs, request.layers, request.threats, settings, on_progress)
+    return CertificationReport(request, model, inputs, results)
+
+
+def load_inputs(request: CertificationRequest, options: RunOptions) -> tuple[LoadedModel, CertificationInputs]:
+    """Load the model and the images of a request onto the device, with images to train heads on.
+
+    Raises what loading raises, MismatchError for training images of other classes.
+    """
+    asked = options.request(request.images, balanced=request.balanced)
+    images = open_images(request.dataset, options, asked)
+    model = open_representation(request.model, images, options)
+    data = _head_training_data(request, images, replace(asked, balanced=False))
+    headless = model.num_classes == 0
+    inputs = CertificationInputs(model.network, images.images, images.labels, len(images.classes), headless, data)
+    return model, inputs
+
+
+def _head_training_data(
+    request: CertificationRequest, images: ImageSet, asked: ImageRequest
+) -> HeadTrainingData | None:
+    """Return images to train heads on, without duplicates of certified ones; None if there are none."""
+    count, source = request.head_images, request.train_dataset
+    if count == 0 or request.leaves_no_head_images:
+        return None
+    if request.follows_certified:
+        certified = request.images or 0
+        found = load_at_most(request.dataset, replace(asked, count=certified + count))
+        pixels, labels = found.images[certified:], found.labels[certified:]
+    else:
+        split = "train" if source is None or source in NAMED_DATASETS else "test"
+        found = load_images(source or request.dataset, replace(asked, count=count, split=split))
+        pixels, labels = found.images, found.labels
+    if found.classes != images.classes:
+        raise MismatchError(f"{found.ref} has the classes {', '.join(found.classes)}, {images.ref} has others")
+    certified_pixels = {image.numpy().tobytes() for image in images.images.cpu()}
+    is_new = torch.tensor([image.numpy().tobytes() not in certified_pixels for image in pixels], dtype=torch.bool)
+    if not bool(is_new.any()):
+        return None
+    device = images.images.device
+    return HeadTrainingData(pixels[is_new][:count].to(device), labels[is_new][:count].to(device))
+
+
+@dataclass(frozen=True)
+class WitnessSubject:
+    """The model of a witness file and its clean images: the first `images` of a data set (None: as in the file)."""
+
+    model: str
+    dataset: str
+    images: int | None = None
+    balanced: bool = False
+
+
+def verify_model_witness(path: Path, subject: WitnessSubject, options: RunOptions) -> WitnessHeader:
+    """Verify a witness file against a model and its images, and return the verified header.
+
+    Raises IntegrityError for the first claim that does not hold, and what loading raises.
+    """
+    claimed = read_witness(path)
+    asked = options.request(subject.images or len(claimed.labels), balanced=subject.balanced)
+    images = open_images(subject.dataset, options, asked, at_most=True)
+    network = open_representation(subject.model, images, options).network
+    weights = weights_sha256(network)
+    if weights != claimed.header.weights_sha256:
+        raise IntegrityError(f"{path} is for weights with sha256 {claimed.header.weights_sha256}, not {weights}")
+    try:
+        layer = DualPrecisionLayer.of(Representation(network, claimed.header.layer))
+        return verify_witness(path, layer, images.images, images.labels, weights).header
+    except UsageError as error:  # the layer name comes from the file
+        raise IntegrityError(f"{path} names a layer that cannot be checked: {error}") from error
