@@ -56,7 +56,7 @@ class Channel:
         return lambda images: self._encode(self.features(images))
 
     def noisy_encoder(self, seed: int) -> Encoder:
-        """Return the encoder with new noise at every call; the sequence of calls is reproducible."""
+        """Return the channel as an encoder, with new channel noise at every call; the sequence is reproducible."""
         generator = keyed_generator(seed, Purpose.CHANNEL_NOISE)
 
         def encode(images: Images) -> Encoded:

@@ -21,14 +21,14 @@ def models_command(source: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in entries], allow_nan=False))
         return
-    header = ("reference", "data set", "trained for", "natural", "adversarial", "source of the numbers")
+    header = ("reference", "data set", "trained for", "natural", "adversarial", "source of the published_numbers")
     print_table(header, [_row(entry) for entry in entries])
     click.echo(f"{len(entries)} models", err=True)
 
 
 def _row(entry: ModelEntry) -> tuple[str, ...]:
-    numbers = {number.metric: number for number in entry.published}
-    natural, adversarial = numbers.get("natural_accuracy"), numbers.get("adversarial_accuracy")
+    published_numbers = {number.metric: number for number in entry.published}
+    natural, adversarial = published_numbers.get("natural_accuracy"), published_numbers.get("adversarial_accuracy")
     radius = f" {entry.trained_norm} {entry.trained_eps:.4g}" if entry.trained_norm else ""
     accuracies = [f"{number.value:.4f}" if number else "" for number in (natural, adversarial)]
     cited = adversarial or natural
