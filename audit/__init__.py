@@ -10,7 +10,7 @@ _EXPORTS = {
     "AUDIT": "audit.adversary.label_attack",
     "AuditRecord": "audit.records",
     "AuditSettings": "audit.config.settings",
-    "ESTIMATORS": "audit.information.registry",
+    "ESTIMATORS": "audit.information.estimator",
     "L1": "audit.adversary.threat",
     "L2": "audit.adversary.threat",
     "LabelAttack": "audit.adversary.label_attack",

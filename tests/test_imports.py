@@ -54,6 +54,7 @@ ONLY = {
 INSIDE_FUNCTIONS = ("timm", "robustbench", "pyautoattack", "foolbox", "torchvision", "sklearn", "huggingface_hub")
 DYNAMIC = {
     "model_zoo.sources.files",  # imports what a `file:` reference names, under --trust-code
+    "audit.information.estimator",  # imports the implementations of the registry
     "audit",  # imports the module of a public name from the table of a package, read below
 }
 

@@ -28,8 +28,8 @@ class ChannelSample(NamedTuple):
 class Channel:
     """A channel: its inputs, its noiseless map to features, its noise, and its information in nats.
 
-    `eps` is in pixels. `classes` is the number of classes if features are logits, else 0. `target` tells whether the
-    information is I(X; Z) about the image or I(Y; Z) about its label. `worst_is_exact` is false if the closed form of
+    `eps` is in pixels. `classes` is the number of classes if features are logits, else 0. The information is I(X; Z)
+    about the image or I(Y; Z) about its label, by `target`. `worst_is_exact` is false if the closed form of
     the worst case is only an upper bound of the infimum. Estimates are averaged over `repeats` samples where a sample
     cannot be stratified.
     """

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from audit.calibration.channels import Channel
 from audit.errors import UsageError
-from audit.information.estimator import Estimator
-from audit.information.registry import ESTIMATORS
+from audit.information.estimator import ESTIMATORS, Estimator
 from audit.information.sandwich import Sandwich
 
 _NOISE_WITHOUT_CHANNEL_NOISE = 0.1  # atoms at distance 1 stay distinct to nine digits

@@ -26,7 +26,7 @@ def calibrate_command(estimators: tuple[str, ...], config: Path | None, brief: b
     """
     from audit.commands.execution import calibrate_into
     from audit.config.yaml_source import read_config
-    from audit.information.registry import ESTIMATORS
+    from audit.information.estimator import ESTIMATORS
 
     known = ESTIMATORS if config is None else {each.shown: each.estimator() for each in read_config(config).estimators}
     for name in estimators:

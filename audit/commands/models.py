@@ -21,7 +21,7 @@ def models_command(source: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(entry) for entry in entries], allow_nan=False))
         return
-    header = ("reference", "data set", "trained for", "natural", "adversarial", "source of the published_numbers")
+    header = ("reference", "data set", "trained for", "natural", "adversarial", "source of the numbers")
     print_table(header, [_row(entry) for entry in entries])
     click.echo(f"{len(entries)} models", err=True)
 

@@ -1,4 +1,4 @@
-"""The sections of estimators, derived from `audit.information.settings`: keys, defaults and legal values.
+"""The sections of estimators, derived from `audit.information.registry`: keys, defaults and legal values.
 
 A section is validated without torch, so that a typo is reported at once.
 """
@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Tag, create_model
 
 from audit.config.values import Number, checked, known
-from audit.information.settings import ESTIMATOR_SETTINGS, EstimatorSettings, rules_of
+from audit.information.registry import REGISTRY
+from audit.information.settings import EstimatorSettings, rules_of
 
 
 class Section(BaseModel):
@@ -34,7 +35,7 @@ class EstimatorSection(Section):
 
     def settings(self) -> EstimatorSettings:
         """Return the settings of the estimator, without torch."""
-        found: EstimatorSettings = _filled(ESTIMATOR_SETTINGS[self.name], self)
+        found: EstimatorSettings = _filled(REGISTRY[self.name].settings, self)
         return found
 
     @property
@@ -44,7 +45,7 @@ class EstimatorSection(Section):
 
     def estimator(self) -> Any:
         """Return the `audit.information.estimator.Estimator` with these settings."""
-        from audit.information.registry import ESTIMATORS
+        from audit.information.estimator import ESTIMATORS
 
         settings = self.settings()
         return replace(ESTIMATORS[self.name], **{each.name: getattr(settings, each.name) for each in fields(settings)})
@@ -127,7 +128,7 @@ def estimator_section(name: str, defaults: EstimatorSettings) -> type[EstimatorS
 
 
 ESTIMATOR_SECTIONS: Mapping[str, type[EstimatorSection]] = {
-    name: estimator_section(name, defaults) for name, defaults in ESTIMATOR_SETTINGS.items()
+    name: estimator_section(name, registered.settings) for name, registered in REGISTRY.items()
 }
 
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 
 from audit.adversary.label_attack import AUDIT, LabelAttack
 from audit.errors import UsageError
-from audit.information.estimator import Estimator
-from audit.information.sandwich import Sandwich
+from audit.information.estimator import ESTIMATORS, Estimator
 from audit.representation.layers import Reduction
 
 
@@ -16,7 +15,7 @@ class AuditSettings:
     Raises UsageError without a seed, or for a repeated one.
     """
 
-    estimator: Estimator = field(default_factory=Sandwich)
+    estimator: Estimator = field(default_factory=lambda: ESTIMATORS["sandwich"])
     attack: LabelAttack = AUDIT
     seeds: tuple[int, ...] = (0, 1, 2)
     reduce: Reduction = "flatten"

@@ -6,7 +6,7 @@ May import: the leaves of `audit`, `adversary`, `representation`.
 from audit import exported
 
 _EXPORTS = {
-    "ESTIMATORS": "audit.information.registry",
+    "ESTIMATORS": "audit.information.estimator",
     "Estimator": "audit.information.estimator",
     "LabelEntropy": "audit.information.label_entropy",
     "LabelInformation": "audit.information.label_information",

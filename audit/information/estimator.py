@@ -4,8 +4,9 @@ Source: Zhu, Zhang & Evans 2020, Definition 3.1 (representation vulnerability).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
 from math import hypot
 from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from audit.adversary.threat import ThreatModel
+from audit.information.registry import REGISTRY
 from audit.types import Encoded, Encoder, Images, Labels, Objective
 
 History = tuple[tuple[int, float], ...]
@@ -193,3 +195,23 @@ class Estimator(ABC):
         self, inputs: EstimatorInputs, threat: ThreatModel, seed: int, warm_start: WarmStart = COLD_START
     ) -> Vulnerability:
         """Return the normal and the worst case; at eps = 0 both are equal."""
+
+
+class RegisteredEstimators(Mapping[str, Estimator]):
+    """The registered estimators with their default settings, by name; implementations are imported on first use."""
+
+    def __getitem__(self, name: str) -> Estimator:
+        settings, implementation = REGISTRY[name]
+        module, _, kind = implementation.partition(":")
+        values = {each.name: getattr(settings, each.name) for each in fields(settings)}
+        estimator: Estimator = getattr(import_module(module), kind)(**values)
+        return estimator
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(REGISTRY)
+
+    def __len__(self) -> int:
+        return len(REGISTRY)
+
+
+ESTIMATORS = RegisteredEstimators()

@@ -1,17 +1,36 @@
-"""Table of all estimators: user-facing name to default settings. A new estimator is registered here."""
+"""Registry of estimators: user-facing name to default settings and implementation. Imports no torch.
 
-from audit.information.estimator import Estimator
-from audit.information.label_entropy import LabelEntropy
-from audit.information.label_information import LabelInformation
-from audit.information.mine import Mine
-from audit.information.released.estimator import Reference
-from audit.information.sandwich import Sandwich
+A new estimator is registered here; `audit.information.estimator.ESTIMATORS` and the sections of benchmark files follow.
+"""
 
-ESTIMATORS: dict[str, Estimator] = {
-    "sandwich": Sandwich(),
-    "mine": Mine(),
-    "label-level": LabelEntropy(),
-    "label-information": LabelInformation(),
-    "ref-local": Reference(per_position=True),
-    "ref-mean": Reference(per_position=False),
+from typing import NamedTuple
+
+from audit.information.settings import (
+    EstimatorSettings,
+    LabelEntropySettings,
+    LabelInformationSettings,
+    MineSettings,
+    ReferenceSettings,
+    SandwichSettings,
+)
+
+
+class Registration(NamedTuple):
+    """The default settings of an estimator, and the dataclass that extends them, as `module:class`."""
+
+    settings: EstimatorSettings
+    implementation: str
+
+
+_RELEASED = "audit.information.released.estimator:Reference"
+
+REGISTRY: dict[str, Registration] = {
+    "sandwich": Registration(SandwichSettings(), "audit.information.sandwich:Sandwich"),
+    "mine": Registration(MineSettings(), "audit.information.mine:Mine"),
+    "label-level": Registration(LabelEntropySettings(), "audit.information.label_entropy:LabelEntropy"),
+    "label-information": Registration(
+        LabelInformationSettings(), "audit.information.label_information:LabelInformation"
+    ),
+    "ref-local": Registration(ReferenceSettings(per_position=True), _RELEASED),
+    "ref-mean": Registration(ReferenceSettings(per_position=False), _RELEASED),
 }

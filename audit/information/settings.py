@@ -283,14 +283,3 @@ class MineSettings(EstimatorSettings):
         """The name of the estimator in tables, such as `mine-infonce`."""
         critic = self.training.shape.name
         return f"mine-{self.training.bound}" + (f"-{critic}" if critic != CriticShape.name else "")
-
-
-ESTIMATOR_SETTINGS: dict[str, EstimatorSettings] = {
-    "sandwich": SandwichSettings(),
-    "mine": MineSettings(),
-    "label-level": LabelEntropySettings(),
-    "label-information": LabelInformationSettings(),
-    "ref-local": ReferenceSettings(per_position=True),
-    "ref-mean": ReferenceSettings(per_position=False),
-}
-"""The default settings of every estimator, by the name that users type."""

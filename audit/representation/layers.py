@@ -26,8 +26,8 @@ class LayerInfo(NamedTuple):
 
     `shape` is that of the layer's first output tensor, without the batch axis, and `dimension` its product. `calls` is
     the number of calls in one forward pass; a layer with several needs `@call`. `outputs` is the number of values that
-    the layer returns, tensors or not; with several it needs `#index`. `overwritten` tells whether a later in-place
-    operation changes the output.
+    the layer returns, tensors or not; with several it needs `#index`. `overwritten` is true if a later
+    in-place operation changes the output.
     """
 
     name: str

@@ -23,7 +23,7 @@ from audit.theory import vulnerability_range
 
 Progress = Callable[[str, int], None]
 _NOISE = 0.1  # small enough to keep the two values of the sign apart
-# mean and standard deviation of w.x: three mixtures of `audit.calibration.channels` with distinct ratios
+# mean and standard deviation of w.x: three mixtures of `audit.calibration.catalogue` with distinct ratios
 MIXTURES = ((1.0, 1.0), (0.6, 1.0), (0.0, 1.0))
 
 
@@ -82,7 +82,7 @@ def _channel(mean: float, spread: float, shift: float) -> Channel:
     prefix = f"mean {mean:g}, spread {spread:g}, "
     template = next((c for c in all_channels() if c.name.startswith("sign") and c.parameters.startswith(prefix)), None)
     if template is None:
-        raise UsageError(f"no channel has mean {mean:g} and spread {spread:g}: see audit.calibration.channels")
+        raise UsageError(f"no channel has mean {mean:g} and spread {spread:g}: see audit.calibration.catalogue")
     return replace(template, parameters=f"{prefix}shift {shift:g}", eps=shift / SPAN)
 
 

@@ -169,7 +169,7 @@ class _Trainer:
             raise UsageError(f"an encoder cannot be trained on {len(images)} images: at least 2 are needed")
         trainable = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
         if not trainable:
-            raise UsageError("no parameter of the encoder requires a gradient: call requires_grad_() on what to train")
+            raise UsageError("no parameter of the encoder requires a gradient: call requires_grad_() on those to train")
         self.encoder, self.images, self.training = encoder, images, training
         generator = keyed_generator(training.seed, Purpose.MI_TRAINING_CRITIC)
         encoder.eval()

@@ -17,8 +17,8 @@ from audit.information.released.critic import ReferenceCritic, reference_value
 from audit.information.settings import CriticShape
 from audit.types import Features, Images
 
-BOUND_NAMES = ("donsker-varadhan", "infonce")
-CRITIC_NAMES = ("dot-product", "ref-local", "ref-mean")
+OBJECTIVE_BOUNDS = ("donsker-varadhan", "infonce")
+OBJECTIVE_CRITICS = ("dot-product", "ref-local", "ref-mean")
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class ObjectiveSettings:
     objective: str = "donsker-varadhan"
 
     def __post_init__(self) -> None:
-        if self.name not in CRITIC_NAMES:
-            raise UnknownNameError("critic", self.name, CRITIC_NAMES)
-        if self.objective not in BOUND_NAMES:
-            raise UnknownNameError("objective", self.objective, BOUND_NAMES)
+        if self.name not in OBJECTIVE_CRITICS:
+            raise UnknownNameError("critic", self.name, OBJECTIVE_CRITICS)
+        if self.objective not in OBJECTIVE_BOUNDS:
+            raise UnknownNameError("objective", self.objective, OBJECTIVE_BOUNDS)
         if self.width < 1:
             raise UsageError(f"critic width {self.width!r} must be at least 1")
 

@@ -1,7 +1,7 @@
-"""A new estimator needs its own code and entries in three tables: settings, registry and calibration plans.
+"""A new estimator needs its own code and entries in two tables: the registry and the calibration plans.
 
 The tables are changed here as an edit of their modules would change them. Run as a script, this file adds the entries
-before `audit.config` is imported, which derives the sections of benchmark files from the settings.
+before `audit.config` is imported, which derives the sections of benchmark files from the registry.
 """
 
 import json
@@ -22,8 +22,8 @@ from audit.adversary.threat import Linf, ThreatModel
 from audit.calibration.plans import PLANS, CalibrationPlan
 from audit.information.encoding import encode, encode_clean
 from audit.information.estimator import COLD_START, Estimator, EstimatorInputs, MIEstimate, Vulnerability, WarmStart
-from audit.information.registry import ESTIMATORS
-from audit.information.settings import ESTIMATOR_SETTINGS, Count, EstimatorSettings
+from audit.information.registry import REGISTRY, Registration
+from audit.information.settings import Count, EstimatorSettings
 from audit.random_keys import Purpose, keyed_generator
 from audit.theory import binary_entropy
 from audit.types import Encoded, Images, ObjectiveValue
@@ -75,8 +75,7 @@ def _sign_entropy(encoded: Encoded) -> MIEstimate:
 
 PLAN = CalibrationPlan(400, 0.02, 0.05, applies=lambda channel: channel.name.startswith("sign"))
 ENTRIES: list[tuple[MutableMapping[str, Any], Any]] = [
-    (ESTIMATOR_SETTINGS, ToySettings()),
-    (ESTIMATORS, Toy()),
+    (REGISTRY, Registration(ToySettings(), f"{__name__}:Toy")),
     (PLANS, PLAN),
 ]
 
@@ -119,15 +118,23 @@ def test_a_new_estimator_is_calibrated() -> None:
 
 def test_a_new_estimator_is_a_name_in_benchmark_files(tmp_path: Path) -> None:
     short, long = tmp_path / "short.yaml", tmp_path / "long.yaml"
-    text = "dataset: digits\nmodels: [bundled:digits-linear]\nimages: 50\nlayers: [logits]\nseeds: [0]\nattack: smoke\n"
-    short.write_text(text + "threats: [{norm: linf, eps: 0.1}]\nestimators: [toy]\n")
-    long.write_text(text + "threats: [{norm: linf, eps: 0.1}]\nestimators: [{name: toy, steps: 1}]\n")
+    text = """name: toy
+dataset: digits
+models: [bundled:digits-baseline-h-standard]
+images: 50
+layers: [logits]
+seeds: [0]
+attack: smoke
+threats: [{norm: linf, eps: 0.1}]
+"""
+    short.write_text(text + "estimators: [toy]\n")
+    long.write_text(text + "estimators: [{name: toy, steps: 1}]\n")
     for path, steps in ((short, 5), (long, 1)):
         command = [sys.executable, __file__, str(path), str(tmp_path / path.stem)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         assert found["settings"] == {"steps": steps}
         (record,) = found["records"]
-        assert (record["valid"], record["estimator"]) == (True, "toy"), record["reason"]
+        assert (record["estimator"], record["reason"]) == ("toy", "")
         assert record["worst_nats"] <= record["normal_nats"] <= log(2)
 
 

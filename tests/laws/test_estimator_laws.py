@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from audit.adversary.threat import THREATS, threat_model
-from audit.information.estimator import CARRIED, CLEAN, EstimatorInputs, FloorKind, WarmStart
+from audit.information.estimator import CARRIED, CLEAN, ESTIMATORS, EstimatorInputs, FloorKind, WarmStart
 from audit.information.label_entropy import LabelEntropy
 from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
-from audit.information.registry import ESTIMATORS
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
 from audit.information.settings import CriticShape, CriticTraining, ProbeTraining, WorstCaseSearch

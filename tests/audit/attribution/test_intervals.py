@@ -29,10 +29,18 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize(("source", "sigma", "shift"), [
-    ("gaussian", 0.5, 0.5), ("gaussian", 1.0, 0.25), ("uniform", 0.5, 0.25), ("two", 0.5, 0.5), ("two", 0.25, 0.75),
-    ("three", 0.25, 0.4), ("three", 1.0, 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "sigma", "shift"),
+    [
+        ("gaussian", 0.5, 0.5),
+        ("gaussian", 1.0, 0.25),
+        ("uniform", 0.5, 0.25),
+        ("two", 0.5, 0.5),
+        ("two", 0.25, 0.75),
+        ("three", 0.25, 0.4),
+        ("three", 1.0, 0.5),
+    ],
+)
 def test_the_worst_case_matches_the_closed_form(source, sigma, shift):
     closed_form, values = SOURCES[source]
     clean, reach = values / sigma, shift / sigma

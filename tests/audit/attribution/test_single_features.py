@@ -21,8 +21,14 @@ def images(count=40, channels=1, side=8):
 
 def convolutional(side=8):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 3, 3, 1, 1), nn.ReLU(), nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(4 * (side // 2) ** 2, 5)).eval()  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3, 1, 1),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * (side // 2) ** 2, 5),
+    ).eval()
 
 
 @pytest.mark.parametrize(("threat", "dual"), [(Linf(0.03), 1), (L2(0.03), 2)])
@@ -117,10 +123,13 @@ def test_a_unit_depends_on_its_receptive_field_only():
     assert field_size(torch.zeros(8, 8, dtype=torch.bool)) == (0, 0)
 
 
-@pytest.mark.parametrize(("layer", "unit", "message"), [
-    ("2", (4, 0), r"unit \(4, 0\) is outside the map of layer '2', which is 4x4"),
-    ("5", (0,), r"layer '5' has no map, so no unit \(0,\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layer", "unit", "message"),
+    [
+        ("2", (4, 0), r"unit \(4, 0\) is outside the map of layer '2', which is 4x4"),
+        ("5", (0,), r"layer '5' has no map, so no unit \(0,\)"),
+    ],
+)
 def test_a_unit_outside_the_map_is_refused(layer, unit, message):
     with pytest.raises(UsageError, match=message):
         unit_features(convolutional(), layer, images(), unit)
@@ -137,11 +146,14 @@ def test_illegal_settings_are_refused():
         FeatureSettings(scale="layr")
 
 
-@pytest.mark.parametrize(("build", "layer", "side"), [
-    (lambda: libraries.timm_build("resnet18", {"num_classes": 2}), "layer1.0.conv2", 32),
-    (lambda: libraries.torchvision_build("resnet18", 2, None), "layer2.0.bn2", 32),
-    (lambda: libraries.torchvision_build("vit_b_16", 2, 32), "encoder.layers.encoder_layer_0", 32),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("build", "layer", "side"),
+    [
+        (lambda: libraries.timm_build("resnet18", {"num_classes": 2}), "layer1.0.conv2", 32),
+        (lambda: libraries.torchvision_build("resnet18", 2, None), "layer2.0.bn2", 32),
+        (lambda: libraries.torchvision_build("vit_b_16", 2, 32), "encoder.layers.encoder_layer_0", 32),
+    ],
+)
 def test_networks_of_libraries_at_a_named_layer(build, layer, side):
     network, x = build().eval(), torch.rand(4, 3, side, side, generator=keyed_generator(side))
     settings = FeatureSettings(steps=1, settle=1)

@@ -9,11 +9,10 @@ from audit.calibration import calibrate as calibration
 from audit.calibration.calibrate import applicable_channels, calibrate, settings_key
 from audit.calibration.plans import PLANS, plan_of
 from audit.errors import UsageError
-from audit.information.estimator import COLD_START, MIEstimate
+from audit.information.estimator import COLD_START, ESTIMATORS, MIEstimate
 from audit.information.label_entropy import LabelEntropy
 from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
-from audit.information.registry import ESTIMATORS
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
 from audit.information.settings import CriticTraining, WorstCaseSearch

@@ -24,11 +24,11 @@ from audit.config.estimators import ESTIMATOR_SECTIONS, Section, estimator_secti
 from audit.config.yaml_source import read_config, to_yaml
 from audit.errors import AuditError
 from audit.information import bounds, critics
-from audit.information.registry import ESTIMATORS
+from audit.information.estimator import ESTIMATORS
+from audit.information.registry import REGISTRY, Registration
 from audit.information.settings import (
     BOUND_NAMES,
     CRITIC_NAMES,
-    ESTIMATOR_SETTINGS,
     Count,
     CriticShape,
     EstimatorSettings,
@@ -60,7 +60,7 @@ def test_attack_sections_have_the_defaults_of_a_search() -> None:
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_extend_their_settings(name: str) -> None:
-    estimator, settings = ESTIMATORS[name], ESTIMATOR_SETTINGS[name]
+    estimator, settings = ESTIMATORS[name], REGISTRY[name].settings
     assert isinstance(estimator, type(settings))
     assert [each.name for each in fields(estimator)] == [each.name for each in fields(settings)]
     assert all(getattr(estimator, each.name) == getattr(settings, each.name) for each in fields(settings))
@@ -76,7 +76,7 @@ def test_settings_alone_make_a_section(monkeypatch: pytest.MonkeyPatch) -> None:
         search: WorstCaseSearch = field(default_factory=WorstCaseSearch, metadata=yaml_key("find"))
         batch_size: int = 8
 
-    monkeypatch.setitem(ESTIMATOR_SETTINGS, "new", NewSettings())
+    monkeypatch.setitem(REGISTRY, "new", Registration(NewSettings(), "nowhere:New"))
     section = estimator_section("new", NewSettings())
     read = section.model_validate({"name": "new", "steps": 4, "find": {"rounds": 2}})
     assert read.settings() == NewSettings(4, WorstCaseSearch(rounds=2))

@@ -7,9 +7,8 @@ import pytest
 
 from audit.config.yaml_source import read_config
 from audit.errors import ConfigError
-from audit.information.estimator import Estimator
+from audit.information.estimator import ESTIMATORS, Estimator
 from audit.information.label_entropy import LabelEntropy
-from audit.information.registry import ESTIMATORS
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
 from audit.run.cell import cells

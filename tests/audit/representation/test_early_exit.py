@@ -93,11 +93,19 @@ def hooks(model):
 
 
 LAYERS = {
-    "conv1": ("conv1", 0), "bn1": ("bn1", 0), "relu": ("relu", 0), "layer1": ("layer1", 0),
-    "layer1.0": ("layer1.0", 0), "layer1.0.bn2": ("layer1.0.bn2", 0), "layer1.0.shortcut": ("layer1.0.shortcut", 0),
-    "layer1.0.relu@0": ("layer1.0.relu", 0), "layer1.0.relu@-1": ("layer1.0.relu", 1),
-    "layer1.1.relu@-2": ("layer1.1.relu", 0), "head.0": ("head.0", 0), "head": ("head", 0),
-}  # fmt: skip
+    "conv1": ("conv1", 0),
+    "bn1": ("bn1", 0),
+    "relu": ("relu", 0),
+    "layer1": ("layer1", 0),
+    "layer1.0": ("layer1.0", 0),
+    "layer1.0.bn2": ("layer1.0.bn2", 0),
+    "layer1.0.shortcut": ("layer1.0.shortcut", 0),
+    "layer1.0.relu@0": ("layer1.0.relu", 0),
+    "layer1.0.relu@-1": ("layer1.0.relu", 1),
+    "layer1.1.relu@-2": ("layer1.1.relu", 0),
+    "head.0": ("head.0", 0),
+    "head": ("head", 0),
+}
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, "penultimate"])

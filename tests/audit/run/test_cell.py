@@ -10,8 +10,8 @@ from audit.adversary.threat import L2, Linf
 from audit.config.benchmark import BenchmarkConfig, parse_number
 from audit.config.yaml_source import read_config
 from audit.errors import ConfigError, EnvironmentFault, UnknownNameError
+from audit.information.estimator import ESTIMATORS
 from audit.information.mine import Mine
-from audit.information.registry import ESTIMATORS
 from audit.information.released.estimator import Reference
 from audit.run.cell import cells, expand
 

@@ -25,9 +25,13 @@ from audit.training.objectives import ObjectiveSettings, VariationalObjective
 THREAT = Linf(0.1)
 SMALL = ObjectiveSettings("dot-product", 16, "infonce")
 SETTINGS = {
-    "threat": THREAT, "pgd": PGD(3, 0.4, random_start=False), "critic": SMALL, "epochs": 2, "batch_size": 16,
+    "threat": THREAT,
+    "pgd": PGD(3, 0.4, random_start=False),
+    "critic": SMALL,
+    "epochs": 2,
+    "batch_size": 16,
     "learning_rate": 1e-3,
-}  # fmt: skip
+}
 
 
 class Encoder(nn.Module):
@@ -38,9 +42,12 @@ class Encoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.body = nn.Sequential(
-                nn.Conv2d(1, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Tanh() if smooth else nn.ReLU(), nn.Flatten(),
+                nn.Conv2d(1, 4, 3, 2, 1),
+                nn.BatchNorm2d(4),
+                nn.Tanh() if smooth else nn.ReLU(),
+                nn.Flatten(),
                 nn.Linear(64, 8),
-            )  # fmt: skip
+            )
         self.searched = 0
 
     def forward(self, images):
