@@ -26,13 +26,13 @@ _FEW_CHANNELS = 4  # convolutions of at most as many input channels do not fill 
 def fused_copy(network: nn.Module, images: Images) -> nn.Module:
     """Return a fused copy of a network in eval mode, with frozen parameters, or the network itself.
 
-    The network itself is returned if it cannot be traced, if there is nothing to fold, or if outputs on 16 of the
-    images (N, C, H, W) differ by more than 1e-4 of their spread.
+    The network itself is returned if it cannot be traced, if there is nothing to fold, or if outputs or input gradients
+    on 16 of the images (N, C, H, W) differ, see `computes_the_same`.
     """
     if network.training:
         return network
     folded = _folded(network, images)
-    return folded if folded is not None and outputs_agree(network, folded, images) else network
+    return folded if folded is not None and computes_the_same(network, folded, images) else network
 
 
 def _folded(network: nn.Module, images: Images) -> nn.Module | None:
@@ -150,14 +150,37 @@ def _blocks(images: Tensor, side: int) -> Tensor:
     return split.reshape(count, -1, height // side, width // side)  # three times as fast as pixel_unshuffle
 
 
-@torch.no_grad()
-def outputs_agree(network: nn.Module, folded: nn.Module, images: Images) -> bool:
-    """Return whether two networks agree on the first 16 images (N, C, H, W) within 1e-4 of the outputs' spread."""
+def computes_the_same(network: nn.Module, folded: nn.Module, images: Images) -> bool:
+    """Return whether two networks agree in outputs and input gradients on the first 16 images (N, C, H, W).
+
+    Outputs may differ by 1e-4 of their spread. The gradient of a fixed combination of outputs may differ by 1e-4 of its
+    length in the median image, and by a tenth in any: rounding can switch single ReLUs. A copy with the outputs alone
+    would mislead a search: tracing replaces a `torch.autograd.Function` by its forward pass, which loses its gradient.
+    """
     images = images[:16]
     try:
-        ours, theirs = folded(images), network(images)
+        ours, theirs = _outputs_and_gradients(folded, images), _outputs_and_gradients(network, images)
     except Exception:  # a traced graph may be specific to one input shape
         return False
-    if not isinstance(ours, Tensor) or ours.shape != theirs.shape:
+    if ours is None or theirs is None or ours[0].shape != theirs[0].shape:
         return False
-    return bool((ours - theirs).abs().max() <= _TOLERANCE * (theirs - theirs.mean(0)).abs().max())
+    spread = (theirs[0] - theirs[0].mean(0)).abs().max()
+    difference = (ours[1] - theirs[1]).flatten(1).norm(dim=1)
+    length = theirs[1].flatten(1).norm(dim=1)
+    outputs_agree = (ours[0] - theirs[0]).abs().max() <= _TOLERANCE * spread
+    gradients_agree = (difference.median() <= _TOLERANCE * length.median()) & (difference <= 0.1 * length).all()
+    return bool(outputs_agree & gradients_agree)
+
+
+@torch.enable_grad()
+def _outputs_and_gradients(network: nn.Module, images: Images) -> tuple[Tensor, Tensor] | None:
+    """Return outputs (N, ...), and the gradients (N, C, H, W) of a fixed combination of them; None without a tensor."""
+    pixels = images.detach().clone().requires_grad_()
+    outputs = network(pixels)
+    if not isinstance(outputs, Tensor):
+        return None
+    weights = torch.arange(outputs[0].numel(), device=outputs.device, dtype=outputs.dtype).cos().view(outputs[0].shape)
+    gradients = None
+    if outputs.requires_grad:
+        (gradients,) = torch.autograd.grad((outputs * weights).sum(), pixels, allow_unused=True)
+    return outputs.detach(), torch.zeros_like(images) if gradients is None else gradients

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from audit.adversary.accuracy import logits_of
 from audit.adversary.attack_checks import Check
-from audit.adversary.fused import fused_copy, outputs_agree
+from audit.adversary.fused import computes_the_same, fused_copy
 from audit.adversary.gradient_checks import worst_case_checks
 from audit.adversary.threat import ThreatModel
 from audit.config.settings import AuditSettings
@@ -96,7 +96,7 @@ class LayerAudit:
             same = Representation(folded, representation.layer, representation.reduce)
         except UnknownNameError:  # the layer was fused into another one
             return representation
-        return same if outputs_agree(representation, same, images) else representation
+        return same if computes_the_same(representation, same, images) else representation
 
     @cached_property
     def normal(self) -> tuple[MIEstimate, ...]:

@@ -242,3 +242,80 @@ def test_the_network_itself_is_searched_if_the_copy_is_wrong(monkeypatch):
         network, clean, labels, Linf(0.05), LabelAttack((Stage("margin", PGD(10)),), fast=False), 0
     )
     assert int(found.robust.sum()) <= int(wanted.robust.sum()) < 30
+
+
+class RoundedStraightThrough(torch.autograd.Function):
+    """Pixels rounded to 8 bits; the gradient passes as if they were not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x * 255) / 255
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class ScaledGradient(torch.autograd.Function):
+    """The identity, with a tenth of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 0.1 * gradient
+
+
+class BinaryActivation(torch.autograd.Function):
+    """Signs, with the gradient of a clamp."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.sign(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient * (x.abs() <= 1)
+
+
+class WithFunction(nn.Module):
+    """A small network with batch norm, and a function of its own on the pixels or behind the convolution."""
+
+    def __init__(self, function, behind):
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(4 * 64, 3)
+        self.function, self.behind = function, behind
+
+    def forward(self, x):
+        x = x if self.behind else self.function.apply(x)
+        x = self.norm(self.conv(x))
+        return self.head((self.function.apply(x) if self.behind else x).flatten(1))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("function", [RoundedStraightThrough, ScaledGradient, BinaryActivation])
+def test_a_copy_that_loses_the_gradient_is_not_used(function, behind):
+    network = WithFunction(function, behind).eval().requires_grad_(False)
+    images = torch.rand(20, 3, 8, 8, generator=keyed_generator(9))
+    used = fused_copy(network, images)
+    gradients = []
+    for each in (network, used):
+        pixels = images.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(each(pixels)[:, 0].sum(), pixels)[0])
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_without_functions_of_its_own_is_still_fused():
+    class Identity:
+        @staticmethod
+        def apply(x):
+            return x
+
+    network = WithFunction(Identity, False).eval().requires_grad_(False)
+    assert fused_copy(network, torch.rand(20, 3, 8, 8, generator=keyed_generator(9))) is not network

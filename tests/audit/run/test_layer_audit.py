@@ -466,6 +466,7 @@ def test_searches_use_the_fused_copy_and_estimates_the_network(held_out, layer, 
     network.norm.register_forward_hook(lambda _module, inputs, _output: asked.append(inputs[0].requires_grad))
     subject = measurement.LayerAudit(network, *held_out, layer, QUICK).inputs
     leaf = subject.images[:8].clone().requires_grad_()
+    subject.encoder(leaf)  # compares the copy with the network, gradients included
     asked.clear()
     moving = subject.encoder(leaf).features
     assert any(asked) != copied
