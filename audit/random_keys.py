@@ -27,10 +27,10 @@ class Purpose(IntEnum):
     SANDWICH_CENTRES = 44  # information: sandwich, initial centres of k-means
     CHANNEL_SAMPLE = 51  # calibration: inputs
     CHANNEL_NOISE = 52  # calibration: channel noise
-    PROBE_FOLDS = 61  # information: probes, cross-validation folds
-    PROBE_WEIGHTS = 62  # information: initial weights of probes
-    RELEASED_CRITIC = 65  # information: ref-local and ref-mean, initial weights
-    RELEASED_BATCHES = 66  # information: ref-local and ref-mean, batches
+    RELEASED_CRITIC = 61  # information: ref-local and ref-mean, initial weights
+    RELEASED_BATCHES = 62  # information: ref-local and ref-mean, batches
+    PROBE_FOLDS = 65  # information: probes, cross-validation folds
+    PROBE_WEIGHTS = 66  # information: initial weights of probes
     EXTERNAL_ATTACK = 71  # adversary: seeds of other libraries
     PIXEL_ORDER = 72  # adversary: order of pixels
     TARGETED_MERGE = 75  # information: label level, PGD towards one answer

@@ -77,7 +77,6 @@ class Reference(ReferenceSettings, Estimator):
     """
 
     quantity: ClassVar[str] = "I(X; g(X))"
-    version: ClassVar[int] = 2
     ranks: ClassVar[bool] = False
 
     def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:

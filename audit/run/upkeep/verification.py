@@ -5,11 +5,12 @@ Reads records only and imports no torch; the command recomputes cells.
 
 import json
 from collections.abc import Iterator, Sequence
-from math import hypot, inf, sqrt
+from math import hypot, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from audit.adversary.norms import eps_fault
 from audit.config.yaml_source import read_config
 from audit.errors import AuditError, ConfigError, IntegrityError
 from audit.records import AuditRecord
@@ -138,7 +139,7 @@ def _accuracies(record: AuditRecord) -> Iterator[str]:
 
 
 def _radius(record: AuditRecord) -> Iterator[str]:
-    if not 0 <= record.eps < inf or (record.norm == "linf" and record.eps > 1):
+    if eps_fault(record.eps, record.norm):
         yield f"eps {record.eps} is not a legal {record.norm} radius"
 
 
