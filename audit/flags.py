@@ -14,8 +14,12 @@ class FlagCode(StrEnum):
     UNTRUSTED_SEARCH = "untrusted_search"
     GATED = "gated"
     SATURATED = "saturated"
+    FEW_IMAGES = "few_images"
+    UNEVEN = "uneven"
     NEGATIVE = "negative"
     NOT_CONVERGED = "not_converged"
+    SEARCH_NOT_CONVERGED = "search_not_converged"
+    CERTIFICATE_TIGHTER = "certificate_tighter"
     OVER_FITTED = "over_fitted"
     WEAK_ATTACK = "weak_attack"
     UNPINNED = "unpinned"
@@ -31,9 +35,17 @@ MEANINGS: dict[FlagCode, str] = {
     "worst-case information is only an upper bound; the model is not ranked",
     FlagCode.GATED: "the network failed a sanity check: it is broken or not the network it claims to be; its figures "
     "are shown but not ranked",
-    FlagCode.SATURATED: "the number of images limits the estimate: more images would raise it",
+    FlagCode.SATURATED: "the estimate says little but the number of images: the worst case is at its ceiling, or the "
+    "two estimates around the value are more than half a nat apart; the model is shown but not ranked",
+    FlagCode.FEW_IMAGES: "the number of images limits the estimate a little: more images would raise it",
+    FlagCode.UNEVEN: "a few features carry nearly all of the layer's variance, so that noise in units of the layer "
+    "hides the others",
     FlagCode.NEGATIVE: "the estimate is negative, which mutual information cannot be: read it as zero within its error",
     FlagCode.NOT_CONVERGED: "the critic was not at its best when training stopped: the estimate is likely too small",
+    FlagCode.SEARCH_NOT_CONVERGED: "the worst-case search still made progress when it ended: the worst-case information "
+    "is likely too large by the order of the figure given",
+    FlagCode.CERTIFICATE_TIGHTER: "the certified bound on any head is tighter than the estimated one on the same images, so "
+    "the worst-case search missed what the certificate found: use the certified bound",
     FlagCode.OVER_FITTED: "the critic fits its training or validation images better than held-out ones: the estimate "
     "is likely off",
     FlagCode.WEAK_ATTACK: "a second attack found more errors than the named one: the adversarial accuracy is too high",
@@ -41,7 +53,9 @@ MEANINGS: dict[FlagCode, str] = {
     FlagCode.CODE_TRUSTED: "the network was built by user code, under --trust-code",
 }
 
-UNRANKED = frozenset({FlagCode.CONTRADICTED, FlagCode.UNTRUSTED, FlagCode.UNTRUSTED_SEARCH, FlagCode.GATED})
+UNRANKED = frozenset(
+    {FlagCode.CONTRADICTED, FlagCode.UNTRUSTED, FlagCode.UNTRUSTED_SEARCH, FlagCode.GATED, FlagCode.SATURATED}
+)
 """Codes that keep a record out of every ranking."""
 
 

@@ -25,8 +25,10 @@ class Purpose(IntEnum):
     SANDWICH_CHOICE = 42  # information: sandwich, noise draws that candidates are compared on
     SANDWICH_SEARCH = 43  # information: sandwich, noise draws of search steps
     SANDWICH_CENTRES = 44  # information: sandwich, initial centres of k-means
+    SANDWICH_SCALE = 45  # information: sandwich, noise draws and images that choose the scale of the noise
     CHANNEL_SAMPLE = 51  # calibration: inputs
     CHANNEL_NOISE = 52  # calibration: channel noise
+    CHANNEL_MAPS = 53  # calibration: random maps, patterns and networks of channels
     RELEASED_CRITIC = 61  # information: ref-local and ref-mean, initial weights
     RELEASED_BATCHES = 62  # information: ref-local and ref-mean, batches
     PROBE_FOLDS = 65  # information: probes, cross-validation folds
@@ -34,7 +36,8 @@ class Purpose(IntEnum):
     EXTERNAL_ATTACK = 71  # adversary: seeds of other libraries
     PIXEL_ORDER = 72  # adversary: order of pixels
     TARGETED_MERGE = 75  # information: label level, PGD towards one answer
-    PROBE_ATTACK = 76  # information: label information, PGD against probes
+    PROBE_STRIDES = 76  # information: label information, random lengths of steps against probes
+    PROBE_MIXES = 78  # information: label information, mixtures of rounds
     EXTERNAL_STARTS = 77  # adversary: starting points for other libraries
     FLOOR_NOISE = 81  # run: smoothing noise of information floors
     CHECK_START = 91  # adversary: starts of gradient checks

@@ -5,7 +5,7 @@ derived from records and can be rebuilt from them.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from audit.storage import write_atomically
 VERSION = 5  # of the method: increment when a change of the code changes numbers
 SCHEMA = "rvaudit.record/1"
 CALIBRATION_SCHEMA = "rvaudit.calibration/1"
+PLAN_SCHEMA = "rvaudit.plan/1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,9 @@ class AuditRecord:
     adversarial_accuracy_low: float | None = None
     adversarial_accuracy_high: float | None = None
     adversarial_gap: float | None = None
+    worst_probe_accuracy: float | None = None  # of the best classifier fitted on features of worst-case images
+    worst_probe_accuracy_low: float | None = None
+    worst_probe_accuracy_high: float | None = None
     certified_bound: float | None = None
     certified_bound_population: float | None = None
     certified_tier: str = ""
@@ -195,7 +199,11 @@ def read_calibration(folder: Path, key: str = "*") -> list[CalibrationRow]:
 
 
 class RecordStore:
-    """The records of a run folder: one file per cell in `cells/`, named by the cell's id."""
+    """The records of a run folder: one file per cell in `cells/`, named by the cell's id.
+
+    `plan.json` lists the cells of the run as it was started last. Other records stay in the folder where weights,
+    images or code have changed since, and are not shown as results of the run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -219,6 +227,37 @@ class RecordStore:
         path = self.path(cell_id)
         return _read(path) if path.exists() else None
 
+    def write_plan(self, cell_ids: Iterable[str]) -> None:
+        """Store the cell ids of the present run, of its failures too."""
+        data = {"schema": PLAN_SCHEMA, "cells": sorted(set(cell_ids))}
+        write_atomically(self.folder / "plan.json", json.dumps(data, indent=1) + "\n")
+
+    def plan(self) -> frozenset[str] | None:
+        """Return the cell ids of the present run; None for a folder of a version that stored no plan.
+
+        Raises IntegrityError for a file that is not a plan.
+        """
+        path = self.folder / "plan.json"
+        if not path.exists():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["schema"] != PLAN_SCHEMA:
+                raise IntegrityError(f"{path}: schema {data['schema']!r} is not {PLAN_SCHEMA!r}")
+            return frozenset(map(str, data["cells"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise IntegrityError(f"{path} is not a plan: {error}") from error
+
+    def present(self) -> list[AuditRecord]:
+        """Return the records of the present run, in the order of file names."""
+        plan = self.plan()
+        return [record for record in self if plan is None or record.cell_id in plan]
+
+    def others(self) -> list[AuditRecord]:
+        """Return the records that are not of the present run, in the order of file names."""
+        plan = self.plan()
+        return [] if plan is None else [record for record in self if record.cell_id not in plan]
+
     def __iter__(self) -> Iterator[AuditRecord]:
         """Yield every record, in the order of file names. Raises IntegrityError for a file that is not a record."""
         for path in sorted((self.folder / "cells").glob("*.json")):
@@ -226,10 +265,13 @@ class RecordStore:
 
 
 def read_records(*folders: Path) -> list[AuditRecord]:
-    """Return the records of one or more run folders; raises EnvironmentFault if a folder has none."""
+    """Return the records of the present plans of run folders; raises EnvironmentFault if a folder has none."""
     records: list[AuditRecord] = []
     for folder in folders:
-        found = list(RecordStore(folder))
+        store = RecordStore(folder)
+        found = store.present()
+        if not found and store.holds_records():
+            raise EnvironmentFault(f"{folder} holds records of earlier runs only: none of its present plan is done")
         if not found:
             raise EnvironmentFault(f"{folder} holds no records (expected {folder}/cells/*.json)")
         records.extend(found)

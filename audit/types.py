@@ -1,9 +1,15 @@
-"""Named tensor types with their shapes, and the interfaces of encoders and objectives."""
+"""Named tensor types with their shapes, the interfaces of encoders and objectives, and what they assume of torch."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from audit.errors import MismatchError
 
 Images = Tensor
 """(N, C, H, W), float32 in [0, 1]."""
@@ -42,3 +48,77 @@ Encoder = Callable[[Images], Encoded]
 
 Objective = Callable[[Images, Tensor], ObjectiveValue]
 """Maps images (N, C, H, W) and their indices (N,) in the data set to an `ObjectiveValue`."""
+
+_DEVICES_OF_AUTOCAST = ("cpu", "cuda", "mps")
+_default_type = threading.RLock()
+_callers_types: list[torch.dtype] = []  # one entry for each call in progress, the caller's own type first
+
+
+@contextmanager
+def standard_torch_state() -> Iterator[None]:
+    """Run with gradients, without inference mode and autocast, and with float32 as default type, whatever is set.
+
+    Modes belong to the thread. The default type belongs to the process: it is float32 until the last of several calls
+    at a time ends, which restores the caller's. Also a decorator, `@standard_torch_state()`.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in _DEVICES_OF_AUTOCAST:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_float32_as_default())
+        yield
+
+
+@contextmanager
+def _float32_as_default() -> Iterator[None]:
+    with _default_type:
+        _callers_types.append(torch.get_default_dtype())
+        if _callers_types[-1] != torch.float32:
+            torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        with _default_type:
+            if len(_callers_types) == 1 and _callers_types[0] != torch.float32:
+                torch.set_default_dtype(_callers_types[0])
+            del _callers_types[-1]
+
+
+def as_images(values: object) -> Images:
+    """Return images (N, C, H, W) as a tensor outside any graph, from a tensor, a NumPy array or nested lists.
+
+    Floats of arrays and lists become float32; other types are unchanged. Raises MismatchError for values that are no
+    array of numbers.
+    """
+    if isinstance(values, Tensor):
+        return _outside_graphs(values)
+    array = _as_array(values, "images")
+    return torch.from_numpy(array.astype(np.float32) if array.dtype.kind == "f" else array)
+
+
+def as_labels(values: object) -> Labels:
+    """Return labels (N,) as a tensor, from a tensor, a NumPy array or a list; integers become int64.
+
+    Raises MismatchError for values that are no array of numbers.
+    """
+    labels = values if isinstance(values, Tensor) else torch.from_numpy(_as_array(values, "labels"))
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return _outside_graphs(labels.to(torch.int64) if whole else labels)
+
+
+def _outside_graphs(values: Tensor) -> Tensor:
+    values = values.detach() if values.requires_grad else values
+    return values.clone() if values.is_inference() else values  # an inference tensor cannot enter a graph later
+
+
+def _as_array(values: object, what: str) -> np.ndarray:
+    try:
+        array = np.array(values)  # a copy: torch cannot read arrays that are read-only or of another byte order
+    except (ValueError, RuntimeError, TypeError):
+        array = np.array(None)
+    if array.dtype.kind not in "fiub":
+        found = f"a {type(values).__name__} that is no array of numbers"
+        raise MismatchError(f"{what} are {found}; legal: a tensor, a NumPy array, or nested lists of one shape")
+    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))

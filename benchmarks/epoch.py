@@ -163,13 +163,14 @@ def mean_shift_steps(network: nn.Module, images: Images, args: argparse.Namespac
     """Return timings of single mean-shift steps from the clean images."""
     settings, draws, encoder = Sandwich(), keyed_generator(0), Representation(network, "logits").encode
     features = encode(encoder, images, settings.batch_size).features
-    scaled = (features - features.mean(0)) / settings.scale(features)
+    smoothing = settings.smoothing(features)
+    scaled = smoothing.of(features)
     descent = FeatureDescent(encoder, images, Linf(args.eps / 255), settings.relative_step, settings.batch_size)
     floor, sizes = Floor(network, images, features, settings.batch_size), _sizes(len(images), settings.batch_size)
-    deviation, start = settings.scale(features), Candidate(images, features)
+    start = Candidate(images, features)
 
     def feature_gradient(found: Features) -> Features:
-        return mean_shift((found - found.mean(0)) / deviation, draws, 1)
+        return mean_shift(smoothing.of(found), draws, 1)
 
     turns = [
         Timing(

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from urllib.parse import unquote
 
 from audit.errors import UnknownNameError, UsageError
+from model_zoo.images.preprocessing import Preprocessing
 
 SOURCES = ("timm", "torchvision", "robustbench", "hf-hub", "bundled", "file")
 TRAININGS = ("standard", "robust", "certified", "unknown")
@@ -17,6 +18,11 @@ FILE_OPTIONS = (
     "mean",
     "std",
     "shape",
+    "key",
+    "resize",
+    "crop",
+    "interpolation",
+    "classes",
     "name",
     "training",
     "trained_eps",
@@ -71,6 +77,12 @@ class ModelEntry:
     code_trusted: bool = False
     code_sha256: str = ""
 
+    @property
+    def published_on(self) -> str:
+        """The data set that the published numbers are for; RobustBench evaluates on a part of ImageNet."""
+        part = self.source == "robustbench" and self.dataset == "imagenet"
+        return "imagenet:robustbench-5k" if part else self.dataset
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedFacts:
@@ -90,6 +102,8 @@ class PretrainedFacts:
     reference: str = ""
     fixed_size: bool = False
     accuracy: float | None = None
+    preprocessing: Preprocessing | None = None
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

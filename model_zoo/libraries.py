@@ -9,17 +9,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from audit.errors import AuditError, EnvironmentFault, MismatchError, UnknownNameError
 from model_zoo.entries import PretrainedFacts
+from model_zoo.images.preprocessing import Preprocessing, from_crop_fraction
 from model_zoo.untrusted import printable
 
 # Entries whose constructor downloads weights, and the entry of the same architecture that is built instead.
 _SAME_ARCHITECTURE = {"Standard_R50": "Salman2020Do_R50"}
 _SAME_ARCHITECTURE_THREAT = "Linf"
+# The names of timm's checkpoint filters, one in a module.
+_TIMM_FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
 
 
 @contextmanager
@@ -82,6 +88,7 @@ def timm_facts(name: str) -> PretrainedFacts:
         licence=config.license or "",
         reference=config.paper_ids or config.origin_url or "",
         fixed_size=config.fixed_input_size,
+        preprocessing=from_crop_fraction(tuple(config.input_size), vars(config)),
     )
 
 
@@ -111,12 +118,14 @@ def timm_build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 def apply_timm_filter(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Return tensors renamed by the checkpoint filter of a timm architecture, None where it has none."""
     module = sys.modules.get(type(network).__module__)
-    rename: Callable[..., dict[str, Tensor]] | None = getattr(module, "checkpoint_filter_fn", None)
+    found = (getattr(module, name, None) for name in _TIMM_FILTERS)
+    rename: Callable[..., dict[str, Tensor]] | None = next(filter(None, found), None)
     if rename is None or not type(network).__module__.startswith("timm."):
         return None
+    arguments = (dict(tensors), network)[: len(signature(rename).parameters)]  # some filters take no network
     try:
         with _without_warnings():
-            return dict(rename(dict(tensors), network))
+            return dict(rename(*arguments))
     except (KeyError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError):
         return None  # the filter is for other layouts; the caller reports the mismatch
 
@@ -154,7 +163,7 @@ def _classifier_weights(models: Any, name: str) -> list[Any]:
 
 def _torchvision_metadata(models: Any, name: str, weights: Any) -> PretrainedFacts:
     preset = weights.transforms()
-    size = int(preset.crop_size[0])
+    size, mode = int(preset.crop_size[0]), preset.interpolation.value
     metrics = weights.meta.get("_metrics", {}).get("ImageNet-1K", {})
     return PretrainedFacts(
         name=name,
@@ -167,6 +176,7 @@ def _torchvision_metadata(models: Any, name: str, weights: Any) -> PretrainedFac
         licence=weights.meta.get("license", ""),
         reference=weights.meta.get("recipe", ""),
         accuracy=metrics["acc@1"] / 100 if "acc@1" in metrics else None,
+        preprocessing=Preprocessing(resize=tuple(preset.resize_size), crop=(size, size), interpolation=mode),
     )
 
 
@@ -190,6 +200,60 @@ def torchvision_build(name: str, num_classes: int, size: int | None, *, pretrain
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise MismatchError(f"torchvision cannot build {name!r} with {arguments}: {error}") from error
     return network
+
+
+def robustbench_preprocessing(dataset: str, threat: str, name: str) -> Preprocessing | None:
+    """Return the resize and crop that RobustBench evaluates an ImageNet entry with, None for other data sets."""
+    if dataset != "imagenet":
+        return None
+    if registered := robustbench_timm_name(dataset, threat, name):
+        return timm_facts(registered).preprocessing
+    named = _robustbench_entry(dataset, threat, name)["preprocessing"]
+    table: dict[str, Preprocessing] = {
+        "Res256Crop224": Preprocessing(resize=(256,), crop=(224, 224)),
+        "BicubicRes256Crop224": Preprocessing(resize=(256,), crop=(224, 224), interpolation="bicubic"),
+        "Crop288": Preprocessing(crop=(288, 288)),
+        "Res224": Preprocessing(resize=(224, 224), fit="exact"),
+    }
+    return table.get(named)
+
+
+def robustbench_image_ids() -> list[str]:
+    """Return the paths `<wnid>/<file>` of the 5,000 ImageNet images that RobustBench evaluates on, in its order.
+
+    Raises EnvironmentFault where robustbench is not installed.
+    """
+    package = find_spec("robustbench")
+    if package is None or package.origin is None:
+        raise EnvironmentFault("imagenet:robustbench-5k needs the id list of robustbench; pip install robustbench")
+    listed = Path(package.origin).parent / "helper_files" / "imagenet_test_image_ids.txt"
+    return listed.read_text(encoding="utf-8").split()
+
+
+def imagenet_names(outputs: int) -> list[tuple[str, str]]:
+    """Return wnid and description of every class of the ImageNet subset that has this many classes; [] for none."""
+    with _without_warnings():
+        data = import_module("timm.data")
+        subset = data.infer_imagenet_subset({"num_classes": outputs})
+        info = data.ImageNetInfo(subset) if subset else None
+    if info is None:
+        return []
+    return [(info.index_to_label_name(place), info.index_to_description(place)) for place in range(info.num_classes())]
+
+
+def timm_resize(size: tuple[int, ...], crop: tuple[int, ...], interpolation: str, fill: tuple[float, ...]) -> list[Any]:
+    """Return timm's transforms of Pillow images for sizes that torchvision has no resize for.
+
+    With `fill` the whole image is fitted inside the size and padded to the crop with this colour in [0, 1]; without,
+    it covers the size.
+    """
+    with _without_warnings():
+        transforms = import_module("timm.data.transforms")
+    if not fill:
+        return [transforms.ResizeKeepRatio(size, interpolation=interpolation)]
+    colour = [round(255 * value) for value in fill]
+    fitted = transforms.ResizeKeepRatio(size, interpolation=interpolation, longest=1.0)
+    return [fitted, transforms.CenterCropOrPad(crop, fill=colour)]
 
 
 def robustbench_drive_ids(dataset: str, threat: str, name: str) -> list[str]:

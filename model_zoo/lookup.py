@@ -10,11 +10,20 @@ from pathlib import Path
 from audit.errors import EnvironmentFault, UnknownNameError, UsageError
 from model_zoo.catalogue import BUNDLED, bundled_names, card_beside, read_card, read_card_file, robustbench_row
 from model_zoo.entries import ModelRef, is_model_ref, parse_ref
+from model_zoo.relative import dataset_beside, model_beside
 from model_zoo.untrusted import verify_sha256
 
-NAMED_DATASETS = ("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "svhn")
-_PATH_EXISTS: dict[str, Callable[[Path], bool]] = {"folder": Path.is_dir, "npz": Path.is_file, "parquet": Path.exists}
-DATASET_FORMS = (*NAMED_DATASETS, *(f"{prefix}:<path>" for prefix in _PATH_EXISTS))
+NAMED_DATASETS = ("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "imagenet")
+WITH_TRAINING_SPLIT = NAMED_DATASETS[:-1]  # few have the training images of ImageNet
+_PATH_EXISTS: dict[str, Callable[[Path], bool]] = {
+    "folder": Path.is_dir,
+    "npz": Path.is_file,
+    "npy": Path.is_file,
+    "parquet": lambda path: path.exists() or ("*" in path.name and any(path.parent.glob(path.name))),
+}
+_SUBSETS = ("imagenet:robustbench-5k",)
+DATASET_FORMS = (*NAMED_DATASETS, *_SUBSETS, *(f"{prefix}:<path>" for prefix in _PATH_EXISTS))
+_CLASSES = "?classes="
 
 
 def expand_ref(ref: str) -> list[str]:
@@ -31,29 +40,46 @@ def expand_ref(ref: str) -> list[str]:
     return [f"bundled:{name}" for name in names]
 
 
-def check_model(ref: str) -> None:
+def check_model(ref: str, base: Path | None = None) -> None:
     """Check a model reference by its names, files and hashes, without loading the model.
 
+    Relative paths are also looked for in the folder `base`.
     Raises UsageError and its subclasses for an invalid reference, EnvironmentFault for a missing file, IntegrityError
     for a hash mismatch.
     """
     for each in expand_ref(ref):
-        parsed = parse_ref(each)
+        parsed = model_beside(parse_ref(each), base)
         if parsed.source in _MODEL_CHECKS:
             _MODEL_CHECKS[parsed.source](parsed)
 
 
-def check_dataset(ref: str) -> None:
-    """Check a data set reference; raises UnknownNameError, UsageError, or EnvironmentFault for a missing path."""
-    prefix, colon, path = ref.partition(":")
+def check_dataset(ref: str, base: Path | None = None) -> None:
+    """Check a data set reference; raises UnknownNameError, UsageError, or EnvironmentFault for a missing path.
+
+    Relative paths are also looked for in the folder `base`.
+    """
+    name, class_map = split_dataset(dataset_beside(ref, base))
+    if class_map and not Path(class_map).is_file():
+        raise EnvironmentFault(f"data set {ref!r}: {class_map} does not exist{_suggestion(Path(class_map))}")
+    prefix, colon, path = name.partition(":")
     if not colon or prefix not in _PATH_EXISTS:
-        if ref not in NAMED_DATASETS:
-            raise UnknownNameError("data set", ref, DATASET_FORMS)
+        if name not in (*NAMED_DATASETS, *_SUBSETS):
+            raise UnknownNameError("data set", name, DATASET_FORMS)
         return
     if not path:
         raise UsageError(f"data set {ref!r} names no path; write {prefix}:<path>")
     if not _PATH_EXISTS[prefix](Path(path)):
         raise EnvironmentFault(f"data set {ref!r}: {path} does not exist{_suggestion(Path(path))}")
+
+
+def split_dataset(ref: str) -> tuple[str, str]:
+    """Split a data set reference into the data set and the path of its class map, '' without one.
+
+    >>> split_dataset("folder:photos?classes=map.json")
+    ('folder:photos', 'map.json')
+    """
+    name, _, class_map = ref.partition(_CLASSES)
+    return name, class_map
 
 
 def _check_bundled(ref: ModelRef) -> None:

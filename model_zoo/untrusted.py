@@ -9,6 +9,7 @@ from audit.errors import EnvironmentFault, IntegrityError, UnsafeError
 
 MAX_FILE_BYTES = 32 << 30  # larger than the weights of any single model
 _CHUNK = 1 << 20
+_MAX_COMPRESSION = 100  # data compress by more only where they are all but empty
 
 
 def check_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> int:
@@ -22,10 +23,18 @@ def check_file(path: Path, max_bytes: int = MAX_FILE_BYTES) -> int:
     except OSError as error:
         raise EnvironmentFault(f"cannot read {path}: {error.strerror or error}") from error
     if not S_ISREG(status.st_mode):
-        raise EnvironmentFault(f"cannot read {path}: it is not a file but a folder, a pipe or a device")
+        message = f"cannot read {path}: it is not a file but a folder, a pipe or a device"
+        raise EnvironmentFault(message + _weights_in(path))
     if status.st_size > max_bytes:
         raise UnsafeError(f"{path} has {status.st_size} bytes, more than the limit of {max_bytes}; it is not read")
     return status.st_size
+
+
+def _weights_in(folder: Path) -> str:
+    """Return advice to name a weights file in a folder, '' where there is none."""
+    ends = (".index.json", ".safetensors", ".pth", ".pt", ".bin")
+    found = [file.name for end in ends for file in sorted(folder.glob(f"*{end}"))] if folder.is_dir() else []
+    return f"; name a file in it, such as {printable(found[0])}" if found else ""
 
 
 def file_sha256(path: Path) -> str:
@@ -71,3 +80,16 @@ def printable(text: object, max_length: int = 80) -> str:
     """
     shown = "".join(letter if letter.isprintable() else "?" for letter in str(text)[: max_length + 1])
     return shown if len(shown) <= max_length else f"{shown[:max_length]}..."
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error as printable text, or its type where it has no text."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0], 160).rstrip(".")
+
+
+def check_unpacked_size(unpacked: int, path: Path, harmless: int) -> None:
+    """Raise UnsafeError for a file that unpacks to more than a hundred times its size and `harmless` bytes."""
+    size = check_file(path)
+    if unpacked > max(_MAX_COMPRESSION * size, harmless):
+        message = f"{path} has {size} bytes and unpacks to {unpacked}"
+        raise UnsafeError(f"{message}, more than {_MAX_COMPRESSION} times as many; it is not read")

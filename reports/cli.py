@@ -125,6 +125,7 @@ def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None)
         raise UsageError(f"--out writes CSV, so its name must end in .csv, not {out.suffix or out.name!r}")
     from audit.records import read_records
     from audit.storage import write_atomically
+    from reports.tables.leftovers import leftover_sentences
     from reports.tables.ranking import leaderboard, to_csv
     from reports.tables.table import frame_rows, to_frame
 
@@ -136,6 +137,8 @@ def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None)
         click.echo(json.dumps(frame_rows(table), allow_nan=False))
     else:
         _print_table(table, runs)
+    for sentence in leftover_sentences(runs):
+        click.echo(sentence, err=as_json)
 
 
 @cli.command("figures")

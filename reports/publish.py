@@ -7,6 +7,7 @@ from audit.storage import write_atomically
 from reports.figures.all_figures import save_figures
 from reports.page.html import render_report
 from reports.tables.calibration import calibration_of
+from reports.tables.leftovers import leftover_sentences
 from reports.tables.ranking import leaderboard, write_leaderboard
 from reports.tables.table import to_frame
 
@@ -29,5 +30,6 @@ def write_figures(folder: Path) -> list[Path]:
 def write_html(folder: Path) -> Path:
     """Write report.html into a run folder and return its path."""
     path = Path(folder) / "report.html"
-    write_atomically(path, render_report(read_records(Path(folder)), calibration_of([Path(folder)])))
+    calibration, left = calibration_of([Path(folder)]), leftover_sentences([Path(folder)])
+    write_atomically(path, render_report(read_records(Path(folder)), calibration, left))
     return path

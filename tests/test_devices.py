@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from audit.adversary.accuracy import measure_accuracy
 from audit.adversary.fused import fused_copy
 from audit.adversary.gradient_checks import quick_checks
-from audit.adversary.label_attack import TIERS, LabelAttack, Stage, margin_objective, shrinking_ball_search
+from audit.adversary.label_attack import TIERS, LabelAttack, Stage, margin_objective
 from audit.adversary.minimum_norm import DDN, CarliniWagner, carlini_wagner, ddn
-from audit.adversary.pgd import PGD, minimise
+from audit.adversary.pgd import PGD, minimise, shrinking_ball_search
 from audit.adversary.threat import L1, L2, Linf
 from audit.attribution.saliency import SaliencySettings, layer_saliency
 from audit.certificate.certificate import certify
@@ -31,9 +31,10 @@ from audit.information.estimator import EstimatorInputs
 from audit.information.label_entropy import LabelEntropy
 from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
+from audit.information.probing.settings import ProbeTraining
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
-from audit.information.settings import CriticShape, CriticTraining, ProbeTraining, WorstCaseSearch
+from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.random_keys import keyed_generator
 from audit.representation.layers import Representation
 from audit.run.network_audit import audit_model

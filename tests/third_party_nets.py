@@ -113,3 +113,72 @@ def mnist_cnn_a() -> nn.Module:
 
 def mnist_conv_small() -> nn.Module:
     return _convolutional(1, 0, (800, 100, 10))
+
+
+class SamePadConv(nn.Conv2d):
+    """A convolution padded as TensorFlow's `SAME`: the odd row and column of zeros come last."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        before_after = []
+        for axis in (3, 2):
+            kernel, stride = self.kernel_size[axis - 2], self.stride[axis - 2]
+            missing = max((-(-images.shape[axis] // stride) - 1) * stride + kernel - images.shape[axis], 0)
+            before_after += [missing // 2, missing - missing // 2]
+        return super().forward(nn.functional.pad(images, before_after))
+
+
+def _lite_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+class LiteBlock(nn.Module):
+    """An inverted residual block of EfficientNet-Lite: no squeeze and excitation, ReLU6."""
+
+    def __init__(self, channels: int, out: int, expansion: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        inner = channels * expansion
+        self.expands, self.skips = expansion != 1, stride == 1 and channels == out
+        if self.expands:
+            self._expand_conv = nn.Conv2d(channels, inner, 1, bias=False)
+            self._bn0 = _lite_norm(inner)
+        self._depthwise_conv = SamePadConv(inner, inner, kernel, stride, groups=inner, bias=False)
+        self._bn1 = _lite_norm(inner)
+        self._project_conv = nn.Conv2d(inner, out, 1, bias=False)
+        self._bn2 = _lite_norm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = nn.functional.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        inner = nn.functional.relu6(self._bn1(self._depthwise_conv(inner)))
+        inner = self._bn2(self._project_conv(inner))
+        return inner + x if self.skips else inner
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 with the tensor names of efficientnet_lite_pytorch (Tan & Le 2019)."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        stages = [(1, 16, 1, 3, 1), (2, 24, 6, 3, 2), (2, 40, 6, 5, 2), (3, 80, 6, 3, 2), (3, 112, 6, 5, 1)]
+        stages += [(4, 192, 6, 5, 2), (1, 320, 6, 3, 1)]
+        self._conv_stem = SamePadConv(3, 32, 3, 2, bias=False)
+        self._bn0 = _lite_norm(32)
+        blocks, channels = [], 32
+        for repeats, out, expansion, kernel, stride in stages:
+            for number in range(repeats):
+                blocks.append(LiteBlock(channels, out, expansion, kernel, 1 if number else stride))
+                channels = out
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = nn.Conv2d(channels, 1280, 1, bias=False)
+        self._bn1 = _lite_norm(1280)
+        self._fc = nn.Linear(1280, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = nn.functional.relu6(self._bn0(self._conv_stem(images)))
+        for block in self._blocks:
+            features = block(features)
+        features = nn.functional.relu6(self._bn1(self._conv_head(features)))
+        return self._fc(features.mean((2, 3)))
+
+
+def efficientnet_lite0(num_classes: int) -> nn.Module:
+    return EfficientNetLite0(num_classes)

@@ -1,6 +1,7 @@
 """Clean and adversarial accuracy of a classifier, measured by a label attack, with confidence intervals."""
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,17 +13,24 @@ from audit.adversary.label_attack import (
     LabelAttack,
     Stage,
     margin,
-    shrinking_ball_search,
     targeted_margin_objective,
-    without_early_stopping,
 )
-from audit.adversary.passes import DRAWS, Batches, MajorityVote, MeanOfDraws, seeded_noise
-from audit.adversary.pgd import CLEAN_STEP, SearchResult
+from audit.adversary.passes import (
+    DRAWS,
+    Batches,
+    MajorityVote,
+    MeanOfDraws,
+    frozen_parameters,
+    outputs_of,
+    outside_inference_mode,
+    seeded_noise,
+)
+from audit.adversary.pgd import CLEAN_STEP, SearchResult, without_early_stopping
 from audit.adversary.threat import ThreatModel
 from audit.errors import InvalidModelError
 from audit.proportion import Proportion, wilson
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Images, Labels
+from audit.types import Images, Labels, as_images, as_labels, standard_torch_state
 
 _TOLERANCE = 1e-6  # by how much rounding may take an adversarial image out of its ball
 
@@ -69,13 +77,14 @@ def logits_of(network: nn.Module, images: Images, batch_size: int) -> Tensor:
     Raises InvalidModelError if an output is not finite: the argmax of a row with a NaN is a class, so that such a
     network would seem to score.
     """
-    logits = Batches(batch_size).run(network, images)
+    logits = Batches(batch_size).run(partial(outputs_of, network), images)
     bad = int((~logits.isfinite()).flatten(1).any(1).sum())
     if bad:
         raise InvalidModelError(f"the network's output is not finite for {bad} of {len(images)} images")
     return logits
 
 
+@standard_torch_state()
 def measure_accuracy(
     network: nn.Module,
     images: Images,
@@ -93,6 +102,7 @@ def measure_accuracy(
     return _run(_StagedAttack(network, images, labels, threat, attack, seed))
 
 
+@standard_torch_state()
 def measure_randomised(
     network: nn.Module,
     images: Images,
@@ -120,10 +130,11 @@ def measure_randomised(
 def _run(staged: "_StagedAttack") -> Accuracy:
     attack, labels = staged.attack, staged.labels
     if staged.threat.eps > 0:
-        for number, stage in enumerate(attack.stages):
-            staged.search(number, stage)
-        staged.add_noise()
-        staged.run_external()
+        with frozen_parameters(staged.network):
+            for number, stage in enumerate(attack.stages_in(staged.threat.norm)):
+                staged.search(number, stage)
+            staged.add_noise()
+            staged.run_external()
     outcome, count = staged.outcome, len(labels)
     return Accuracy(
         natural=wilson(int(outcome.correct.sum()), count),
@@ -144,8 +155,9 @@ class _StagedAttack:
     def __init__(
         self, network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, attack: LabelAttack, seed: int
     ) -> None:
+        network, images, labels = outside_inference_mode(network), as_images(images), as_labels(labels)
         self.network, self.images, self.labels = network, images, labels
-        self.threat, self.attack, self.seed = threat, attack, seed
+        self.threat, self.attack, self.seed = threat.within(images), attack, seed
         logits = logits_of(network, images, attack.batch_size)
         margins, self.num_classes = margin(logits, labels), logits.shape[1]
         unbroken = torch.full_like(labels, CLEAN_STEP)
@@ -184,7 +196,7 @@ class _StagedAttack:
             objective = LOSSES[stage.loss](network, labels)
         objective = without_early_stopping(objective) if self.randomised else objective
         generator = keyed_generator(self.seed, Purpose.LABEL_ATTACK, number, rank)
-        found = shrinking_ball_search(objective, self.images[index], self.threat, stage.pgd, generator)
+        found = stage.search(objective, self.images[index], self.threat, generator)
         self.passes, self.forwards = self.passes + found.passes, self.forwards + found.forwards
         broken = self._evaluate(index, found.images, number, found)
         return index[found.done & ~broken]
@@ -200,7 +212,7 @@ class _StagedAttack:
                 return
             clean = self.images[index]
             vertices = self.threat.step(clean, directions[index], clean, self.threat.eps)
-            self._evaluate(index, vertices, len(self.attack.stages))
+            self._evaluate(index, vertices, len(self.attack.stages_in(self.threat.norm)))
 
     def run_external(self) -> None:
         """Run the gradient-free attack, then those of other packages, on the survivors."""

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from audit.adversary.passes import frozen_parameters, outputs_of
 from audit.adversary.threat import ThreatModel
 from audit.errors import EnvironmentFault, InvalidModelError, UsageError
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Images, Labels
+from audit.types import Images, Labels, as_images, as_labels, standard_torch_state
 
 _FAULTS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError)
 
@@ -41,6 +42,7 @@ class ExternalAttack(ABC):
     library: ClassVar[str]
     norms: ClassVar[dict[str, str]]
 
+    @standard_torch_state()
     def __call__(
         self, network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, seed: int
     ) -> ExternalResult:
@@ -50,12 +52,13 @@ class ExternalAttack(ABC):
         support, EnvironmentFault if it is not installed, InvalidModelError if it fails on this network or these images.
         """
         self._check_threat(threat)
+        images, labels, threat = as_images(images), as_labels(labels), threat.within(images)
         if len(images) == 0 or threat.eps == 0:
             return ExternalResult(images.clone(), 0, 0)
         with _isolated(network):
             counter = PassCounter(network)
             try:
-                found = self._search(counter, images.detach(), labels, threat, _library_seed(seed))
+                found = self._search(counter, images, labels, threat, _library_seed(seed))
             except torch.OutOfMemoryError:
                 raise
             except _FAULTS as error:
@@ -89,7 +92,7 @@ class PassCounter(nn.Module):
 
     def forward(self, images: Images) -> Tensor:
         """Return the network's logits (N, K), as a copy: Square writes into them, and they may be a view."""
-        logits: Tensor = self._network[0](images).clone()
+        logits: Tensor = outputs_of(self._network[0], images).clone()
         self.forwards += len(images)
         if logits.requires_grad:
             logits.register_hook(self._count_backward)
@@ -133,17 +136,16 @@ def _legal(found: Images, clean: Images, threat: ThreatModel) -> Images:
 @contextmanager
 def _isolated(network: nn.Module) -> Iterator[None]:
     """Freeze the parameters, and restore global random states, warning filters and the trace function at exit."""
-    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     states: tuple[Any, Any, Any] = random.getstate(), np.random.get_state(), sys.gettrace()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     try:
-        with torch.random.fork_rng(list(range(torch.cuda.device_count()))), warnings.catch_warnings():
+        with (
+            frozen_parameters(network),
+            torch.random.fork_rng(list(range(torch.cuda.device_count()))),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         random.setstate(states[0])
         np.random.set_state(states[1])
         sys.settrace(states[2])

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from audit.adversary.label_attack import margin
-from audit.adversary.passes import Batches
+from audit.adversary.passes import Batches, outputs_of
 from audit.adversary.threat import ThreatModel
 from audit.errors import UsageError
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Images, Labels
+from audit.types import Images, Labels, as_images, as_labels, standard_torch_state
 
 _STEP = 0.4  # of a difference, in radii: rounding, noise and piecewise constant layers hide shorter ones
 _LARGEST_CHANGE = 0.5  # of a pixel
@@ -53,6 +53,7 @@ class FiniteDifferences:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)!r} of a search by differences must be at least 1")
 
+    @standard_torch_state()
     @torch.no_grad()
     def search(self, network: nn.Module, images: Images, labels: Labels, threat: ThreatModel) -> QueryResult:
         """Return the legal images of smallest margin met for images (N, C, H, W) with labels (N,).
@@ -61,6 +62,7 @@ class FiniteDifferences:
 
         Source: Guo et al. 2019 (directions); Ilyas et al. 2018 (gradient estimate).
         """
+        images, labels, threat = as_images(images), as_labels(labels), threat.within(images)
         descent = _QueryDescent(network, images, labels, threat, self.batch_size)
         size = images[0].numel() if len(images) else 0
         all_pixels = size + 2 <= self.queries
@@ -135,7 +137,9 @@ class _QueryDescent:
 
     def _margins(self, images: Images, index: Tensor) -> Tensor:
         self.forwards += len(images)
-        return self.batches.run(lambda batch, chosen: margin(self.network(batch), self.labels[chosen]), images, index)
+        return self.batches.run(
+            lambda batch, chosen: margin(outputs_of(self.network, batch), self.labels[chosen]), images, index
+        )
 
 
 def _directions(shape: tuple[int, ...], threat: ThreatModel, queries: int) -> Iterator[Tensor]:

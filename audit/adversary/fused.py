@@ -11,18 +11,21 @@ Efficient Sub-Pixel Convolutional Neural Network" (space to depth is the inverse
 
 import copy
 import operator
+import threading
+from collections.abc import Callable
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, Tracer
 
-from audit.types import Images
+from audit.adversary.passes import agree, values_and_gradient
+from audit.types import Images, standard_torch_state
 
-_TOLERANCE = 1e-4  # of the spread of the outputs
 _FEW_CHANNELS = 4  # convolutions of at most as many input channels do not fill a vector register
 
 
+@standard_torch_state()
 def fused_copy(network: nn.Module, images: Images) -> nn.Module:
     """Return a fused copy of a network in eval mode, with frozen parameters, or the network itself.
 
@@ -39,11 +42,37 @@ def _folded(network: nn.Module, images: Images) -> nn.Module | None:
     from torch.fx.experimental.optimization import fuse
 
     try:
-        folded = fuse(copy.deepcopy(network))
+        folded = fuse(_traced(copy.deepcopy(network)), inplace=True, no_trace=True)
         changed = _fold_scales(folded) + _undo_strides(folded, images)
     except Exception:  # tracing runs the model's own code, which may raise anything
         return None
     return folded.requires_grad_(False) if changed or _batch_norms(folded) < _batch_norms(network) else None
+
+
+_tracing = threading.Lock()
+
+
+class _ThreadTracer(Tracer):
+    """A tracer of one thread's module calls: while it traces, torch hands it those of all threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace a call of a module in this thread; run it in others."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+
+def _traced(network: nn.Module) -> GraphModule:
+    tracer = _ThreadTracer()
+    with _tracing:  # two traces at a time would not undo each other's changes to torch
+        graph = tracer.trace(network)
+    return GraphModule(tracer.root, graph)
 
 
 def _batch_norms(network: nn.Module) -> int:
@@ -150,37 +179,15 @@ def _blocks(images: Tensor, side: int) -> Tensor:
     return split.reshape(count, -1, height // side, width // side)  # three times as fast as pixel_unshuffle
 
 
+@standard_torch_state()
 def computes_the_same(network: nn.Module, folded: nn.Module, images: Images) -> bool:
     """Return whether two networks agree in outputs and input gradients on the first 16 images (N, C, H, W).
 
-    Outputs may differ by 1e-4 of their spread. The gradient of a fixed combination of outputs may differ by 1e-4 of its
-    length in the median image, and by a tenth in any: rounding can switch single ReLUs. A copy with the outputs alone
-    would mislead a search: tracing replaces a `torch.autograd.Function` by its forward pass, which loses its gradient.
+    A copy with the outputs alone would mislead a search: tracing replaces a `torch.autograd.Function` by its forward
+    pass, which loses its gradient.
     """
     images = images[:16]
     try:
-        ours, theirs = _outputs_and_gradients(folded, images), _outputs_and_gradients(network, images)
+        return agree(values_and_gradient(folded, images), values_and_gradient(network, images))
     except Exception:  # a traced graph may be specific to one input shape
         return False
-    if ours is None or theirs is None or ours[0].shape != theirs[0].shape:
-        return False
-    spread = (theirs[0] - theirs[0].mean(0)).abs().max()
-    difference = (ours[1] - theirs[1]).flatten(1).norm(dim=1)
-    length = theirs[1].flatten(1).norm(dim=1)
-    outputs_agree = (ours[0] - theirs[0]).abs().max() <= _TOLERANCE * spread
-    gradients_agree = (difference.median() <= _TOLERANCE * length.median()) & (difference <= 0.1 * length).all()
-    return bool(outputs_agree & gradients_agree)
-
-
-@torch.enable_grad()
-def _outputs_and_gradients(network: nn.Module, images: Images) -> tuple[Tensor, Tensor] | None:
-    """Return outputs (N, ...), and the gradients (N, C, H, W) of a fixed combination of them; None without a tensor."""
-    pixels = images.detach().clone().requires_grad_()
-    outputs = network(pixels)
-    if not isinstance(outputs, Tensor):
-        return None
-    weights = torch.arange(outputs[0].numel(), device=outputs.device, dtype=outputs.dtype).cos().view(outputs[0].shape)
-    gradients = None
-    if outputs.requires_grad:
-        (gradients,) = torch.autograd.grad((outputs * weights).sum(), pixels, allow_unused=True)
-    return outputs.detach(), torch.zeros_like(images) if gradients is None else gradients

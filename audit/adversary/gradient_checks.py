@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from audit.adversary.attack_checks import Check, Rule, randomised
 from audit.adversary.check_rules import RULES
 from audit.adversary.label_attack import cross_entropy_objective, margin, margin_objective
-from audit.adversary.passes import Batches, input_gradient, seeded_noise
+from audit.adversary.passes import Batches, input_gradient, outputs_of, row_lengths, seeded_noise
 from audit.adversary.pgd import PGD, minimise
 from audit.adversary.threat import Linf, ThreatModel
 from audit.errors import InvalidModelError
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Images, Labels, Objective
+from audit.types import Images, Labels, Objective, as_images, standard_torch_state
 
 _IMAGES = 100
 _BATCH = 50
@@ -32,7 +32,6 @@ _SLOPES = (0.5, 2.0)
 _GAINS = (0.3, 2.0)
 _UNBOUNDED = PGD(steps=50, relative_step=0.04, random_start=False, batch_size=_BATCH)  # steps of 0.02 at radius 0.5
 _BATCH_SIZES = (50, 25, 17, 13, 10)  # outputs that depend on the batch differ between these, too
-_DIMENSION_POWERS = {"linf": 0.0, "l2": 0.5, "l1": 1.0}  # the norm of (1, ..., 1) is D to this power
 
 _GRADIENT_RULES = tuple(
     RULES[rule]
@@ -49,6 +48,7 @@ _OBJECTIVE_RULES = (RULES["worst_case_zero_gradient"], RULES["worst_case_slope"]
 _SEARCH_RULES = (RULES["worst_case_more_steps"], RULES["worst_case_wider_ball"])
 
 
+@standard_torch_state()
 def quick_checks(
     network: nn.Module, images: Images, labels: Labels, threat: ThreatModel, seed: int
 ) -> tuple[Check, ...]:
@@ -60,6 +60,7 @@ def quick_checks(
 
     Source: Carlini et al. 2019, "On Evaluating Adversarial Robustness".
     """
+    threat = threat.within(images)
     with seeded_noise(images.device, seed):
         try:
             correct = first_correct(network, images, labels)
@@ -78,6 +79,7 @@ def quick_checks(
         )
 
 
+@standard_torch_state()
 def is_randomised(network: nn.Module, images: Images, seed: int) -> bool:
     """Return whether the determinism check fails on the first 100 images: random outputs, or dependent on the batch."""
     if len(images) == 0:
@@ -86,10 +88,11 @@ def is_randomised(network: nn.Module, images: Images, seed: int) -> bool:
         return randomised(_output_checks(network, images[:_IMAGES]))
 
 
+@standard_torch_state()
 def objective_checks(objective: Objective, images: Images, threat: ThreatModel, seed: int) -> tuple[Check, ...]:
     """Return the gradient checks of any objective, such as a critic's, on the first 100 images (N, C, H, W)."""
     gradient_rule, (zero_rule, slope_rule) = RULES["worst_case_gradient"], _OBJECTIVE_RULES
-    clean = images[:_IMAGES]
+    clean, threat = as_images(images)[:_IMAGES], threat.within(images)
     if len(clean) == 0:
         return _skipped((gradient_rule, zero_rule, slope_rule), "there is no image")
     with seeded_noise(images.device, seed):
@@ -115,7 +118,7 @@ def first_correct(network: nn.Module, images: Images, labels: Labels) -> Tensor:
     correct = torch.zeros(0, dtype=torch.long, device=images.device)
     for first in range(0, len(images), _IMAGES):
         index = torch.arange(len(images), device=images.device)[first : first + _IMAGES]
-        logits = Batches(_BATCH).run(network, images[index])
+        logits = Batches(_BATCH).run(partial(outputs_of, network), images[index])
         _require_finite(logits.flatten(1), "network's output")
         correct = torch.cat([correct, index[margin(logits, labels[index]) > 0]])
         if len(correct) >= _IMAGES:
@@ -123,8 +126,10 @@ def first_correct(network: nn.Module, images: Images, labels: Labels) -> Tensor:
     return correct[:_IMAGES]
 
 
+@standard_torch_state()
 def worst_case_checks(objective: Objective, images: Images, threat: ThreatModel, seed: int) -> tuple[Check, ...]:
     """Return the checks of a worst-case search: of its objective's gradient, and of its fall with steps and eps."""
+    images, threat = as_images(images), threat.within(images)
     found = objective_checks(objective, images, threat, seed)
     if any(check.passed is None for check in found):
         return (*found, *_skipped(_SEARCH_RULES, "there is no gradient"))
@@ -136,7 +141,7 @@ def grey_covering_eps(threat: ThreatModel, images: Images) -> float:
     """Return the radius at which the ball around any image holds a grey one: half the pixel range in every pixel."""
     low, high = threat.pixel_range
     size: int = images[0].numel()
-    return 0.5 * (high - low) * float(size ** _DIMENSION_POWERS[threat.norm])
+    return 0.5 * (high - low) * float(size**threat.dimension_power)
 
 
 def _gradient_checks(
@@ -222,11 +227,11 @@ def _unbounded_check(objective: Objective, clean: Images, threat: ThreatModel, s
 
 @torch.no_grad()
 def _output_checks(network: nn.Module, clean: Images) -> tuple[Check, Check]:
-    runs = [Batches(size).run(network, clean) for size in _BATCH_SIZES]
+    runs = [Batches(size).run(partial(outputs_of, network), clean) for size in _BATCH_SIZES]
     # rows that lie in [0, 1] and sum to one are no accident
     simplex = (runs[0] >= 0).all(1) & ((runs[0].sum(1) - 1).abs() < 1e-3)
     share = int(simplex.sum()) / len(clean)
-    units = [logits / logits.norm(dim=1, keepdim=True).clamp_min(1e-30) for logits in runs]
+    units = [logits / row_lengths(logits).clamp_min(1e-30) for logits in runs]
     # a non-finite difference counts as 2, the diameter of the unit ball
     difference = float(torch.stack([unit - units[0] for unit in units]).abs().nan_to_num(2.0).max())
     logits_rule, determinism = _OUTPUT_RULES

@@ -1,14 +1,16 @@
-"""Attacks on the label of a classifier: objectives to minimise, the l1 search, and the attack tiers."""
+"""Attacks on the label of a classifier: objectives to minimise, stages and the attack tiers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.adversary.pgd import PGD, SearchResult, minimise
-from audit.adversary.threat import L1, ThreatModel
+from audit.adversary.passes import outputs_of
+from audit.adversary.pgd import PGD, Balls, SearchResult, restarted_search, shrinking_ball_search, start_at_any_distance
+from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError, UsageError
 from audit.types import Images, Labels, Objective, ObjectiveValue
 
@@ -27,7 +29,7 @@ def cross_entropy_objective(network: nn.Module, labels: Labels) -> Objective:
     """Return the objective that maximises the cross-entropy of the true labels (N,)."""
 
     def objective(images: Images, index: Tensor) -> ObjectiveValue:
-        logits, true = network(images), labels[index]
+        logits, true = outputs_of(network, images), labels[index]
         value = -F.cross_entropy(logits, true, reduction="none")
         return ObjectiveValue(value, ~(margin(logits.detach(), true) > 0))
 
@@ -41,7 +43,7 @@ def margin_objective(network: nn.Module, labels: Labels) -> Objective:
     """
 
     def objective(images: Images, index: Tensor) -> ObjectiveValue:
-        value = margin(network(images), labels[index])
+        value = margin(outputs_of(network, images), labels[index])
         return ObjectiveValue(value, ~(value.detach() > 0))
 
     return objective
@@ -57,81 +59,11 @@ def targeted_margin_objective(network: nn.Module, labels: Labels, targets: Label
     """
 
     def objective(images: Images, index: Tensor) -> ObjectiveValue:
-        logits = network(images)
+        logits = outputs_of(network, images)
         true, other = (logits.gather(1, which[index][:, None]).squeeze(1) for which in (labels, targets))
         return ObjectiveValue(true - other, ~(margin(logits.detach(), labels[index]) > 0))
 
     return objective
-
-
-def without_early_stopping(objective: Objective) -> Objective:
-    """Return the objective with no image ever done: a search finds the lowest value in the ball, not a first error."""
-
-    def unstopped(images: Images, index: Tensor) -> ObjectiveValue:
-        value = objective(images, index).value
-        return ObjectiveValue(value, torch.zeros(len(images), dtype=torch.bool, device=images.device))
-
-    return unstopped
-
-
-_WIDER_BALLS = ((6.0, 0.3), (2.5, 0.3))  # radii in multiples of eps, with the share of the steps spent in each ball
-_FEWEST_STEPS = 10  # shorter searches stay in the ball itself
-
-
-def shrinking_ball_search(
-    objective: Objective, clean: Images, threat: ThreatModel, pgd: PGD, generator: torch.Generator
-) -> SearchResult:
-    """Minimise an objective as `pgd.minimise` does; in l1, first in wider balls, within the same number of steps.
-
-    The best l1 perturbations change few pixels, which the gradient at the clean image does not single out: a descent
-    inside the ball keeps the pixels it starts with.
-
-    Source: Croce & Hein 2021, "Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers", section 3.4
-    (the radii, and the sparse starts, are ours).
-    """
-    if not isinstance(threat, L1) or pgd.steps < _FEWEST_STEPS or len(clean) == 0:
-        return minimise(objective, clean, threat, pgd, generator)
-    start = threat.sparse_start(clean, generator) if pgd.random_start else clean
-    best = _descend_through_balls(objective, clean, threat, pgd, start)
-    for restart in range(1, pgd.restarts):
-        start, left = threat.sparse_start(clean, generator), (~best.done).nonzero().flatten()
-        if len(left) == 0:
-            break
-        again = _descend_through_balls(_restricted(objective, left), clean[left], threat, pgd, start[left])
-        best = _merge(best, again, left, restart * (pgd.steps + 1))
-    return best
-
-
-def _descend_through_balls(objective: Objective, clean: Images, threat: L1, pgd: PGD, start: Images) -> SearchResult:
-    """Search in ever smaller balls, each from the end of the one before, and return the best iterates of the last."""
-    unused, spent, passes, forwards = torch.Generator(), 0, 0, 0
-    for radii, share in _WIDER_BALLS:
-        wider, steps = replace(threat, eps=radii * threat.eps), int(share * pgd.steps)
-        part = replace(pgd, steps=steps, random_start=False, restarts=1)
-        found = minimise(without_early_stopping(objective), clean, wider, part, unused, wider.project(start, clean))
-        start, spent = found.images, spent + steps
-        passes, forwards = passes + found.passes, forwards + found.forwards
-    part = replace(pgd, steps=pgd.steps - spent, random_start=False, restarts=1)
-    found = minimise(objective, clean, threat, part, unused, threat.project(start, clean))
-    step = torch.where(found.step < 0, found.step, found.step + spent)
-    return found._replace(step=step, passes=passes + found.passes, forwards=forwards + found.forwards)
-
-
-def _restricted(objective: Objective, subset: Tensor) -> Objective:
-    return lambda images, index: objective(images, subset[index])
-
-
-def _merge(best: SearchResult, again: SearchResult, left: Tensor, before: int) -> SearchResult:
-    """Update the best iterates with the better ones of a restart on the images of indices `left` (A,)."""
-    better = again.done | (again.value < best.value[left])
-    where = left[better]
-    best.images[where], best.value[where], best.done[where] = (
-        again.images[better],
-        again.value[better],
-        again.done[better],
-    )
-    best.step[where] = torch.where(again.step < 0, again.step, again.step + before)[better]
-    return best._replace(passes=best.passes + again.passes, forwards=best.forwards + again.forwards)
 
 
 LOSSES: dict[str, Callable[[nn.Module, Labels], Objective]] = {
@@ -164,6 +96,46 @@ class Stage:
         """Return the stage's name in tables, such as `margin-40x2` or `targeted-20x3`."""
         times = self.targets or self.pgd.restarts
         return f"{self.loss}-{self.pgd.steps}" + (f"x{times}" if times > 1 else "")
+
+    def search(
+        self, objective: Objective, clean: Images, threat: ThreatModel, generator: torch.Generator
+    ) -> SearchResult:
+        """Return the best iterates (N, C, H, W) of an objective around clean images."""
+        return shrinking_ball_search(objective, clean, threat, self.pgd, generator)
+
+
+@dataclass(frozen=True)
+class ThoroughStage(Stage):
+    """A stage in l2 or l1 that descends through `balls`: first from the clean images, then from random ones.
+
+    Without a random start it has no other start. In both norms a descent inside the ball ends in a local minimum on the
+    side of the ball that it first reaches; images from wider balls are projected onto other sides.
+    """
+
+    balls: Balls = ()
+
+    @property
+    def name(self) -> str:
+        """Return the stage's name in tables, such as `margin-60x2-outside`, or `ce-100-inside` for the ball alone."""
+        return f"{super().name}-{'outside' if self.balls else 'inside'}"
+
+    def search(
+        self, objective: Objective, clean: Images, threat: ThreatModel, generator: torch.Generator
+    ) -> SearchResult:
+        """Return the best iterates (N, C, H, W) of an objective around clean images."""
+        first = partial(start_at_any_distance, threat) if self.pgd.random_start else (lambda same, _: same)
+        return restarted_search(objective, (clean, threat, self.balls), self.pgd, generator, first)
+
+
+_TWICE: Balls = ((3.0, 0.3), (1.5, 0.3))
+_THOROUGH = (
+    ThoroughStage("margin", PGD(60, 0.1, random_start=False, restarts=3), balls=_TWICE),
+    ThoroughStage("ce", PGD(60, 0.1, random_start=False, restarts=2), balls=_TWICE),
+    ThoroughStage("targeted", PGD(40, 0.1, random_start=False), targets=9, balls=_TWICE),
+    ThoroughStage("ce", PGD(100, 0.1, restarts=2)),
+    ThoroughStage("margin", PGD(100, 0.1, restarts=2)),
+)
+"""Searches in l2 and l1 on images that all others of an attack leave."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +178,11 @@ class LabelAttack:
         """Return the names of all stages in a norm, in the order in which they run."""
         noise = [f"noise-{self.noise}"] if self.noise else []
         gradient_free = [self.gradient_free_name(norm)] if self.queries else []
-        return (*(stage.name for stage in self.stages), *noise, *gradient_free, *self.borrowed)
+        return (*(stage.name for stage in self.stages_in(norm)), *noise, *gradient_free, *self.borrowed)
+
+    def stages_in(self, norm: str) -> tuple[Stage, ...]:
+        """Return the gradient-based stages in a norm: in l2 and l1, attacks with queries search more thoroughly."""
+        return self.stages + (_THOROUGH if self.stages and self.queries and norm != "linf" else ())
 
     def gradient_free_name(self, norm: str) -> str:
         """Return the name of the gradient-free attack in a norm, such as `square-300`; empty if there is none."""
@@ -214,7 +190,8 @@ class LabelAttack:
 
     def version_in(self, norm: str) -> int:
         """Return the version of the attack in a norm, which increases when results in that norm change."""
-        return self.version + (1 if self.queries and norm != "linf" else 0) + (1 if self.stages and norm == "l1" else 0)
+        raised = bool(self.queries and norm != "linf") + bool(self.stages and norm == "l1")
+        return self.version + raised + (self.stages_in(norm) != self.stages)
 
     @property
     def batch_size(self) -> int:

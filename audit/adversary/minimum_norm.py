@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from audit.adversary.accuracy import logits_of
 from audit.adversary.label_attack import margin
-from audit.adversary.passes import input_gradient
+from audit.adversary.passes import frozen_parameters, input_gradient, outputs_of
 from audit.adversary.threat import L2
 from audit.errors import UsageError
-from audit.types import Images, Labels
+from audit.types import Images, Labels, as_images, as_labels, standard_torch_state
 
 _INSIDE = 1 - 1e-4  # atanh of a black or white pixel is infinite; Adam recovers from atanh 5, not from 10
 
@@ -77,6 +77,7 @@ class DDN:
             raise UsageError(f"gamma {self.gamma!r} of DDN is outside (0, 1), the relative change of the radius")
 
 
+@standard_torch_state()
 def carlini_wagner(network: nn.Module, images: Images, labels: Labels, settings: CarliniWagner) -> MinimumNormResult:
     """Minimise ||x' - x||^2 + c * margin(x') with Adam for images (N, C, H, W), with a binary search for c per image.
 
@@ -98,6 +99,7 @@ def carlini_wagner(network: nn.Module, images: Images, labels: Labels, settings:
     return _search_batches(search, network, images, labels, settings.batch_size)
 
 
+@standard_torch_state()
 def ddn(network: nn.Module, images: Images, labels: Labels, settings: DDN) -> MinimumNormResult:
     """Ascend the cross-entropy of images (N, C, H, W) on spheres that shrink around adversarial iterates.
 
@@ -113,7 +115,7 @@ def ddn(network: nn.Module, images: Images, labels: Labels, settings: DDN) -> Mi
         radius = best.norms.new_full(best.norms.shape, settings.initial_norm)
         for step in range(settings.steps):
             leaf = current.detach().requires_grad_()
-            logits = network(leaf)
+            logits = outputs_of(network, leaf)
             gradient = input_gradient(F.cross_entropy(logits, true, reduction="sum"), leaf)
             adversarial = _update_nearest(best, current, logits.detach(), true, clean)
             size = 0.01 + 0.99 * (1 + cos(pi * step / settings.steps)) / 2  # annealed from 1 to .01
@@ -135,7 +137,7 @@ def _descend(
     for _ in range(settings.steps):
         images = (position.tanh() + 1) / 2
         leaf = images.detach().requires_grad_()
-        logits = network(leaf)
+        logits = outputs_of(network, leaf)
         adversarial = _update_nearest(best, images, logits.detach(), labels, clean)
         broken |= adversarial
         # the gradient of the margin by itself: that of the distance would hide a missing one
@@ -163,16 +165,18 @@ def _search_batches(
     batch_size: int,
 ) -> MinimumNormResult:
     """Search from the correctly classified images in batches; discard results that a plain forward pass rejects."""
-    found = images.detach().clone()
+    images, labels = as_images(images), as_labels(labels)
+    found = images.clone()
     norms = images.new_zeros(len(images))
     passes = 0
     correct = _correct(network, found, labels, batch_size).nonzero().flatten()
-    for index in correct.split(batch_size) if len(correct) else ():
-        best = MinimumNormResult(found[index], norms.new_full(index.shape, torch.inf), 0)
-        passes += search(best, labels[index])
-        found[index], norms[index] = best.images, best.norms
+    with frozen_parameters(network):
+        for index in correct.split(batch_size) if len(correct) else ():
+            best = MinimumNormResult(found[index], norms.new_full(index.shape, torch.inf), 0)
+            passes += search(best, labels[index])
+            found[index], norms[index] = best.images, best.norms
     unconfirmed = _correct(network, found, labels, batch_size)
-    found[unconfirmed], norms[unconfirmed] = images.detach()[unconfirmed], torch.inf
+    found[unconfirmed], norms[unconfirmed] = images[unconfirmed], torch.inf
     return MinimumNormResult(found, norms, passes)
 
 

@@ -3,7 +3,8 @@
 Source: Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks", section 2.1.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from audit.adversary.passes import Batches, input_gradient
-from audit.adversary.threat import ThreatModel
+from audit.adversary.threat import L1, ThreatModel
 from audit.errors import UsageError
-from audit.types import Images, Objective, ObjectiveValue
+from audit.types import Images, Objective, ObjectiveValue, as_images, standard_torch_state
 
 CLEAN_STEP = -1
 """The step at which the clean image is met."""
@@ -58,6 +59,7 @@ class SearchResult(NamedTuple):
     forwards: int
 
 
+@standard_torch_state()
 def minimise(
     objective: Objective,
     clean: Images,
@@ -75,6 +77,8 @@ def minimise(
 
     Source: Madry et al. 2018, section 2.1.
     """
+    clean, start = as_images(clean), None if start is None else as_images(start)
+    threat = threat.within(clean)
     search = _Descent(objective, clean, threat, pgd)
     if len(clean) == 0:
         return search.result()
@@ -194,3 +198,102 @@ def _batch_length(left: int) -> int:
     """
     grain = max(1, (1 << left.bit_length()) // (2 * _SIZES_PER_OCTAVE))
     return -(-left // grain) * grain
+
+
+def without_early_stopping(objective: Objective) -> Objective:
+    """Return the objective with no image ever done: a search finds the lowest value in the ball, not a first error."""
+
+    def unstopped(images: Images, index: Tensor) -> ObjectiveValue:
+        value = objective(images, index).value
+        return ObjectiveValue(value, torch.zeros(len(images), dtype=torch.bool, device=images.device))
+
+    return unstopped
+
+
+Balls = tuple[tuple[float, float], ...]
+"""Radii in multiples of eps, with the share of the steps spent in each ball; the rest is spent in the ball itself."""
+
+_WIDER_BALLS: Balls = ((6.0, 0.3), (2.5, 0.3))
+_FEWEST_STEPS = 10  # shorter searches stay in the ball itself
+
+
+@standard_torch_state()
+def shrinking_ball_search(
+    objective: Objective, clean: Images, threat: ThreatModel, pgd: PGD, generator: torch.Generator
+) -> SearchResult:
+    """Minimise an objective as `pgd.minimise` does; in l1, first in wider balls, within the same number of steps.
+
+    The best l1 perturbations change few pixels, which the gradient at the clean image does not single out: a descent
+    inside the ball keeps the pixels it starts with.
+
+    Source: Croce & Hein 2021, "Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers", section 3.4
+    (the radii, and the sparse starts, are ours).
+    """
+    clean, threat = as_images(clean), threat.within(clean)
+    if not isinstance(threat, L1) or pgd.steps < _FEWEST_STEPS or len(clean) == 0:
+        return minimise(objective, clean, threat, pgd, generator)
+    start = threat.sparse_start if pgd.random_start else None
+    return restarted_search(objective, (clean, threat, _WIDER_BALLS), pgd, generator, start or (lambda same, _: same))
+
+
+_Start = Callable[[Images, torch.Generator], Images]
+_Place = tuple[Images, ThreatModel, Balls]
+
+
+def restarted_search(
+    objective: Objective, place: _Place, pgd: PGD, generator: torch.Generator, first: _Start
+) -> SearchResult:
+    """Search through balls from one start by `first` and from further random ones, and return the best iterates."""
+    clean, threat, balls = place
+    again = threat.sparse_start if isinstance(threat, L1) else partial(start_at_any_distance, threat)
+    best = _descend_through_balls(objective, place, pgd, first(clean, generator))
+    for restart in range(1, pgd.restarts):
+        start, left = again(clean, generator), (~best.done).nonzero().flatten()
+        if len(left) == 0:
+            break
+        there = clean[left], threat, balls
+        found = _descend_through_balls(_restricted(objective, left), there, pgd, start[left])
+        best = _merge(best, found, left, restart * (pgd.steps + 1))
+    return best
+
+
+def start_at_any_distance(threat: ThreatModel, clean: Images, generator: torch.Generator) -> Images:
+    """Return random legal images, at distances from `clean` (N, C, H, W) that are uniform up to that of a random one.
+
+    In many dimensions almost all of a ball is near its surface, where a descent hardly leaves the side it starts on.
+    """
+    shares = torch.rand((len(clean), 1, 1, 1), generator=generator, dtype=torch.float32).to(clean)
+    return threat.project(clean + shares * (threat.random_start(clean, generator) - clean), clean)
+
+
+def _descend_through_balls(objective: Objective, place: _Place, pgd: PGD, start: Images) -> SearchResult:
+    """Search in ever smaller balls, each from the end of the one before, and return the best iterates of the last."""
+    clean, threat, balls = place
+    unused, spent, passes, forwards = torch.Generator(), 0, 0, 0
+    for radii, share in balls:
+        wider, steps = replace(threat, eps=radii * threat.eps), int(share * pgd.steps)
+        part = replace(pgd, steps=steps, random_start=False, restarts=1)
+        found = minimise(without_early_stopping(objective), clean, wider, part, unused, wider.project(start, clean))
+        start, spent = found.images, spent + steps
+        passes, forwards = passes + found.passes, forwards + found.forwards
+    part = replace(pgd, steps=pgd.steps - spent, random_start=False, restarts=1)
+    found = minimise(objective, clean, threat, part, unused, threat.project(start, clean))
+    step = torch.where(found.step < 0, found.step, found.step + spent)
+    return found._replace(step=step, passes=passes + found.passes, forwards=forwards + found.forwards)
+
+
+def _restricted(objective: Objective, subset: Tensor) -> Objective:
+    return lambda images, index: objective(images, subset[index])
+
+
+def _merge(best: SearchResult, again: SearchResult, left: Tensor, before: int) -> SearchResult:
+    """Update the best iterates with the better ones of a restart on the images of indices `left` (A,)."""
+    better = again.done | (again.value < best.value[left])
+    where = left[better]
+    best.images[where], best.value[where], best.done[where] = (
+        again.images[better],
+        again.value[better],
+        again.done[better],
+    )
+    best.step[where] = torch.where(again.step < 0, again.step, again.step + before)[better]
+    return best._replace(passes=best.passes + again.passes, forwards=best.forwards + again.forwards)

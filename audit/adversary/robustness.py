@@ -13,12 +13,19 @@ from audit.adversary.accuracy import Accuracy, logits_of, measure_accuracy, meas
 from audit.adversary.attack_checks import Check, randomised, trustworthy
 from audit.adversary.gradient_checks import first_correct, grey_covering_eps, is_randomised, quick_checks
 from audit.adversary.label_attack import TIERS, LabelAttack, Stage, margin, margin_objective
-from audit.adversary.passes import MajorityVote, MeanOfDraws, seeded_noise
+from audit.adversary.passes import (
+    MajorityVote,
+    MeanOfDraws,
+    frozen_parameters,
+    outputs_of,
+    outside_inference_mode,
+    seeded_noise,
+)
 from audit.adversary.pgd import PGD, minimise
 from audit.adversary.threat import ThreatModel, threat_model
 from audit.proportion import Proportion, wilson
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Images, Labels
+from audit.types import Images, Labels, as_images, as_labels, standard_torch_state
 
 EPS_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
 _RECHECKED = 100  # images broken without a gradient for which gradient-based searches are repeated
@@ -41,7 +48,8 @@ class Robustness(NamedTuple):
 class TargetModel:
     """A network with the labelled images it is attacked on: images (N, C, H, W), labels (N,).
 
-    `randomised` marks a network known to have random outputs.
+    Images and labels may be given as tensors, NumPy arrays or lists. `randomised` marks a network known to have random
+    outputs. Raises MismatchError for images and labels that are no arrays of numbers.
     """
 
     network: nn.Module
@@ -49,10 +57,19 @@ class TargetModel:
     labels: Labels
     randomised: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "network", outside_inference_mode(self.network))
+        device = next((each.device for each in self.network.parameters()), None)
+        for name, convert in (("images", as_images), ("labels", as_labels)):
+            given = getattr(self, name)
+            # tensors must be where the network is; arrays and lists are nowhere
+            object.__setattr__(self, name, convert(given) if isinstance(given, Tensor) else convert(given).to(device))
+
     def subset(self, index: Tensor) -> "TargetModel":
         """Return the target with some of the images, by their indices (M,)."""
         return replace(self, images=self.images[index], labels=self.labels[index])
 
+    @standard_torch_state()
     def detect_randomness(self, seed: int) -> "TargetModel":
         """Return the target with `randomised` measured on its first images."""
         return replace(self, randomised=is_randomised(self.network, self.images, seed))
@@ -68,6 +85,7 @@ class TargetModel:
         return MajorityVote(self.network) if self.randomised else self.network
 
 
+@standard_torch_state()
 def evaluate_robustness(target: TargetModel, threat: ThreatModel, attack: LabelAttack, seed: int) -> Robustness:
     """Measure clean and adversarial accuracy of a network, and check whether the attack can be trusted.
 
@@ -85,10 +103,12 @@ def evaluate_robustness(target: TargetModel, threat: ThreatModel, attack: LabelA
     data = (target.network, target.images, target.labels)
     if threat.eps == 0:
         return Robustness(measure_accuracy(*data, threat, attack, seed), ())
-    quick = quick_checks(*data, threat, seed)
+    threat = threat.within(target.images)
+    with frozen_parameters(target.network):
+        quick = quick_checks(*data, threat, seed)
     target = replace(target, randomised=randomised(quick))
     accuracy = measure_target(target, threat, attack, seed)
-    with seeded_noise(target.images.device, seed):
+    with frozen_parameters(target.network), seeded_noise(target.images.device, seed):
         mean = TargetModel(target.searched, target.images, target.labels)
         return Robustness(accuracy, (*quick, *_masking_checks(mean, threat, accuracy, attack, seed)))
 
@@ -149,6 +169,7 @@ def _broken_from_halfway(few: TargetModel, broken: Images, threat: ThreatModel, 
     return index[found.done & (found.step > 0)]  # a start that is already adversarial is no evidence
 
 
+@standard_torch_state()
 def compare_attacks(target: TargetModel, threat: ThreatModel, attack: LabelAttack, seed: int) -> tuple[Check, ...]:
     """Compare the attack with weaker and stronger ones, on the first 100 images that are classified correctly.
 
@@ -193,7 +214,7 @@ class _ScaledLogits(nn.Module):
         self.eval()
 
     def forward(self, images: Images) -> Tensor:
-        return self.factor * self.network(images)
+        return self.factor * outputs_of(self.network, images)
 
 
 def _convergence_check(target: TargetModel, threat: ThreatModel, seed: int, pgd: PGD, spread: float) -> Check:
@@ -229,6 +250,7 @@ class EpsCurve(NamedTuple):
     forwards: int
 
 
+@standard_torch_state()
 def measure_eps_curve(
     target: TargetModel, threat: ThreatModel, seed: int, multiples: tuple[float, ...] = EPS_MULTIPLES
 ) -> EpsCurve:

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from audit.adversary.accuracy import logits_of
 from audit.adversary.external import EXTERNAL_ATTACKS
-from audit.adversary.label_attack import LabelAttack, Stage, cross_entropy_objective, margin, without_early_stopping
+from audit.adversary.label_attack import LabelAttack, Stage, cross_entropy_objective, margin
 from audit.adversary.minimum_norm import DDN, CarliniWagner, carlini_wagner, ddn
 from audit.adversary.passes import seeded_noise
-from audit.adversary.pgd import PGD, minimise
+from audit.adversary.pgd import PGD, minimise, without_early_stopping
 from audit.adversary.robustness import TargetModel, measure_target
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError, UsageError
 from audit.proportion import Proportion, wilson
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Images
+from audit.types import Images, standard_torch_state
 
 STAGES = {
     "fgsm": Stage("ce", PGD(1, 1.0, random_start=False)),
@@ -40,6 +40,7 @@ class SingleAttackResult(NamedTuple):
     forwards: int
 
 
+@standard_torch_state()
 def run_attack(name: str, target: TargetModel, threat: ThreatModel, seed: int) -> SingleAttackResult:
     """Run one attack by its name in `ATTACKS`, or `autoattack` for the standard one.
 
@@ -57,6 +58,7 @@ def run_attack(name: str, target: TargetModel, threat: ThreatModel, seed: int) -
     return SingleAttackResult(name, found.adversarial, found.robust, found.passes, found.forwards)
 
 
+@standard_torch_state()
 def transfer_matrix(targets: Mapping[str, TargetModel], threat: ThreatModel, seed: int) -> dict[str, dict[str, Tensor]]:
     """Return, for each source and target network, which of the source's adversarial images (N,) the target gets right.
 

@@ -4,9 +4,9 @@ Each norm defines the projection onto its ball, the steepest direction of unit n
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -27,11 +27,21 @@ class ThreatModel(ABC):
     pixel_range: tuple[float, float] = (0.0, 1.0)
 
     norm: ClassVar[str]
+    dimension_power: ClassVar[float]  # the norm of (1, ..., 1) is D to this power
 
     def __post_init__(self) -> None:
         fault = eps_fault(self.eps, self.norm)
         if fault:
             raise UsageError(fault)
+
+    def within(self, images: Images) -> Self:
+        """Return the threat model with a radius of at most the diameter of all legal images of that shape.
+
+        A larger radius changes no set of legal images, but its steps would only reach corners of the pixel range.
+        """
+        low, high = self.pixel_range
+        diameter = (high - low) * float(images[:1].numel() ** self.dimension_power)
+        return self if self.eps <= diameter or len(images) == 0 else replace(self, eps=diameter)
 
     def project(self, images: Images, clean: Images) -> Images:
         """Project images (N, C, H, W) onto the eps-ball around `clean` and the pixel range; return (N, C, H, W).
@@ -91,6 +101,7 @@ class Linf(ThreatModel):
     """The l-inf ball: every pixel changes by at most eps, in pixel units of images in [0, 1]; eps is at most 1."""
 
     norm: ClassVar[str] = "linf"
+    dimension_power: ClassVar[float] = 0.0
 
     def distance(self, images: Images, clean: Images) -> Tensor:
         """Return the largest absolute pixel change per image, (N,)."""
@@ -126,6 +137,7 @@ class L2(ThreatModel):
     """The l2 ball: the Euclidean length of the perturbation is at most eps, in pixel units of images in [0, 1]."""
 
     norm: ClassVar[str] = "l2"
+    dimension_power: ClassVar[float] = 0.5
 
     def distance(self, images: Images, clean: Images) -> Tensor:
         """Return the Euclidean length of the perturbation per image, (N,)."""
@@ -158,6 +170,7 @@ class L1(ThreatModel):
     """
 
     norm: ClassVar[str] = "l1"
+    dimension_power: ClassVar[float] = 1.0
     moved_share: ClassVar[float] = 0.01
 
     def project(self, images: Images, clean: Images) -> Images:

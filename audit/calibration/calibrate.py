@@ -21,6 +21,7 @@ BRIEF_CHANNELS = (
     "sign of a Gaussian mixture",
     "2 noiseless bits",
     "labels of two Gaussians",
+    "8 bits on 100 features, fitted noise",
 )
 ChannelProgress = Callable[[str, int], None]
 """Receives a description of the next channel and the number of channels done."""
@@ -62,17 +63,20 @@ def _row(estimator: Estimator, channel: Channel, plan: CalibrationPlan) -> Calib
     estimates = [_estimate(estimator, channel, plan, seed) for seed in range(channel.repeats)]
     normal, normal_error = _mean([each.normal for each in estimates])
     worst, worst_error = _mean([each.worst for each in estimates]) if channel.eps else (None, None)
-    judged = channel.normal_nats <= min(plan.max_nats, log(plan.samples)) and _dimension(channel) <= plan.max_dimensions
-    worst_known = channel.worst_nats is not None and channel.worst_is_exact
+    true_normal, true_worst = _truth(channel, estimates)
+    samples = channel.samples or plan.samples
+    small = channel.at_noise is not None or _dimension(channel) <= plan.max_dimensions
+    judged = true_normal <= min(plan.max_nats, log(samples)) and small
+    worst_known = true_worst is not None and channel.worst_is_exact
     return CalibrationRow(
         channel=channel.name,
         parameters=channel.parameters,
         estimator=estimator.name,
-        samples=plan.samples,
-        true_normal_nats=channel.normal_nats,
+        samples=samples,
+        true_normal_nats=true_normal,
         normal_nats=normal,
         normal_nats_se=normal_error,
-        true_worst_nats=channel.worst_nats,
+        true_worst_nats=true_worst,
         worst_nats=worst,
         worst_nats_se=worst_error,
         normal_tolerance=plan.normal_tolerance if judged else None,
@@ -80,8 +84,17 @@ def _row(estimator: Estimator, channel: Channel, plan: CalibrationPlan) -> Calib
     )
 
 
+def _truth(channel: Channel, estimates: Sequence[Vulnerability]) -> tuple[float, float | None]:
+    """Return the true values, at the noise that was fitted if the channel has one for every noise."""
+    if channel.at_noise is None:
+        return channel.normal_nats, channel.worst_nats
+    exact = [channel.at_noise(each.normal.parts["noise"]) for each in estimates]
+    worst = fmean(each.worst for each in exact) if channel.worst_nats is not None else None
+    return fmean(each.normal for each in exact), worst
+
+
 def _estimate(estimator: Estimator, channel: Channel, plan: CalibrationPlan, seed: int) -> Vulnerability:
-    sample = channel.sample(plan.samples, seed)
+    sample = channel.sample(channel.samples or plan.samples, seed)
     encoder = channel.noisy_encoder(seed)
     if plan.with_noise is not None:
         encoder, estimator = channel.noiseless_encoder(), plan.with_noise(estimator, channel)

@@ -26,12 +26,15 @@ from audit.calibration.closed_forms import (
     two_points,
     uniform,
 )
+from audit.calibration.label_channels import label_channels
+from audit.calibration.smoothed_channels import smoothed_channels
 from audit.types import Features, Images
 
 
 def all_channels() -> list[Channel]:
     """Return every channel, with one entry for each radius."""
-    return [*_sign(), *_atoms(), *_reals(), *_vectors(), *_bits(), *_projections(), *_labelled()]
+    known = [*_sign(), *_atoms(), *_reals(), *_vectors(), *_bits(), *_projections(), *_labelled()]
+    return [*known, *label_channels(), *smoothed_channels()]
 
 
 def _sign() -> list[Channel]:

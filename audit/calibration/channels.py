@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from audit.calibration.closed_forms import ExactInformation
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Encoder, Features, Images, Labels
 
@@ -31,7 +32,8 @@ class Channel:
     `eps` is in pixels. `classes` is the number of classes if features are logits, else 0. The information is I(X; Z)
     about the image or I(Y; Z) about its label, by `target`. `worst_is_exact` is false if the closed form of
     the worst case is only an upper bound of the infimum. Estimates are averaged over `repeats` samples where a sample
-    cannot be stratified.
+    cannot be stratified. `samples` replaces the plan's number. For a "smoothed image" the estimator adds noise that it
+    fits to the features: `at_noise` gives both values at any noise, in deviations of each feature.
     """
 
     name: str
@@ -44,8 +46,10 @@ class Channel:
     worst_nats: float | None
     classes: int = 0
     worst_is_exact: bool = True
-    target: Literal["image", "label"] = "image"
+    target: Literal["image", "label", "smoothed image"] = "image"
     repeats: int = 1
+    samples: int | None = None
+    at_noise: Callable[[float], ExactInformation] | None = None
 
     def sample(self, count: int, seed: int) -> ChannelSample:
         """Return a seeded sample of `count` inputs."""

@@ -18,8 +18,18 @@ def _is_about_images(channel: Channel) -> bool:
     return channel.target == "image"
 
 
+def _is_about_answers(channel: Channel) -> bool:
+    return channel.target == "image" and channel.classes > 0
+
+
+def _is_about_images_and_smoothed_ones(channel: Channel) -> bool:
+    return channel.target in ("image", "smoothed image")
+
+
 def _set_channel_noise(estimator: Estimator, channel: Channel) -> Estimator:
     assert isinstance(estimator, Sandwich)
+    if channel.at_noise:
+        return replace(estimator, noise=None, absolute=False)
     return replace(estimator, noise=channel.sigma or _NOISE_WITHOUT_CHANNEL_NOISE, absolute=True)
 
 
@@ -45,10 +55,12 @@ class CalibrationPlan:
 _RELEASED = CalibrationPlan(1000, None, None, applies=lambda channel: channel.name.startswith("projection"))
 
 PLANS: dict[str, CalibrationPlan] = {
-    "sandwich": CalibrationPlan(2000, 0.05, 0.03, with_noise=_set_channel_noise),
+    "sandwich": CalibrationPlan(
+        2000, 0.05, 0.03, applies=_is_about_images_and_smoothed_ones, with_noise=_set_channel_noise
+    ),
     "mine": CalibrationPlan(5000, 0.1, None, max_nats=2.0, max_dimensions=5),
-    "label-level": CalibrationPlan(5000, 0.01, 0.01, applies=lambda channel: channel.classes > 0),
-    "label-information": CalibrationPlan(5000, 0.05, 0.05, applies=lambda channel: channel.target == "label"),
+    "label-level": CalibrationPlan(5000, 0.01, 0.01, applies=_is_about_answers),
+    "label-information": CalibrationPlan(1200, 0.05, 0.05, applies=lambda channel: channel.target == "label"),
     "ref-local": _RELEASED,
     "ref-mean": _RELEASED,
 }

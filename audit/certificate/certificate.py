@@ -74,7 +74,7 @@ def certify(
     Source: Bhagoji, Cullina & Zhao, fixed feature extractors (AdvML-Frontiers 2023): for pairs of two classes the
     bound is N minus a maximum matching of the graph of collisions. Hubs and more classes are our extension.
     """
-    if reason := reason_not_applicable(layer, clean, labels, threat, settings.tier):
+    if reason := reason_not_applicable(layer, clean, labels, settings.tier):
         return NotApplicable(reason)
     search = CollisionSearch(layer, clean, threat, settings.effort, settings.batch_size, on_progress=on_progress)
     noise = noise_floor(layer.working, clean)
@@ -100,7 +100,7 @@ def certify_held_out(
     Source: Clopper & Pearson 1934 for the limit; Bhagoji, Cullina & Zhao (AdvML-Frontiers 2023) for collisions on a
     fixed feature extractor; frozen hubs are our extension.
     """
-    if reason := reason_not_applicable(layer, clean, labels, threat, settings.tier):
+    if reason := reason_not_applicable(layer, clean, labels, settings.tier):
         return NotApplicable(reason)
     if len(clean) < 2:
         return NotApplicable("a held-out bound needs at least two images, not one")

@@ -6,7 +6,7 @@ the network, close what is left.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from audit.adversary.passes import input_gradient
 from audit.adversary.threat import ThreatModel
+from audit.certificate.ball_steps import step_in_ball
 from audit.certificate.dual_precision import DualPrecisionLayer
 from audit.certificate.gauss_newton import LinearisedGroups
 from audit.types import FeatureMap, Features, Images
@@ -36,8 +37,9 @@ class SearchEffort:
 
     `sign_steps` and `pair_steps` are signed gradient steps towards a hub and within a pair; `newton_steps` the maximum
     number of Jacobians of a group; `relative_step` the first signed step in units of eps; `hubs` the maximum number of
-    hubs; `neighbours` the number of partners tried for each remaining image; `memory_mib` the memory for the Jacobians
-    of one batch.
+    hubs; `neighbours` the number of partners tried for each remaining image; `pair_passes` the forward+backward passes
+    an image of all images after which no further pairs are tried; `memory_mib` the memory for the Jacobians of one
+    batch.
     """
 
     sign_steps: int = 4
@@ -46,6 +48,7 @@ class SearchEffort:
     relative_step: float = 0.2
     hubs: int = 2
     neighbours: int = 8
+    pair_passes: float = 40.0
     memory_mib: int = 256
 
 
@@ -116,6 +119,11 @@ class CollisionSearch:
         """The largest legal pixels (N, C, H, W), float64."""
         return (self.clean.double() + self.threat.eps * _EPS_MARGIN).clamp_max(self.threat.pixel_range[1])
 
+    @cached_property
+    def ball(self) -> ThreatModel:
+        """The threat model with a slightly smaller radius."""
+        return replace(self.threat, eps=self.threat.eps * _EPS_MARGIN)
+
     @torch.no_grad()
     def features(self, images: Images, feature_map: FeatureMap) -> Features:
         """Return the features (N, D) of images (N, C, H, W), batch by batch."""
@@ -152,7 +160,11 @@ class CollisionSearch:
             direction = torch.stack([residual, -residual], 1)[:, : groups.shape[1]].flatten(0, 1)
             gradient = input_gradient(features, leaf, direction)
             size = self.threat.eps * self.effort.relative_step * (1 - 0.9 * done / steps)
-            moved = (moved - size * gradient.sign().view_as(moved)).clamp(low, high)
+            if self.threat.norm == "linf":
+                moved = (moved - size * gradient.sign().view_as(moved)).clamp(low, high)
+            else:
+                clean, downhill = self.clean[groups].double().flatten(0, 1), gradient.double()
+                moved = self.ball.step(moved.flatten(0, 1), downhill, clean, size).view_as(moved)
             self.log.passes += len(leaf)
         return moved
 
@@ -185,7 +197,7 @@ class _GaussNewtonRefinement:
                 break
             linear = LinearisedGroups.of(self._jacobian(moved[active]), low[active], high[active], damping[active])
             before = linear.pixel_distance(residual[active])
-            moved[active], residual[active] = self._chord_steps(linear, moved[active], residual[active])
+            moved[active], residual[active] = self._chord_steps(linear, moved[active], residual[active], groups[active])
             ratio = linear.pixel_distance(residual[active]) / before
             damping[active] = torch.where(ratio < 0.95, damping[active] / 10, damping[active] * 10).clamp(1e-8, 1e-2)
             stalled[active] = torch.where(ratio > 0.9, stalled[active] + 1, 0)
@@ -196,19 +208,27 @@ class _GaussNewtonRefinement:
     def _converged(self) -> float:
         return _CONVERGED * self.search.scale
 
-    def _chord_steps(self, linear: LinearisedGroups, moved: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def _chord_steps(
+        self, linear: LinearisedGroups, moved: Tensor, residual: Tensor, groups: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Take up to four steps with one Jacobian, as long as each halves the residual."""
         moved, residual = moved.clone(), residual.clone()
         active = torch.arange(len(moved), device=moved.device)
         for _ in range(4):
             part, before = linear.select(active), linear.pixel_distance(residual, active)
-            step = part.step(moved[active], residual[active])
+            step = self._step(part, moved[active], residual[active], groups[active])
             moved[active], residual[active] = self._line_search(step, moved[active], residual[active], part)
             halved = linear.pixel_distance(residual, active) < 0.5 * before
             active = active[halved & (residual[active].norm(dim=1) > self._converged)]
             if len(active) == 0:
                 break
         return moved, residual
+
+    def _step(self, linear: LinearisedGroups, moved: Tensor, residual: Tensor, groups: Tensor) -> Tensor:
+        """Return the steps of groups of images (G, M, C, H, W) that stay inside the balls of these images."""
+        if self.search.threat.norm == "linf":
+            return linear.step(moved, residual)
+        return step_in_ball(linear, moved, residual, self.search.clean[groups].double(), self.search.ball)
 
     def _line_search(
         self, step: Tensor, moved: Tensor, residual: Tensor, linear: LinearisedGroups

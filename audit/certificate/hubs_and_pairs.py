@@ -18,6 +18,8 @@ from audit.random_keys import Purpose, keyed_generator
 from audit.types import Features, Labels
 
 _RIDGE = 1e-3
+_PROBE = 16  # images that try a hub before the others do
+_ROUND = 32  # pairs tried at once; a round without a collision is the last, for nearer pairs are tried first
 
 
 def inverse_covariance(features: Features) -> Tensor:
@@ -58,19 +60,38 @@ def choose_hub(search: CollisionSearch, among: Tensor, seed: int) -> HubTarget:
 def find_hubs(search: CollisionSearch, tolerance: float, seed: int) -> tuple[tuple[HubTarget, ...], Collisions]:
     """Return hubs and the collisions at them; each hub is chosen for the images that reached none of the earlier ones.
 
-    An image has reached a hub if its features are within `tolerance`, in feature units.
+    An image has reached a hub if its features are within `tolerance`, in feature units. A few images try a hub before
+    the others: if none of them reaches it, no other image tries.
     """
     hubs: list[HubTarget] = []
     found = [_no_collisions(search)]
     remaining = torch.arange(len(search.clean), device=search.clean.device)
     while len(hubs) < search.effort.hubs and len(remaining) >= 2:
         hub = choose_hub(search, remaining, seed)
-        collisions, remaining = _collide_at(search, hub, remaining, tolerance)
+        collisions, remaining = _probed(search, hub, remaining, tolerance)
         if len(collisions.members) < 2:
             break
         hubs.append(hub)
         found.append(collisions)
     return tuple(hubs), concatenate(found)
+
+
+def _probed(search: CollisionSearch, hub: HubTarget, images: Tensor, tolerance: float) -> tuple[Collisions, Tensor]:
+    """Return what `_collide_at` does, after a trial of a few images if there are many."""
+    if len(images) <= 2 * _PROBE:
+        return _collide_at(search, hub, images, tolerance)
+    is_probe = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    is_probe[torch.linspace(0, len(images) - 1, _PROBE).long()] = True
+    first, missed = _collide_at(search, hub, images[is_probe], tolerance)
+    if len(first.members) == 0:
+        return first, images
+    second, left = _collide_at(search, hub, images[~is_probe], tolerance)
+    members = torch.cat([first.members, second.members])
+    order = members.argsort()
+    moved = torch.cat([first.moved, second.moved])[order]
+    return Collisions(first.targets, members[order], torch.zeros_like(members), moved), torch.cat(
+        [missed, left]
+    ).sort()[0]
 
 
 def collide_at_hubs(search: CollisionSearch, hubs: Sequence[HubTarget], tolerance: float) -> Collisions:
@@ -114,18 +135,49 @@ def candidate_pairs(features: Features, labels: Labels, among: Tensor, neighbour
 def find_pairs(search: CollisionSearch, labels: Labels, among: Tensor, tolerance: float) -> Collisions:
     """Return the collisions of two images of different classes among the images with indices `among` (A,).
 
-    Pairs are tried by the distance of their clean features; each image of a pair has to come within `tolerance` of
-    their common target, in feature units.
+    Pairs are tried by the distance of their clean features, until a round of them finds no collision or the budget of
+    passes is spent; each image of a pair has to come within `tolerance` of their common target, in feature units.
     """
     features = search.encoded
     metric = inverse_covariance(features)
     whitened = (features - features.mean(0)).double() @ torch.linalg.cholesky(metric)
     pairs = candidate_pairs(whitened, labels, among, search.effort.neighbours)
-    if len(pairs) == 0:
-        return _no_collisions(search)
-    # a pair may collide anywhere: the target only sets the scale
-    moved, distance = search.collide(pairs, HubTarget(features.mean(0), metric), search.effort.pair_steps)
+    hub = HubTarget(features.mean(0), metric)  # a pair may collide anywhere: the target only sets the scale
+    found, allowed = [_no_collisions(search)], search.log.passes + search.effort.pair_passes * len(search.clean)
+    collided = torch.zeros(len(search.clean), dtype=torch.bool, device=among.device)
+    while len(pairs) and search.log.passes < allowed:
+        chosen = _disjoint(pairs, collided)
+        joined = _collide_pairs(search, pairs[chosen], hub, tolerance)
+        if len(joined.members) == 0:
+            break
+        collided[joined.members] = True
+        found.append(joined)
+        pairs = pairs[~chosen]
+    return concatenate(found)
+
+
+def _disjoint(pairs: Tensor, collided: Tensor) -> Tensor:
+    """Return a mask of the next pairs to try: the first ones without a common image, those of new images before others.
+
+    Disjoint pairs lower the bound most. `collided` (N,) marks images of a collision.
+    """
+    known = collided[pairs].sum(1)
+    used, chosen = set[int](), torch.zeros(len(pairs), dtype=torch.bool, device=pairs.device)
+    listed = pairs.tolist()
+    for row in known.argsort(stable=True).tolist():
+        if used.isdisjoint(listed[row]):
+            used.update(listed[row])
+            chosen[row] = True
+        if len(used) >= 2 * _ROUND:
+            break
+    return chosen
+
+
+def _collide_pairs(search: CollisionSearch, pairs: Tensor, hub: HubTarget, tolerance: float) -> Collisions:
+    moved, distance = search.collide(pairs, hub, search.effort.pair_steps)
     collided = distance <= 2 * tolerance
+    if not bool(collided.any()):
+        return _no_collisions(search)
     ends = search.features(moved[collided].flatten(0, 1), search.layer.precise).unflatten(0, (-1, 2))
     at = torch.arange(len(ends), device=ends.device).repeat_interleave(2)
     return Collisions(ends.mean(1), pairs[collided].flatten(), at, moved[collided].flatten(0, 1))

@@ -4,6 +4,7 @@ A certificate bounds every head on a layer. The network's own head and trained h
 one above the bound shows that the attack is weak, since the collision witnesses prove the bound.
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,27 +12,29 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from audit.adversary.accuracy import measure_accuracy
 from audit.adversary.label_attack import TIERS as ATTACKS
-from audit.adversary.label_attack import LabelAttack, margin
+from audit.adversary.label_attack import LabelAttack
 from audit.adversary.threat import ThreatModel
 from audit.certificate.certificate import certify, certify_held_out
-from audit.certificate.collisions import Collisions
+from audit.certificate.contradictions import MeasuredHead, contradictions
 from audit.certificate.dual_precision import DualPrecisionLayer
 from audit.certificate.equality import EqualityCriterion
 from audit.certificate.near_collisions import delta_curve
 from audit.certificate.results import Certificate, LayerCertificate, NotApplicable
+from audit.certificate.robust_images.results import Ledger
 from audit.certificate.settings import CertificateSettings
 from audit.certificate.transfer import strengthen, transfer_to_layer
 from audit.certificate.validity import valid_rows
-from audit.flags import FlagCode, flag
+from audit.errors import UnknownNameError
 from audit.representation.layers import Representation
 from audit.training.heads import HeadName, HeadTraining, LayerClassifier, train_adversarial_head, train_standard_heads
 from audit.types import Images, Labels
 
-_BATCH = 128
+HEADS = ("own", "slf", "mlp", "alf")
+"""Heads that are measured beside a certificate: the network's own; linear, multilayer and adversarially trained."""
 
 
 class HeadTrainingData(NamedTuple):
@@ -58,32 +61,37 @@ class CertificationInputs:
 
 @dataclass(frozen=True)
 class CertificationSettings:
-    """Settings of certificates, of the attack on heads and of their training; `held_out` adds the held-out bound."""
+    """Settings of certificates, of the attack on heads and of their training.
+
+    `measured` names the heads that are measured: the network's own, and those that are trained. `held_out` adds the
+    held-out bound, `ledger` the ledger of images that the network provably keeps. Raises UnknownNameError for an
+    unknown head.
+    """
 
     certificate: CertificateSettings = field(default_factory=CertificateSettings)
     attack: LabelAttack = field(default_factory=lambda: ATTACKS["audit"])
     heads: HeadTraining = field(default_factory=HeadTraining)
     held_out: bool = False
+    measured: tuple[str, ...] = HEADS
+    ledger: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.measured:
+            if name not in HEADS:
+                raise UnknownNameError("head", name, HEADS)
 
 
 class LayerResult(NamedTuple):
-    """The row of a layer, its threat model, and the certificate if there is one."""
+    """The row of a layer, its threat model, and the certificate and the ledger of images if there are any."""
 
     row: LayerCertificate
     threat: ThreatModel
     certificate: Certificate | None
+    ledger: Ledger | None
 
 
 LayerProgress = Callable[[str, ThreatModel, str, int], None]
 """Called with the layer, the threat model, the stage, and the number of images that have collided so far."""
-
-
-class _MeasuredHead(NamedTuple):
-    """A classifier (layer and head), its adversarial accuracy, and the passes of the attack."""
-
-    network: nn.Module
-    accuracy: float
-    passes: int
 
 
 _Place = tuple[str, ThreatModel]  # a layer by name and a threat model
@@ -116,7 +124,8 @@ class _Certification:
     ) -> None:
         inputs.network.eval().requires_grad_(False)
         self.inputs, self.settings, self.on_progress = inputs, settings, on_progress
-        self._own_heads: dict[ThreatModel, _MeasuredHead] = {}
+        self._own_heads: dict[ThreatModel, MeasuredHead] = {}
+        self._ledgers: dict[ThreatModel, Ledger] = {}
         self._layers: dict[str, _LayerHeads] = {}
         self._seconds: dict[_Place, float] = {}
 
@@ -150,7 +159,7 @@ class _Certification:
         for other, candidate in found.items():
             if other == place or isinstance(candidate, NotApplicable) or isinstance(best, NotApplicable):
                 continue
-            if other[1].eps > place[1].eps or candidate.bound.kept >= best.bound.kept:
+            if other[1].norm != place[1].norm or other[1].eps > place[1].eps or candidate.bound.kept >= best.bound.kept:
                 continue
             collisions, layer = candidate.collisions, self._layers[place[0]].layer
             if other[0] != place[0]:
@@ -169,8 +178,11 @@ class _Certification:
         heads, flags = self._heads(name, threat), list[str]()
         best = max(heads, key=lambda head: heads[head].accuracy, default=None)
         if isinstance(found, Certificate):
-            flags = _contradictions(found, heads, self.inputs, settings.attack.name)
+            flags = contradictions(found, heads, (self.inputs.clean, self.inputs.labels), settings.attack.name)
+        ledger = self._ledger(name, threat) if settings.ledger else None
         bounds = self._bounds(name, threat, found)
+        if ledger is not None:
+            bounds |= ledger.columns(settings.certificate.confidence)
         row = LayerCertificate(
             layer=name,
             norm=threat.norm,
@@ -189,7 +201,7 @@ class _Certification:
             seconds=self._seconds[name, threat] + time.monotonic() - started,
             **bounds,
         )
-        return LayerResult(row, threat, found if isinstance(found, Certificate) else None)
+        return LayerResult(row, threat, found if isinstance(found, Certificate) else None, ledger)
 
     def _bounds(self, name: str, threat: ThreatModel, found: Certificate | NotApplicable) -> dict[str, Any]:
         """Return the columns of a row that come from the certificate."""
@@ -212,16 +224,35 @@ class _Certification:
             "passes": round(found.passes),
         }
 
-    def _heads(self, name: str, threat: ThreatModel) -> dict[str, _MeasuredHead]:
+    def _heads(self, name: str, threat: ThreatModel) -> dict[str, MeasuredHead]:
         """Measure the trained heads of a layer, and the network's own if its logits depend on the layer alone."""
         self.on_progress(name, threat, "heads", len(self.inputs.clean))
-        layer, heads = self._layers[name], dict[str, _MeasuredHead]()
-        if not self.inputs.headless and layer.representation.determines_logits(self.inputs.clean[:1]):
-            if threat not in self._own_heads:
-                self._own_heads[threat] = _measure(self.inputs.network, self.inputs, threat, self.settings)
-            heads["own"] = self._own_heads[threat]
-        trained = layer.trained(threat).items()
+        layer, heads, asked = self._layers[name], dict[str, MeasuredHead](), self.settings.measured
+        decides = not self.inputs.headless and layer.representation.determines_logits(self.inputs.clean[:1])
+        if "own" in asked and decides:
+            heads["own"] = self._own(threat)
+        trained = layer.trained(threat, asked).items()
         return heads | {head: _measure(network, self.inputs, threat, self.settings) for head, network in trained}
+
+    def _own(self, threat: ThreatModel) -> MeasuredHead:
+        if threat not in self._own_heads:
+            self._own_heads[threat] = _measure(self.inputs.network, self.inputs, threat, self.settings)
+        return self._own_heads[threat]
+
+    def _ledger(self, name: str, threat: ThreatModel) -> Ledger | None:
+        """Return the ledger of images of a threat model, which all layers share; None without a classifier."""
+        from audit.certificate.robust_images.ledger import LedgerInputs, keep_ledger
+
+        inputs = self.inputs
+        if inputs.headless:
+            return None
+        if threat not in self._ledgers:
+            candidates = self._own(threat).images
+            self.on_progress(name, threat, "ledger", len(inputs.clean))
+            precise = copy.deepcopy(inputs.network).double()
+            given = LedgerInputs(inputs.network, precise, inputs.clean, inputs.labels)
+            self._ledgers[threat] = keep_ledger(given, threat, candidates)
+        return self._ledgers[threat]
 
 
 class _LayerHeads:
@@ -240,49 +271,21 @@ class _LayerHeads:
         assert data is not None
         return train_standard_heads(self.representation, *data, inputs.classes, self.settings)
 
-    def trained(self, threat: ThreatModel) -> Mapping[HeadName, LayerClassifier]:
+    def trained(self, threat: ThreatModel, asked: Sequence[str]) -> Mapping[HeadName, LayerClassifier]:
+        """Return the trained heads of those asked for; none of another kind is trained."""
         data = self.inputs.training_data
-        if data is None:
+        if data is None or not {"slf", "mlp", "alf"} & set(asked):
             return {}
-        adversarial = train_adversarial_head(self.standard["slf"], *data, threat, self.settings)
-        return self.standard | {"alf": adversarial}
+        found: dict[HeadName, LayerClassifier] = {head: self.standard[head] for head in self.standard if head in asked}
+        if "alf" in asked:
+            found["alf"] = train_adversarial_head(self.standard["slf"], *data, threat, self.settings)
+        return found
 
 
 def _measure(
     network: nn.Module, inputs: CertificationInputs, threat: ThreatModel, settings: CertificationSettings
-) -> _MeasuredHead:
+) -> MeasuredHead:
     """Attack a classifier on the certified images."""
     seed = settings.certificate.seed
     found = measure_accuracy(network, inputs.clean, inputs.labels, threat, settings.attack, seed)
-    return _MeasuredHead(network, found.adversarial.value, found.passes)
-
-
-@torch.no_grad()
-def _contradictions(
-    certificate: Certificate, heads: Mapping[str, _MeasuredHead], inputs: CertificationInputs, attack: str
-) -> list[str]:
-    """Return flags for heads above the bound: under the attack (a weak attack) or on the witnesses (a false bound)."""
-    bound, flags = certificate.bound, list[str]()
-    for name, head in heads.items():
-        if head.accuracy > bound.certified:
-            found = f"{name} has adversarial accuracy {head.accuracy:.3f} under {attack}"
-            flags.append(flag(FlagCode.WEAK_ATTACK, f"{found}, above the certified upper bound {bound.certified:.3f}"))
-        correct = correct_on_witnesses(head.network, certificate.collisions, inputs)
-        if correct > bound.kept:
-            found = f"{name} classifies {correct} images correctly on all collision witnesses"
-            flags.append(flag(FlagCode.CONTRADICTED, f"{found}, above the certified upper bound {bound.kept}"))
-    return flags
-
-
-@torch.no_grad()
-def correct_on_witnesses(network: nn.Module, collisions: Collisions, inputs: CertificationInputs) -> int:
-    """Return how many of the N images a classifier gets right, both clean and wherever the collisions moved them."""
-    correct = _is_correct(network, inputs.clean, inputs.labels)
-    if len(collisions.members):
-        moved = collisions.moved.to(inputs.clean.dtype)
-        correct[collisions.members[~_is_correct(network, moved, inputs.labels[collisions.members])]] = False
-    return int(correct.sum())
-
-
-def _is_correct(network: nn.Module, images: Images, labels: Labels) -> Tensor:
-    return margin(torch.cat([network(batch) for batch in images.split(_BATCH)]), labels) > 0
+    return MeasuredHead(network, found.adversarial.value, found.passes, found.outcome.images)

@@ -69,7 +69,9 @@ class LayerCertificate:
     Bounds and accuracies are fractions of the `images`, `eps` is in pixel units. A bound that does not apply is None,
     and `reason` says why. `heads` maps trained heads to their adversarial accuracy under `attack`; `carried_from`
     names the layers and radii whose collisions tightened this bound; `delta_curve` is the bound with near collisions;
-    `flags` are warnings.
+    `flags` are warnings. `proved`, `broken` and `undecided` are the shares of the ledger of images, None without one,
+    `kept_population` limits on the network's adversarial accuracy on the distribution of the images;
+    `ledger_reason` says why nothing is proved, and `ledger_passes` what the ledger cost.
     """
 
     layer: str
@@ -96,6 +98,12 @@ class LayerCertificate:
     seconds: float = 0.0
     reason: str = ""
     flags: tuple[str, ...] = ()
+    proved: float | None = None
+    broken: float | None = None
+    undecided: float | None = None
+    kept_population: tuple[float, ...] | None = None
+    ledger_reason: str = ""
+    ledger_passes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""

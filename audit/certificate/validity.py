@@ -39,9 +39,7 @@ def valid_rows(
 
 
 @torch.no_grad()
-def reason_not_applicable(
-    layer: DualPrecisionLayer, clean: Images, labels: Labels, threat: ThreatModel, tier: EqualityTier
-) -> str | None:
+def reason_not_applicable(layer: DualPrecisionLayer, clean: Images, labels: Labels, tier: EqualityTier) -> str | None:
     """Return why a layer cannot be certified at a tier on images (N, C, H, W) with labels (N,), or None.
 
     Raises UsageError where images and labels do not fit or the float64 copy is another network, InvalidModelError
@@ -49,8 +47,6 @@ def reason_not_applicable(
     """
     if len(clean) != len(labels) or len(clean) == 0:
         raise UsageError(f"{len(clean)} images with {len(labels)} labels: give at least one image, each with one label")
-    if threat.norm != "linf":
-        return f"the search constrains each pixel to its own interval, so the ball must be linf, not {threat.norm}"
     probe = clean[:PROBE_IMAGES].double()
     features, repeated = layer.precise(probe), layer.precise(probe)
     alone = torch.cat([layer.precise(image) for image in probe.split(1)])

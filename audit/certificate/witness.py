@@ -5,7 +5,7 @@ one float64 forward pass of the moved images and solves the packing problem that
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,16 @@ from audit.certificate.dual_precision import DualPrecisionLayer
 from audit.certificate.equality import EQUALITY_TIERS, EqualityCriterion, EqualityTier, features_equal, noise_floor
 from audit.certificate.packing import PackingBound, collision_bound
 from audit.certificate.results import Certificate
+from audit.certificate.robust_images.results import Ledger
 from audit.certificate.validity import reason_not_applicable, valid_rows
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
 from audit.hashing import tensors_sha256
+from audit.representation.layers import Representation
 from audit.storage import write_atomically
 from audit.types import Images, Labels
 
 FORMAT = "rvaudit-witness-1"
+WITH_LEDGER = "rvaudit-witness-2"
 _RANKS = {"targets": 2, "members": 1, "at": 1, "moved": 4, "labels": 1}
 _BATCH = 128
 _RANDOMISED_TOLERANCE = 1e-6  # in images: the linear relaxation is solved in floating point
@@ -35,7 +38,10 @@ _RANDOMISED_TOLERANCE = 1e-6  # in images: the linear relaxation is solved in fl
 
 @dataclass(frozen=True)
 class WitnessHeader:
-    """Claims of a witness file: layer name, threat model, tier, bound, noise floor, hashes of weights and data."""
+    """Claims of a witness file: layer name, threat model, tier, bound, noise floor, hashes of weights and data.
+
+    `ledger` are the claims about the ledger of images, None without one.
+    """
 
     layer: str
     threat: ThreatModel
@@ -44,15 +50,17 @@ class WitnessHeader:
     noise: float
     weights_sha256: str
     data_sha256: str
+    ledger: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Witness:
-    """The unverified content of a witness file: header, collisions, and labels (N,)."""
+    """The unverified content of a witness file: header, collisions, labels (N,), and the ledger of images if any."""
 
     header: WitnessHeader
     collisions: Collisions
     labels: Labels
+    ledger: Ledger | None = None
 
 
 def data_sha256(clean: Images, labels: Labels) -> str:
@@ -69,12 +77,19 @@ def witness_header(
     )
 
 
-def write_witness(path: Path, certificate: Certificate, header: WitnessHeader, labels: Labels) -> str:
-    """Write a certificate's witness file atomically, and return the sha256 of its bytes.
+def write_witness(
+    path: Path, certificate: Certificate, header: WitnessHeader, labels: Labels, ledger: Ledger | None = None
+) -> str:
+    """Write the witness file of a certificate, and of a ledger of images, atomically; return the sha256 of its bytes.
 
     Raises EnvironmentFault if it cannot be written.
     """
     tensors = {**certificate.collisions._asdict(), "labels": labels}
+    if ledger is not None:
+        from audit.certificate.robust_images.stored import ledger_claims, ledger_tensors
+
+        tensors |= ledger_tensors(ledger)
+        header = replace(header, ledger=ledger_claims(ledger))
     content = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"rvaudit": _dump(header)})
     write_atomically(path, content)
     return sha256(content).hexdigest()
@@ -97,9 +112,12 @@ def read_witness(path: Path) -> Witness:
         header = _parse(metadata["rvaudit"])
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise IntegrityError(f"{path} has no valid witness header: {error}") from error
+    from audit.certificate.robust_images.stored import take_ledger
+
+    ledger = take_ledger(header.ledger, tensors)
     _check_shapes(path, tensors)
     labels = tensors.pop("labels")
-    return Witness(header, Collisions(**tensors), labels)
+    return Witness(header, Collisions(**tensors), labels, ledger)
 
 
 def verify_witness(
@@ -109,7 +127,8 @@ def verify_witness(
 
     `weights_sha256` is the hash of the weights in `layer`, computed by the caller. Checks the hashes of weights and
     data, the labels, that |moved - clean| <= eps in pixel units within the pixel range, that the features of each
-    target coincide at the claimed tier, and that the packing problem of these collisions gives the claimed bound.
+    target coincide at the claimed tier, that the packing problem of these collisions gives the claimed bound, and both
+    sides of the ledger of images if there is one.
     Nothing in the file is trusted; population bounds and delta curves are not in it.
 
     Raises IntegrityError naming the first image that disagrees, EnvironmentFault if there is no file.
@@ -121,7 +140,7 @@ def verify_witness(
     if header.weights_sha256 != weights_sha256:
         raise IntegrityError(f"{path} is for weights with sha256 {header.weights_sha256}, not {weights_sha256}")
     _check_data(witness, clean, labels)
-    if reason := reason_not_applicable(layer, clean, labels, header.threat, header.tier):
+    if reason := reason_not_applicable(layer, clean, labels, header.tier):
         raise IntegrityError(f"this layer cannot be certified: {reason}")
     collisions = Collisions(*(part.to(clean.device) for part in collisions))
     _check_balls(collisions, clean, header.threat)
@@ -130,6 +149,12 @@ def verify_witness(
     else:
         _check_features(collisions, layer, header.tier, clean)
     _check_bound(header.bound, collision_bound(collisions, labels, seconds=60.0))
+    if witness.ledger is not None:
+        from audit.certificate.robust_images.stored import check_ledger
+
+        if not isinstance(layer.precise, Representation):
+            raise IntegrityError("the ledger is about a network, so the layer has to be a Representation of one")
+        check_ledger(witness.ledger, layer.precise.model, (clean, labels), header.threat)
     return witness
 
 
@@ -238,15 +263,24 @@ def _check_shapes(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _dump(header: WitnessHeader) -> str:
     threat = {"norm": header.threat.norm, "eps": header.threat.eps, "pixel_range": list(header.threat.pixel_range)}
-    claims = {"format": FORMAT, "layer": header.layer, "threat": threat, "tier": header.tier, "noise": header.noise}
+    name = FORMAT if header.ledger is None else WITH_LEDGER
+    claims: dict[str, Any] = {
+        "format": name,
+        "layer": header.layer,
+        "threat": threat,
+        "tier": header.tier,
+        "noise": header.noise,
+    }
+    claims |= {} if header.ledger is None else {"ledger": header.ledger}
     hashes = {"weights_sha256": header.weights_sha256, "data_sha256": header.data_sha256}
     return json.dumps({**claims, **hashes, "bound": header.bound._asdict()}, sort_keys=True, allow_nan=False)
 
 
 def _parse(text: str) -> WitnessHeader:
     claims: dict[str, Any] = json.loads(text)
-    if claims["format"] != FORMAT:
-        raise ValueError(f"format {claims['format']!r}, legal: {FORMAT}")
+    ledger = claims.get("ledger")
+    if claims["format"] != (FORMAT if ledger is None else WITH_LEDGER):
+        raise ValueError(f"format {claims['format']!r}, legal: {FORMAT}, or {WITH_LEDGER} with a ledger")
     if claims["tier"] not in EQUALITY_TIERS:
         raise ValueError(f"tier {claims['tier']!r}, legal: {', '.join(EQUALITY_TIERS)}")
     threat, bound = claims["threat"], claims["bound"]
@@ -256,4 +290,6 @@ def _parse(text: str) -> WitnessHeader:
         int(bound["kept"]), float(bound["randomised"]), int(bound["images"]), bound["kind"], exact=bool(bound["exact"])
     )
     hashes = {name: str(claims[name]) for name in ("weights_sha256", "data_sha256")}
-    return WitnessHeader(str(claims["layer"]), model, claims["tier"], claimed, float(claims["noise"]), **hashes)
+    return WitnessHeader(
+        str(claims["layer"]), model, claims["tier"], claimed, float(claims["noise"]), **hashes, ledger=ledger
+    )

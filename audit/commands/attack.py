@@ -18,6 +18,8 @@ from audit.commands.options import (
     grouped_options,
     json_option,
     norm_option,
+    preprocess_option,
+    restrict_option,
     slug,
     source_options,
 )
@@ -36,6 +38,8 @@ class AttackOptions:
     transfer_from: tuple[str, ...]
     images: int | None
     seed: int
+    preprocess: str
+    restrict_classes: bool
 
 
 @click.command("attack")
@@ -57,6 +61,8 @@ class AttackOptions:
     ),
     click.option("--images", type=click.IntRange(1), default=None, help="Number of images, from the first. [all]"),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of random starts."),
+    preprocess_option,
+    restrict_option,
 )
 @click.option("--out", type=FOLDER, default=None, help="The folder of rows and curve. [runs/attack-<model>]")
 @json_option("one JSON object")
@@ -67,13 +73,21 @@ def attack_command(model: str, chosen: AttackOptions, out: Path | None, as_json:
     Writes attack.json, images.csv (one row per image) and the curve of accuracy against eps.
     """
     from audit.commands.display import Display
-    from audit.commands.resolve import run_options, threat_of
+    from audit.commands.resolve import input_rules, run_options, threat_of
     from audit.studies.attack_report import STAGES, AttackRequest, attack_report
 
     attacks = tuple(name.strip() for name in chosen.attacks.split(",") if name.strip())
     threat = threat_of(chosen.norm, chosen.eps)
     request = AttackRequest(
-        model, chosen.dataset, threat, chosen.tier, attacks, chosen.transfer_from, chosen.images, chosen.seed
+        model=model,
+        dataset=chosen.dataset,
+        threat=threat,
+        tier=chosen.tier,
+        attacks=attacks,
+        sources=chosen.transfer_from,
+        images=chosen.images,
+        seed=chosen.seed,
+        rules=input_rules(chosen.preprocess, restrict_classes=chosen.restrict_classes),
     )
     with Display(STAGES + len(attacks)) as display:
         report = attack_report(request, run_options(sources), display.channel)

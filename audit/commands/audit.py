@@ -12,7 +12,10 @@ from audit.commands.options import (
     dataset_option,
     grouped_options,
     json_option,
+    keep_images_option,
     norm_option,
+    preprocess_option,
+    restrict_option,
     slug,
     source_options,
 )
@@ -35,6 +38,9 @@ class AuditRequest:
     seeds: int
     estimators: tuple[str, ...]
     reduce: str
+    preprocess: str
+    restrict_classes: bool
+    keep_images: bool
 
     def benchmark(self, model: str) -> BenchmarkConfig:
         """Return the benchmark of a model; raises ConfigError naming every option whose value is not legal."""
@@ -50,6 +56,9 @@ class AuditRequest:
             "seeds": list(range(self.seeds)),
             "estimators": list(self.estimators),
             "reduce": self.reduce,
+            "preprocess": self.preprocess,
+            "restrict_classes": self.restrict_classes,
+            "keep_images": self.keep_images,
         }
         try:
             return BenchmarkConfig.model_validate(values)
@@ -85,6 +94,9 @@ def _option(location: tuple[int | str, ...]) -> str:
         "--estimator", "estimators", multiple=True, default=_ESTIMATORS, show_default=True, help="Repeatable."
     ),
     click.option("--reduce", default="flatten", show_default=True, help="flatten, or mean over positions."),
+    preprocess_option,
+    restrict_option,
+    keep_images_option,
 )
 @click.option("--out", type=FOLDER, default=None, help="The run folder. [runs/<model>-<hash of the request>]")
 @json_option("the records as one JSON array")

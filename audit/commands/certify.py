@@ -13,6 +13,8 @@ from audit.commands.options import (
     dataset_option,
     grouped_options,
     json_option,
+    preprocess_option,
+    restrict_option,
     source_options,
 )
 from audit.errors import UsageError
@@ -36,6 +38,7 @@ _COLUMNS = (
     "hubs",
     "pairs",
 )
+_LEDGER = ("proved", "broken", "undecided")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,11 @@ class CertifyOptions:
     head_images: int
     train_dataset: str | None
     attack: str
+    heads: tuple[str, ...]
+    ledger: bool
     seed: int
+    preprocess: str
+    restrict_classes: bool
 
 
 @click.command("certify")
@@ -69,7 +76,7 @@ class CertifyOptions:
     click.option(
         "--eps", "radii", multiple=True, required=True, help="Radius in pixel units, such as 8/255. Repeatable."
     ),
-    click.option("--norm", default="linf", show_default=True, help="Only linf can be certified."),
+    click.option("--norm", default="linf", show_default=True, help="linf, l2 or l1."),
     click.option("--images", type=click.IntRange(1), default=None, help="Number of images, from the first. [all]"),
     click.option("--balanced", is_flag=True, help="Take equally many images of each class instead of the first."),
     click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the population bounds."),
@@ -87,8 +94,18 @@ class CertifyOptions:
     click.option(
         "--train-dataset", default=None, help="Data set to train heads on. [other images of the certified data set]"
     ),
-    click.option("--attack", default="audit", show_default=True, help="Attack on heads: smoke, audit or leaderboard."),
+    click.option("--attack", default="smoke", show_default=True, help="Attack on heads: smoke, audit or leaderboard."),
+    click.option(
+        "--heads",
+        multiple=True,
+        default=("own",),
+        show_default=True,
+        help="Heads to measure: own, slf, mlp, alf, all or none. Repeatable; all but own are trained first.",
+    ),
+    click.option("--ledger", is_flag=True, help="Prove, for each image, that the network keeps or loses it."),
     click.option("--seed", type=int, default=0, show_default=True),
+    preprocess_option,
+    restrict_option,
 )
 @click.option(
     "--out", type=FILE, default=None, help="Witness file; one for each layer and radius if there are several."
@@ -127,7 +144,7 @@ def _certified_rows(
 ) -> list[dict[str, Any]]:
     """Certify, write the witness files, and return the rows."""
     from audit.commands.display import Display
-    from audit.commands.resolve import run_options, threat_of
+    from audit.commands.resolve import input_rules, run_options, threat_of
     from audit.studies.certification import CertificationRequest, certify_model
 
     threats = sorted((threat_of(chosen.norm, eps) for eps in chosen.radii), key=lambda threat: threat.eps)
@@ -146,7 +163,10 @@ def _certified_rows(
         confidence=chosen.confidence,
         held_out=chosen.held_out,
         attack=chosen.attack,
+        heads=_heads(chosen.heads),
+        ledger=chosen.ledger,
         seed=chosen.seed,
+        rules=input_rules(chosen.preprocess, restrict_classes=chosen.restrict_classes),
     )
     if request.leaves_no_head_images:
         click.echo("Note: all images are certified, none is left to train heads on: see --train-dataset", err=True)
@@ -164,6 +184,15 @@ def _certified_rows(
     return report.rows(lambda result: _file_of(out, result.row.layer, result.row.eps) if several else out)
 
 
+def _heads(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the heads that `all`, `none` and single names stand for."""
+    from audit.certificate.layers import HEADS
+
+    if "all" in names:
+        return HEADS
+    return tuple(dict.fromkeys(name for name in names if name != "none"))
+
+
 def _file_of(out: Path, layer: str, eps: float) -> Path:
     """Return the file of one layer and radius: `w.safetensors` gives `w-logits-8_255.safetensors`."""
     from reports.text import format_eps
@@ -176,23 +205,30 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     from audit.commands.display import plain, print_table
     from reports.text import format_eps
 
-    print_table(_COLUMNS, [_table_row(row, format_eps(row["eps"])) for row in rows])
+    ledger = _LEDGER if any(row["proved"] is not None for row in rows) else ()
+    print_table((*_COLUMNS, *ledger), [_table_row(row, format_eps(row["eps"]), ledger) for row in rows])
     tier, confidence, attack = (rows[0][name] for name in ("certified_tier", "confidence", "attack"))
     click.echo(
         f"`certified`: certified upper bound on any head's adversarial accuracy on these images ({tier}); "
         f"`population`: the same on the distribution of the images ({confidence:.0%} confidence); "
         f"`achieved`: measured ({attack or 'no head'})."
     )
+    if ledger:
+        click.echo(
+            "`proved`: the network provably keeps these images; `broken`: an adversarial image is stored; the network's "
+            "adversarial accuracy lies between the share proved and the share not broken."
+        )
     for row in rows:
         place = plain(f"{row['layer']}, eps {format_eps(row['eps'])}")
-        for remark in (row["reason"], *row["flags"]):
+        nothing = f"nothing is proved: {row['ledger_reason']}" if row["ledger_reason"] else ""
+        for remark in (row["reason"], nothing, *row["flags"]):
             if remark:
                 click.echo(f"{place}: {plain(remark)}")
         if row["witness"]:
             click.echo(f"{place}: {plain(row['witness'])} sha256 {row['witness_sha256']}")
 
 
-def _table_row(row: dict[str, Any], eps: str) -> tuple[str, ...]:
+def _table_row(row: dict[str, Any], eps: str, ledger: tuple[str, ...]) -> tuple[str, ...]:
     def number(name: str) -> str:
         return "" if row[name] is None else f"{row[name]:.3f}"
 
@@ -205,4 +241,5 @@ def _table_row(row: dict[str, Any], eps: str) -> tuple[str, ...]:
         *map(number, bounds),
         "+".join(map(str, row["at_hubs"])),
         str(row["pairs"]),
+        *map(number, ledger),
     )

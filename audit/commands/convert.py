@@ -12,8 +12,9 @@ from audit.errors import UsageError
 @click.command("convert")
 @click.argument("checkpoint", type=FILE)
 @click.argument("out", type=FILE)
+@click.option("--key", default="", help="The entry of CHECKPOINT to take, or a prefix of names: model_ema, teacher.")
 @json_option("one JSON object")
-def convert_command(checkpoint: Path, out: Path, as_json: bool) -> int:
+def convert_command(checkpoint: Path, out: Path, key: str, as_json: bool) -> int:
     """Write the tensors of CHECKPOINT as OUT.safetensors; no code in the checkpoint is run.
 
     Exit code 3 for a file that is missing or corrupt, 4 for one that would run code.
@@ -30,13 +31,15 @@ def convert_command(checkpoint: Path, out: Path, as_json: bool) -> int:
         raise UsageError(f"{out.name!r} must end in .safetensors")
     if out.exists():
         raise UsageError(f"{out} exists: choose another name, or remove it")
-    weights = read_weights(checkpoint)
+    weights = read_weights(checkpoint, key=key)
+    prefix = weights.prefix or ""
+    tensors = {name.removeprefix(prefix): t for name, t in weights.tensors.items() if name.startswith(prefix)}
     # tensors may share memory, which safetensors cannot express
-    data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in weights.tensors.items()})
+    data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
     write_atomically(out, data)
     facts = {
         "path": str(out),
-        "tensors": len(weights.tensors),
+        "tensors": len(tensors),
         "sha256": sha256(data).hexdigest(),
         "from_sha256": weights.sha256,
         "unwrapped": "; ".join(weights.notes),

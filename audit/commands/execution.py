@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -26,6 +27,7 @@ from audit.run.run_loop import Executor, Watcher, claim, run
 from model_zoo.model_types import default_cache
 from reports.publish import write_reports
 from reports.tables.contradictions import cross_check
+from reports.tables.leftovers import leftover_sentences
 from reports.tables.table import to_rows
 
 
@@ -38,16 +40,16 @@ def run_benchmark(
     """
     cells = expand(config)
     claim(folder, config, text)
-    records = run_cells(cells, folder, sources, executor)
+    records = run_cells(cells, folder, sources, executor, keep_images=config.keep_images)
     calibrate_briefly(config, records, folder)
     return records
 
 
 def run_cells(
-    cells: Sequence[Cell], folder: Path, sources: SourceOptions, executor: ExecutorOptions
+    cells: Sequence[Cell], folder: Path, sources: SourceOptions, executor: ExecutorOptions, *, keep_images: bool = False
 ) -> list[AuditRecord]:
     """Compute cells with a progress bar, and return their records; raises UsageError."""
-    options = run_options(sources)
+    options = replace(run_options(sources), keep_images=keep_images)
     chosen = _executor_of(executor, cells, options)
     with Display(len(cells)) as display:
         watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
@@ -106,6 +108,8 @@ def publish(records: Sequence[AuditRecord], folder: Path, *, as_json: bool) -> N
     for failure in failures:  # once, however many cells of the model failed
         click.echo(f"Error: {failure}", err=True)
     write_reports(folder)
+    for sentence in leftover_sentences([folder]):
+        click.echo(f"Note: {sentence}", err=True)
     if as_json:
         click.echo(json.dumps(to_rows(records), allow_nan=False))
     else:

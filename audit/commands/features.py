@@ -17,6 +17,8 @@ from audit.commands.options import (
     grouped_options,
     json_option,
     norm_option,
+    preprocess_option,
+    restrict_option,
     slug,
     source_options,
 )
@@ -40,6 +42,8 @@ LAYER_OPTIONS: tuple[Option, ...] = (
     feature_option,
     noise_option,
     seed_option,
+    preprocess_option,
+    restrict_option,
 )
 
 
@@ -59,6 +63,8 @@ class FeatureOptions:
     features: tuple[int, ...]
     noise: float
     seed: int
+    preprocess: str
+    restrict_classes: bool
 
 
 @click.command("features")
@@ -86,7 +92,7 @@ def features_command(
     """
     from audit.attribution.single_features import FeatureRequest, FeatureSettings, audit_features
     from audit.commands.display import Display
-    from audit.commands.resolve import run_options, threat_of
+    from audit.commands.resolve import input_rules, run_options, threat_of
     from audit.studies.figure3 import feature_rows
     from audit.studies.figure_networks import layer_cell, load_cell
     from audit.studies.rows import write_rows
@@ -94,7 +100,8 @@ def features_command(
 
     settings = FeatureSettings(request.noise, request.scale, request.steps, restarts=request.restarts)
     threat, unit = threat_of(request.norm, request.eps), _unit(request.unit)
-    cell = layer_cell(model, request.dataset, request.layer, threat, images=request.images)
+    rules = input_rules(request.preprocess, restrict_classes=request.restrict_classes)
+    cell = layer_cell(model, request.dataset, request.layer, threat, images=request.images, rules=rules)
     loaded = load_cell(cell, run_options(sources))
     with Display(100) as display:
         asked = FeatureRequest(request.features, unit, request.seed, display.channel)

@@ -27,6 +27,26 @@ offline_option = click.option("--offline", is_flag=True, help="Use local files o
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 
 
+preprocess_option = click.option(
+    "--preprocess",
+    type=click.Choice(["model", "none"]),
+    default="model",
+    show_default=True,
+    help="Resize and crop images as the model's own preprocessing does, or take them as they are.",
+)
+restrict_option = click.option(
+    "--restrict-classes", is_flag=True, help="Leave out the network's outputs that are no class of the data set."
+)
+
+
+keep_images_option = click.option(
+    "--keep-images",
+    is_flag=True,
+    help="Keep the adversarial and worst-case images of every cell in the run folder, for `rvaudit verify`; "
+    "finished cells without images are computed again.",
+)
+
+
 def json_option(content: str) -> Option:
     """Return the option `--json`, which prints `content` and nothing else on standard output."""
     return click.option("--json", "as_json", is_flag=True, help=f"Print {content}, nothing else.")
@@ -42,7 +62,7 @@ def grouped_options(argument: str, kind: type, *options: Option) -> Option:
     def decorate(command: Command) -> Command:
         @wraps(command)
         def with_group(*positional: Any, **values: Any) -> Any:
-            group = kind(**{name: values.pop(name) for name in names})
+            group = kind(**{name: values.pop(name) for name in names if name in values})
             return command(*positional, **{argument: group}, **values)
 
         for option in reversed(options):
@@ -61,6 +81,7 @@ class SourceOptions:
     data_dir: Path = Path("data")
     model_dir: Path | None = None
     device: str = "auto"
+    base: Path | None = None
 
 
 source_options = grouped_options(

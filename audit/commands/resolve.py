@@ -4,6 +4,7 @@ from audit.adversary.threat import ThreatModel, threat_model
 from audit.commands.options import SourceOptions
 from audit.config.values import parse_number
 from audit.errors import UsageError
+from audit.run.cell import InputRules
 from audit.run.loading import RunOptions
 from model_zoo.load import SourceSettings
 
@@ -11,9 +12,18 @@ from model_zoo.load import SourceSettings
 def run_options(sources: SourceOptions) -> RunOptions:
     """Return sources, data folder and device as a run takes them."""
     settings = SourceSettings(
-        trust_code=sources.trust_code, offline=sources.offline, cache_dir=None, model_dir=sources.model_dir
+        trust_code=sources.trust_code,
+        offline=sources.offline,
+        cache_dir=None,
+        model_dir=sources.model_dir,
+        base=sources.base,
     )
     return RunOptions(settings, sources.data_dir, sources.device)
+
+
+def input_rules(preprocess: str, *, restrict_classes: bool = False) -> InputRules:
+    """Return the rules of `--preprocess` and `--restrict-classes`."""
+    return InputRules(preprocess=preprocess == "model", restrict_classes=restrict_classes)
 
 
 def threat_of(norm: str, eps: str) -> ThreatModel:

@@ -1,5 +1,6 @@
 """The command `run`: run or resume a benchmark file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from audit.commands.options import (
     SourceOptions,
     executor_options,
     json_option,
+    keep_images_option,
     source_options,
 )
 
@@ -17,11 +19,17 @@ from audit.commands.options import (
 @click.command("run")
 @click.argument("config", type=click.Path(path_type=Path), default=Path("benchmark.yaml"))
 @click.option("--out", type=FOLDER, default=None, help="The run folder. [runs/<name of the benchmark>]")
+@keep_images_option
 @json_option("the records as one JSON array")
 @executor_options
 @source_options
 def run_command(
-    config: Path, out: Path | None, as_json: bool, executor: ExecutorOptions, sources: SourceOptions
+    config: Path,
+    out: Path | None,
+    keep_images: bool,
+    as_json: bool,
+    executor: ExecutorOptions,
+    sources: SourceOptions,
 ) -> int:
     """Run the benchmark file CONFIG, or resume it: completed cells of its run folder are skipped.
 
@@ -30,9 +38,11 @@ def run_command(
     from audit.config.yaml_source import read_config
 
     benchmark = read_config(config)
+    if keep_images:
+        benchmark = benchmark.model_copy(update={"keep_images": True})
     from audit.commands.execution import publish, run_benchmark  # loads torch: faults of the request come first
 
-    folder = out or Path("runs") / benchmark.name
+    folder, sources = out or Path("runs") / benchmark.name, replace(sources, base=config.parent.resolve())
     records = run_benchmark(benchmark, config.read_text(encoding="utf-8"), folder, sources, executor)
     publish(records, folder, as_json=as_json)
     return 0 if all(record.valid for record in records) else 1

@@ -23,6 +23,8 @@ class SaliencyOptions:
     features: tuple[int, ...]
     noise: float
     seed: int
+    preprocess: str
+    restrict_classes: bool
 
 
 @click.command("saliency")
@@ -46,7 +48,7 @@ def saliency_command(
     from audit.adversary.threat import Linf
     from audit.attribution.saliency import SaliencySettings
     from audit.commands.display import Display
-    from audit.commands.resolve import run_options
+    from audit.commands.resolve import input_rules, run_options
     from audit.studies.figure4_5 import SaliencyStudy, saliency_study
     from audit.studies.figure_networks import layer_cell
     from reports.figures.saliency_figure import draw_saliency
@@ -54,7 +56,9 @@ def saliency_command(
     settings = SaliencySettings(noise=request.noise, seed=request.seed)
     study = SaliencyStudy(settings, request.features, tuple(range(request.drawn)))
     stem = (out or Path("runs") / f"saliency-{slug(models[0])}") / "saliency"
-    cells = [layer_cell(model, request.dataset, request.layer, Linf(0), images=request.images) for model in models]
+    rules = input_rules(request.preprocess, restrict_classes=request.restrict_classes)
+    place = request.dataset, request.layer, Linf(0)
+    cells = [layer_cell(model, *place, images=request.images, rules=rules) for model in models]
     with Display(len(cells)) as display:
         rows = saliency_study(cells, stem, study, run_options(sources), display.channel)
     table = stem.with_suffix(".csv")

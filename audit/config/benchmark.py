@@ -123,6 +123,22 @@ def _as_attack(value: object) -> object:
     return {"tier": value} if isinstance(value, str) else value
 
 
+class CertificateConfig(Section):
+    """A certificate, with the ledger of images that the network provably keeps if asked for."""
+
+    decides = ("ledger",)
+
+    ledger: bool = False
+
+
+def _as_certificate(value: object) -> object:
+    if isinstance(value, dict):
+        return CertificateConfig.model_validate(value)
+    if not isinstance(value, bool | CertificateConfig):
+        raise ValueError(f"certificate {value!r} is not legal: write true, false, or {{ledger: true}}")
+    return value
+
+
 class Planned(NamedTuple):
     """One cell before anything is loaded."""
 
@@ -149,8 +165,10 @@ class BenchmarkConfig(Section):
         "estimators",
         "certificate",
         "attack",
+        "preprocess",
+        "restrict_classes",
     )
-    labels = ("name",)
+    labels = ("name", "keep_images")
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")
     dataset: str
@@ -163,8 +181,11 @@ class BenchmarkConfig(Section):
     estimators: Annotated[tuple[AnyEstimator, ...], BeforeValidator(as_list), Field(min_length=1)] = (
         ESTIMATOR_SECTIONS["sandwich"].model_validate({}),
     )
-    certificate: bool = False
+    certificate: Annotated[bool | CertificateConfig, BeforeValidator(_as_certificate)] = False
     attack: Annotated[AttackConfig, BeforeValidator(_as_attack)] = AttackConfig()
+    preprocess: Literal["model", "none"] = "model"
+    restrict_classes: bool = False
+    keep_images: bool = False
 
     @field_validator("estimators")
     @classmethod
@@ -189,9 +210,10 @@ class BenchmarkConfig(Section):
         """Return the `AuditSettings` of each estimator."""
         from audit.config.settings import AuditSettings
 
-        attack = self.attack.attack()
+        attack, asked = self.attack.attack(), self.certificate
+        ledger = asked.ledger if isinstance(asked, CertificateConfig) else False
         return [
-            AuditSettings(each.estimator(), attack, self.seeds, self.reduce, self.certificate)
+            AuditSettings(each.estimator(), attack, self.seeds, self.reduce, bool(asked), ledger)
             for each in self.estimators
         ]
 
@@ -201,6 +223,10 @@ class BenchmarkConfig(Section):
         if not self.attack.is_custom:  # spelled in full, as in the stamps of existing run folders
             attack = self.attack
             data["attack"] = {name: getattr(attack, name) for name in type(attack).model_fields}
+        for name in ("preprocess", "restrict_classes"):  # later than the stamps of existing run folders
+            if data[name] == type(self).model_fields[name].default:
+                del data[name]
+        del data["keep_images"]  # the same run, whether it keeps images or not
         return canonical_json(data)
 
 

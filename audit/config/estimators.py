@@ -100,6 +100,8 @@ def _annotation(kind: Any) -> Any:
         base = tuple[_annotation(get_args(base)[0]), ...]  # type: ignore[misc]
     elif base is float:
         base = Number
+    elif base == float | None:
+        base = Number | None
     for rule in rules_of(kind):
         base = Annotated[base, checked(rule)]
     return base

@@ -12,6 +12,7 @@ from audit.representation.layers import Reduction
 class AuditSettings:
     """Everything that decides the numbers of an audit beside model, images and threat model.
 
+    `certificate` asks for the certificate of any head, `ledger` also for the images that the network provably keeps.
     Raises UsageError without a seed, or for a repeated one.
     """
 
@@ -20,6 +21,7 @@ class AuditSettings:
     seeds: tuple[int, ...] = (0, 1, 2)
     reduce: Reduction = "flatten"
     certificate: bool = False
+    ledger: bool = False
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):

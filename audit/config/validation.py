@@ -22,6 +22,8 @@ class Request(NamedTuple):
     images: int | None
     layers: tuple[str, ...]
     reduce: Literal["flatten", "mean"]
+    preprocess: Literal["model", "none"] = "model"
+    restrict_classes: bool = False
 
 
 class Finding(NamedTuple):
@@ -120,7 +122,8 @@ def _trial_faults(
     for number, model in enumerate(config.models):
         layers = model.layers or config.layers
         dataset, images = model.dataset or config.dataset, model.images or config.images
-        for part, error in attempt(Request(model.ref, dataset, images, tuple(layers), config.reduce)):
+        rules = config.reduce, config.preprocess, config.restrict_classes
+        for part, error in attempt(Request(model.ref, dataset, images, tuple(layers), *rules)):
             fault = source.fault(_location(source, number, part), _sentence(error), error.exit_code)
             if (fault.line, fault.column) not in known:
                 faults.append(fault._replace(message=_message(fault, part, model.ref)))

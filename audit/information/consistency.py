@@ -10,6 +10,7 @@ from typing import NamedTuple
 from audit.adversary.attack_checks import Check, failed, verdict
 from audit.flags import FlagCode, flag
 from audit.information.floors import InformationFloors
+from audit.information.smoothing.saturation import ceiling_flags
 
 
 class SeedMean(NamedTuple):
@@ -27,9 +28,10 @@ def estimate_flags(normal: SeedMean, worst: SeedMean, floors: InformationFloors 
         flags += _contradiction("worst_nats", worst, floors.worst, floors.slack)
     if worst.nats > normal.nats + 2 * (worst.stderr + normal.stderr):
         flags.append(flag(FlagCode.CONTRADICTED, f"worst_nats {worst.nats:.2f} is above normal_nats {normal.nats:.2f}"))
+    flags += ceiling_flags(worst.nats, ceiling)
     if normal.nats > ceiling - 0.2:
         particulars = f"normal_nats {normal.nats:.2f} is at its ceiling ln(images) = {ceiling:.2f}"
-        flags.append(flag(FlagCode.SATURATED, particulars))
+        flags.append(flag(FlagCode.FEW_IMAGES, particulars))
     flags += [
         flag(FlagCode.NEGATIVE, f"{name} {mean.nats:.2f} is below zero beyond its standard error")
         for name, mean in (("normal_nats", normal), ("worst_nats", worst))
@@ -38,12 +40,25 @@ def estimate_flags(normal: SeedMean, worst: SeedMean, floors: InformationFloors 
     return flags
 
 
-def bound_flags(bound: float, adversarial_low: float) -> list[str]:
-    """Return the flag of an estimated accuracy bound below the interval of the measured adversarial accuracy."""
+def bound_flags(bound: float, adversarial_low: float, measured: str = "the measured adversarial accuracy") -> list[str]:
+    """Return the flag of an estimated bound on the heads of a layer below the interval of one head's accuracy.
+
+    The head must read that layer alone: the network itself is one only where its logits are a function of the layer.
+    """
     if bound >= adversarial_low:
         return []
-    particulars = f"the bound {bound:.3f} is below the measured adversarial accuracy's {adversarial_low:.3f}"
+    particulars = f"the bound {bound:.3f} is below {measured}'s {adversarial_low:.3f}"
     return [flag(FlagCode.CONTRADICTED, particulars)]
+
+
+def certificate_flags(bound: float, certified: float) -> list[str]:
+    """Return the flag of an estimated accuracy bound above a certified one on the same images."""
+    if certified >= bound:
+        return []
+    particulars = (
+        f"the certified bound {certified:.3f} is below the estimated one {bound:.3f}: the search missed images"
+    )
+    return [flag(FlagCode.CERTIFICATE_TIGHTER, particulars)]
 
 
 def distrust_flags(checks: Iterable[Check]) -> list[str]:

@@ -21,7 +21,7 @@ from audit.adversary.passes import input_gradient
 from audit.adversary.threat import ThreatModel
 from audit.information.bounds import BOUNDS
 from audit.information.critic_training import critic_optimiser, critic_step, fit_critic
-from audit.information.encoding import EncodedSplits, Splits, encode
+from audit.information.encoding import EncodedSplits, Splits, deviations, encode
 from audit.information.estimator import CARRIED, CLEAN, COLD_START, MIEstimate, Origin, Vulnerability, WarmStart
 from audit.information.feature_merging import BatchGradient, Descent, step_sizes
 from audit.information.settings import CriticTraining, WorstCaseSearch
@@ -187,7 +187,8 @@ class _Merging:
         the one of the ten most likely classes that a trial reaches best.
         """
         clean = self.network.encode(self.clean.train)
-        mean, deviation = clean.features.mean(0), clean.features.std(0).clamp_min(1e-12)
+        smallest = min(1e-12, 1e-6 * float(clean.features.abs().max())) or 1e-12
+        mean, deviation = clean.features.mean(0), deviations(clean.features).clamp_min(smallest)
         classes = clean.log_probs.shape[1]
         if not classes:
             return _MergeTarget(None, mean, deviation)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from audit.information.encoding import deviations
 from audit.information.settings import CriticShape
 from audit.types import Features, Images, Scores
 
@@ -148,7 +149,7 @@ class _VectorBranch(nn.Module):
         super().__init__()
         vectors = samples.flatten(1)
         self.register_buffer("mean", vectors.mean(0))
-        spread = vectors.std(0, correction=0)
+        spread = deviations(vectors, correction=0)
         # dividing by the deviation of a constant entry would amplify rounding errors
         self.register_buffer("deviation", torch.where(spread > 1e-7 * vectors.abs().amax(), spread, torch.inf))
         entries = vectors.shape[1]

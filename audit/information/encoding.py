@@ -9,7 +9,7 @@ from torch import Tensor
 from audit.errors import InvalidModelError, UsageError
 from audit.information.estimator import EstimatorInputs
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Encoded, Encoder, Images
+from audit.types import Encoded, Encoder, Features, Images
 
 
 class Splits(NamedTuple):
@@ -49,11 +49,15 @@ def split_images(images: Images, seed: int, train: float = 0.5, validation: floa
     return parts.map(lambda index: images[index.to(images.device)])
 
 
-@torch.no_grad()
 def encode(encoder: Encoder, images: Images, batch_size: int) -> Encoded:
     """Return the encoding of all images; raises InvalidModelError if a feature is not finite."""
+    return _check_finite(_encode(encoder, images, batch_size))
+
+
+@torch.no_grad()
+def _encode(encoder: Encoder, images: Images, batch_size: int) -> Encoded:
     parts = [encoder(batch) for batch in images.split(batch_size)]
-    return _check_finite(Encoded(*(torch.cat(each) for each in zip(*parts, strict=True))))
+    return Encoded(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 def encode_clean(inputs: EstimatorInputs, batch_size: int) -> Encoded:
@@ -63,16 +67,48 @@ def encode_clean(inputs: EstimatorInputs, batch_size: int) -> Encoded:
     return _check_finite(inputs.clean)
 
 
+def clean_features(inputs: EstimatorInputs, batch_size: int) -> Features:
+    """Return the features (N, D) of the clean images, in which masked ones are infinite in every image.
+
+    Errors as in `encode` for any other feature that is not finite.
+    """
+    clean = _encode(inputs.encoder, inputs.images, batch_size) if inputs.clean is None else inputs.clean
+    masked = _masked(clean.features)
+    _check_finite(clean._replace(features=clean.features[:, ~masked]) if bool(masked.any()) else clean)
+    return clean.features
+
+
+def _masked(features: Features) -> Tensor:
+    """Return which features (D,) are masked: infinite, and equal in all images, as logits of classes left out."""
+    return features.isinf().all(0) & (features == features[:1]).all(0)
+
+
 def _check_finite(encoded: Encoded) -> Encoded:
-    bad = int((~encoded.features.isfinite()).any(1).sum())
+    features = encoded.features
+    bad = int((~features.isfinite()).any(1).sum())
     if bad:
-        raise InvalidModelError(f"the representation is not finite for {bad} of {len(encoded.features)} images")
+        masked = _masked(features).nonzero()[:, 0].tolist()
+        named = ", ".join(map(str, masked[:5])) + (", ..." if len(masked) > 5 else "")
+        why = f": features {named} are infinite in all of them, as masked classes are" if masked else ""
+        raise InvalidModelError(f"the representation is not finite for {bad} of {len(features)} images{why}")
     return encoded
 
 
 def encode_splits(encoder: Encoder, images: Splits, batch_size: int) -> EncodedSplits:
     """Return the encoding of each split; errors as in `encode`."""
     return EncodedSplits(*(encode(encoder, part, batch_size) for part in images))
+
+
+def deviations(samples: Tensor, correction: int = 1) -> Tensor:
+    """Return the standard deviation of each feature (D,) of samples (N, D).
+
+    Where float32 has no room for its square, it is computed in float64.
+    """
+    spread = samples.std(0, correction=correction)
+    fits = spread.isfinite() & ((spread > 1e-18) | (samples == samples[:1]).all(0))
+    return (
+        spread if fits.all() else torch.where(fits, spread, samples.double().std(0, correction=correction).to(spread))
+    )
 
 
 def label_surprise(log_probs: Tensor) -> Tensor:

@@ -4,19 +4,33 @@ Source: Zhu, Zhang & Evans 2020, Definition 3.1 (representation vulnerability).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from importlib import import_module
 from math import hypot
 from types import MappingProxyType
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from audit.adversary.passes import frozen_parameters
 from audit.adversary.threat import ThreatModel
 from audit.information.registry import REGISTRY
-from audit.types import Encoded, Encoder, Images, Labels, Objective
+from audit.proportion import Proportion
+from audit.types import (
+    Encoded,
+    Encoder,
+    Features,
+    Images,
+    Labels,
+    Objective,
+    as_images,
+    as_labels,
+    standard_torch_state,
+)
 
 History = tuple[tuple[int, float], ...]
 """(step, nats) pairs."""
@@ -58,6 +72,8 @@ class Origin:
 
 CLEAN = Origin("clean")
 """The clean images, which are always a candidate."""
+ATTACKED = Origin("attacked")
+"""The adversarial images of the attack on the label."""
 CARRIED = Origin("carried")
 """The images of the warm start, without further search."""
 
@@ -70,7 +86,8 @@ class MIEstimate:
     the estimator can return for that many images. `parts` are other values of the same fit, in nats. `validated` is
     the value on validation data, by which candidates are compared, so that `nats` is not biased by the choice.
     `history` and `training_history` are the learning curves on validation and training images, empty if nothing is
-    trained.
+    trained. `upper` is the upper end of an interval, on which bounds rest; None to let them rest on `nats`. `accuracy`
+    is the accuracy of the best classifier of the features that the fit found, if it found one.
     """
 
     nats: float
@@ -82,6 +99,8 @@ class MIEstimate:
     history: History = ()
     training_history: History = ()
     flags: tuple[str, ...] = ()
+    upper: float | None = None
+    accuracy: Proportion | None = None
 
 
 class Vulnerability(NamedTuple):
@@ -128,12 +147,14 @@ class WarmStart(NamedTuple):
 
     `normal` is the normal case of the same inputs and seed. `images` (N, C, H, W) are the worst-case images of a
     smaller ball or of a later layer: they are one candidate, and a shortened search continues from them. `origin` is
-    that of another seed's worst case: only searches of the same kind are run.
+    that of another seed's worst case: only searches of the same kind are run. `attacked` (N, C, H, W) are the
+    adversarial images of the attack on the label, one more candidate.
     """
 
     normal: MIEstimate | None = None
     images: Images | None = None
     origin: Origin | None = None
+    attacked: Images | None = None
 
 
 COLD_START = WarmStart()
@@ -159,8 +180,7 @@ class Estimator(ABC):
     - `ranks`: whether models may be ranked by RV.
     - `bounds_heads`: whether the worst case implies Fano bounds on every head of the layer.
     - `floor_kind`: the measurement that bounds the estimate from below. `predictions`: accuracy and entropy of the
-      predicted classes; `labels`: the accuracy alone; `smoothed`: the accuracy of logits with Gaussian noise of
-      standard deviation `parts["noise"]`.
+      predicted classes; `labels`: the accuracy alone; `smoothed`: the accuracy of `noisy` logits.
     - `reads_log_probs`: whether the encoder must return log-probabilities.
     - `memory_only`: fields that limit memory and do not affect the result.
     - `version`: raised by hand when a change of this estimator changes its numbers; part of a cell's identity.
@@ -173,6 +193,13 @@ class Estimator(ABC):
     reads_log_probs: ClassVar[bool] = True
     memory_only: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **arguments: object) -> None:
+        """Let both cases run in the standard state of torch, on inputs that are tensors outside any graph."""
+        super().__init_subclass__(**arguments)
+        for name in ("normal", "vulnerability", "read_worst"):
+            if name in vars(cls):
+                setattr(cls, name, _in_standard_state(vars(cls)[name]))
 
     @property
     @abstractmethod
@@ -190,11 +217,33 @@ class Estimator(ABC):
         """
         return None
 
+    def noisy(self, clean: Features, features: Features, generator: torch.Generator) -> Features:  # noqa: ARG002
+        """Return features (N, D) with the noise that the estimate sees them through, chosen from clean ones (M, D)."""
+        return features
+
     @abstractmethod
     def vulnerability(
         self, inputs: EstimatorInputs, threat: ThreatModel, seed: int, warm_start: WarmStart = COLD_START
     ) -> Vulnerability:
         """Return the normal and the worst case; at eps = 0 both are equal."""
+
+    def read_worst(self, inputs: EstimatorInputs, images: Images, seed: int) -> MIEstimate | None:  # noqa: ARG002
+        """Return the worst case that perturbed images (N, C, H, W) of the inputs give; None if only a new fit tells."""
+        return None
+
+
+def _in_standard_state(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    @standard_torch_state()
+    def measure(estimator: Estimator, inputs: EstimatorInputs, *arguments: Any, **named: Any) -> Any:
+        inputs = inputs._replace(images=as_images(inputs.images), labels=as_labels(inputs.labels))
+        if arguments and isinstance(arguments[0], ThreatModel):
+            arguments = arguments[0].within(inputs.images), *arguments[1:]
+        owner = getattr(inputs.encoder, "__self__", inputs.encoder)
+        with frozen_parameters(owner) if isinstance(owner, nn.Module) else nullcontext():
+            return method(estimator, inputs, *arguments, **named)
+
+    return measure
 
 
 class RegisteredEstimators(Mapping[str, Estimator]):

@@ -49,26 +49,32 @@ def guaranteed_bounds(features: Features) -> InformationBounds:
     return InformationBounds(ceiling - float(wide.log().mean()), ceiling - float(narrow.log().mean()))
 
 
-def plug_in_terms(features: Features, generator: torch.Generator, draws: int) -> tuple[Tensor, Tensor]:
+def plug_in_terms(
+    features: Features, generator: torch.Generator, draws: int, *, mirrored: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the terms (N,), (N,) of two plug-in estimates for features (N, D) with standard normal noise, in nats.
 
     The mean of the first estimates I(J; f_J + N(0, I)) of the N rows without bias from `draws` draws per row. The
     second leaves out each draw's own row. For the population the first is biased downwards, the second upwards.
+    `mirrored` uses each draw with both signs, so that what is linear in the noise, most of its variance, cancels.
     """
     features = in_float64(features)
-    halves, count = _half_squares(features), len(features)
+    halves, count, signs = _half_squares(features), len(features), (1, -1) if mirrored else (1,)
     lower, upper = torch.zeros_like(halves), torch.zeros_like(halves)
     for _ in range(draws):
         noise = torch.randn(features.shape, generator=generator).to(features.device)
         for rows in _row_blocks(features):
             centres, shifts = features[rows], noise[rows].to(features)
-            powers = torch.addmm(halves, centres + shifts, features.T, beta=-1)
+            powers = torch.addmm(halves, centres, features.T, beta=-1).sub_(halves[rows, None])
             powers.diagonal(rows.start).fill_(-torch.inf)
-            # log of the other rows' kernel sum relative to the own row's kernel, whose exponent is -|noise|^2 / 2
-            others = powers.logsumexp(1) - halves[rows] - torch.linalg.vecdot(centres, shifts)
-            lower[rows] -= others.logaddexp(torch.zeros_like(others)) - log(count)
-            upper[rows] -= others - log(max(1, count - 1))
-    return lower / draws, upper / draws
+            tilt = shifts @ features.T
+            tilt -= torch.linalg.vecdot(centres, shifts)[:, None]
+            for sign in signs:
+                # log of the other rows' kernel sum relative to the own row's kernel, whose exponent is -|noise|^2 / 2
+                others = torch.add(powers, tilt, alpha=sign).logsumexp(1)
+                lower[rows] -= others.logaddexp(torch.zeros_like(others)) - log(count)
+                upper[rows] -= others - log(max(1, count - 1))
+    return lower / (draws * len(signs)), upper / (draws * len(signs))
 
 
 def mean_shift(features: Features, generator: torch.Generator, draws: int) -> Features:

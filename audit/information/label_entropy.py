@@ -12,6 +12,7 @@ from audit.adversary.threat import ThreatModel
 from audit.errors import MismatchError
 from audit.information.encoding import encode, encode_clean, label_surprise
 from audit.information.estimator import (
+    ATTACKED,
     CARRIED,
     CLEAN,
     COLD_START,
@@ -45,7 +46,7 @@ class LabelEntropy(LabelEntropySettings, Estimator):
     """
 
     quantity: ClassVar[str] = "H(argmax g(X))"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     bounds_heads: ClassVar[bool] = False
 
     def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:  # noqa: ARG002
@@ -61,7 +62,8 @@ class LabelEntropy(LabelEntropySettings, Estimator):
             return Vulnerability(normal, normal, inputs.images, indices, 0.5 * len(indices), CLEAN)
         targets, passes = self._choose_targets(inputs, threat, seed, warm_start)
         passes += 0.5 * len(indices)
-        candidates = [] if warm_start.images is None else [(CARRIED, warm_start.images)]
+        given = ((CARRIED, warm_start.images), (ATTACKED, warm_start.attacked))
+        candidates = [(origin, images) for origin, images in given if images is not None]
         for target in targets:
             found = self._attack(inputs, target, threat, seed, warm_start.images)
             passes += found.passes
@@ -75,6 +77,12 @@ class LabelEntropy(LabelEntropySettings, Estimator):
                 worst, adversarial, origin = entropy, images, candidate
         passes += 0.5 * len(candidates) * len(indices)
         return Vulnerability(normal, worst, adversarial, indices, passes, origin)
+
+    def read_worst(self, inputs: EstimatorInputs, images: Images, seed: int) -> MIEstimate:
+        """Return the entropy of the classes predicted for perturbed images."""
+        if torch.equal(images, inputs.images):
+            return self.normal(inputs, seed)
+        return _entropy_estimate(encode(inputs.encoder, images, self.batch_size).log_probs)
 
     def _choose_targets(
         self, inputs: EstimatorInputs, threat: ThreatModel, seed: int, warm_start: WarmStart

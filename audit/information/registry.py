@@ -5,10 +5,10 @@ A new estimator is registered here; `audit.information.estimator.ESTIMATORS` and
 
 from typing import NamedTuple
 
+from audit.information.probing.settings import LabelInformationSettings
 from audit.information.settings import (
     EstimatorSettings,
     LabelEntropySettings,
-    LabelInformationSettings,
     MineSettings,
     ReferenceSettings,
     SandwichSettings,

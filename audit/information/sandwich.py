@@ -1,4 +1,4 @@
-"""Estimator `sandwich`: information of a noise-smoothed representation Z = g(X) + N(0, s^2 I), without a critic.
+"""Estimator `sandwich`: information of a noise-smoothed representation Z = g(X) + noise, without a critic.
 
 The smoothed features of n images are a mixture of n Gaussians. Its information about the image lies between two proven
 bounds and is estimated by sampling from the mixture.
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from audit.adversary.threat import ThreatModel
-from audit.flags import FlagCode, flag
-from audit.information.encoding import encode, encode_clean
+from audit.information.encoding import clean_features, encode
 from audit.information.estimator import (
     CARRIED,
     CLEAN,
@@ -32,55 +31,73 @@ from audit.information.estimator import (
 from audit.information.feature_merging import Candidate, FeatureDescent, k_means, most_reachable, towards
 from audit.information.gaussian_mixture import guaranteed_bounds, in_float64, log_kernel, mean_shift, plug_in_terms
 from audit.information.settings import SandwichSettings
+from audit.information.smoothing.saturation import pair_flags
+from audit.information.smoothing.scale import Smoothing, common_unit, fitted_unit, spread_of
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Features, Images, Objective, ObjectiveValue
+from audit.types import Encoded, Encoder, Features, Images, Objective, ObjectiveValue
 
 _HUB = Origin("hub")
 _MEAN_SHIFT, _ANNEALED = "mean shift from {}", "{}, annealed"
 _WARM_START_SHARE = 0.9  # of the annealing steps from scratch: eight layers then cost less than three from scratch
 _ANNEALED_SHARE = 0.7  # of the steps; the noise then has its final width, and step sizes begin to shrink
-_ROUNDING = 1e-6  # deviations below this share of the largest feature are rounding errors
+_HALF_A_UNIT = 0.5  # noise in feature units where none is given
 
 
 @dataclass(frozen=True)
 class Sandwich(SandwichSettings, Estimator):
     """Plug-in estimate of I(X; g(X) + s E), E ~ N(0, I), in nats: the information of a uniformly drawn image.
 
-    (1/n) sum_i E[ln(n exp(-|z - f_i|^2 / 2s^2) / sum_j exp(-|z - f_j|^2 / 2s^2))] with z = f_i + s E, sampled with
-    `draws` draws; at most ln n. Images are (n, C, H, W), features f (n, D). s is `noise` times the root mean square
-    deviation of the clean features, or `noise` itself if `absolute`. `parts` hold the plug-in value without each draw's
-    own image (`plug_in_upper`), proven bounds (`guaranteed_lower`, `guaranteed_upper`) and s (`noise`).
+    (1/n) sum_i E[ln(n exp(-|z - f_i|^2 / 2) / sum_j exp(-|z - f_j|^2 / 2))] with z = f_i + E and features f (n, D) in
+    units of the noise, sampled with `draws` draws; at most ln n. Images are (n, C, H, W). The noise s of a feature is
+    proportional to its deviation over the clean images, by the factor at which these hold `target_nats`; features
+    that do not vary are left out. With `noise` it is one value for all features: see `SandwichSettings`. `parts` hold
+    the plug-in value without each draw's own image (`plug_in_upper`), proven bounds (`guaranteed_lower`,
+    `guaranteed_upper`) and s (`noise`), in deviations of each feature, or in feature units if it is fixed.
 
     The worst case is the smallest of several candidates: mean shift, the gradient descent of the mixture's entropy,
     from k-means centres and from one common hub, and annealed from a wider kernel.
 
-    Raises UsageError for a setting that is not legal; InvalidModelError if a feature or a gradient is not finite.
+    Raises UsageError for a setting that is not legal; InvalidModelError if a gradient, or a feature that is not masked
+    in every image, is not finite.
 
     Source: Kolchinsky & Tracey 2017, eqs. 10 and 13 (bounds); Zhu, Zhang & Evans 2020, Definition 3.1.
     """
 
     quantity: ClassVar[str] = "I(X; g(X) + noise)"
+    bounds_heads: ClassVar[bool] = False  # a bound on heads that see features through noise bounds no other head
     floor_kind: ClassVar[FloorKind] = "smoothed"
     reads_log_probs: ClassVar[bool] = False
+    version: ClassVar[int] = 2
 
     def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:
         """Return the plug-in value on the clean images."""
-        features = encode_clean(inputs, self.batch_size).features
-        return self._estimate(features, self.scale(features), seed)
+        clean = clean_features(inputs, self.batch_size)
+        smoothing = self.smoothing(clean)
+        return self._estimate(smoothing.of(clean), smoothing, seed)
+
+    def smoothing(self, clean: Features) -> Smoothing:
+        """Return the noise of every feature, from clean features (N, D)."""
+        if self.absolute:
+            return common_unit(clean, self.noise or _HALF_A_UNIT, absolute=True)
+        return fitted_unit(clean, self.target_nats) if self.noise is None else common_unit(clean, self.noise)
+
+    def noisy(self, clean: Features, features: Features, generator: torch.Generator) -> Features:
+        """Return features (N, D) with one draw of the noise that fits clean ones (M, D)."""
+        return self.smoothing(clean).noisy(features, generator)
 
     def objective(self, inputs: EstimatorInputs) -> Objective | None:
-        """Return each image's term ln(n - 1) - ln sum_{j != i} exp(-|f_i - f_j|^2 / 2s^2) of the upper bound, in nats.
+        """Return each image's term ln(n - 1) - ln sum_{j != i} exp(-|f_i - f_j|^2 / 2) of the upper bound, in nats.
 
-        The f_j are clean features. None if features vary by rounding errors only.
+        The f_j are clean features in units of the noise. None if features vary by rounding errors only.
         """
-        clean = encode_clean(inputs, self.batch_size).features
-        if not float(clean.var(0, correction=0).mean().sqrt()) > _ROUNDING * float(clean.abs().max()):
+        clean = clean_features(inputs, self.batch_size)
+        if not bool(spread_of(clean).varies.any()):
             return None
-        mean, scale = clean.mean(0), self.scale(clean)
-        rows = in_float64((clean - mean) / scale)
+        smoothing = self.smoothing(clean)
+        rows = in_float64(smoothing.of(clean))
 
         def objective(images: Images, index: Tensor) -> ObjectiveValue:
-            features = in_float64((inputs.encoder(images).features - mean) / scale)
+            features = in_float64(smoothing.of(inputs.encoder(images).features))
             powers = log_kernel(features, rows, 1.0).scatter(1, index[:, None], -torch.inf)
             value = log(len(rows) - 1) - powers.logsumexp(1)
             return ObjectiveValue(value.to(images), torch.zeros_like(index, dtype=torch.bool))
@@ -91,39 +108,38 @@ class Sandwich(SandwichSettings, Estimator):
         self, inputs: EstimatorInputs, threat: ThreatModel, seed: int, warm_start: WarmStart = COLD_START
     ) -> Vulnerability:
         """Return both cases; candidates are compared by other noise draws than the reported value."""
-        features = encode_clean(inputs, self.batch_size).features
-        scale, indices = self.scale(features), torch.arange(len(features))
-        normal = warm_start.normal or self._estimate(features, scale, seed)
+        raw = clean_features(inputs, self.batch_size)
+        smoothing, indices = self.smoothing(raw), torch.arange(len(raw))
+        features = smoothing.of(raw)
+        normal = warm_start.normal or self._estimate(features, smoothing, seed)
         clean = Candidate(inputs.images, features, 0.5 * len(features))
         if threat.eps == 0:
             return Vulnerability(normal, normal, clean.images, indices, clean.passes)
-        descent = FeatureDescent(inputs.encoder, inputs.images, threat, self.relative_step, self.batch_size)
-        search = _CandidateSearch(self, descent, clean, scale, seed)
+        encoder = _in_units_of_noise(inputs.encoder, smoothing)
+        descent = FeatureDescent(encoder, inputs.images, threat, self.relative_step, self.batch_size)
+        search = _CandidateSearch(self, descent, clean, seed)
         if warm_start.images is not None:
             candidates = search.continued(warm_start.images)
         else:
             candidates = search.candidates(warm_start.origin)
         origin = min(candidates, key=lambda each: search.value(candidates[each]))
         found = candidates[origin]
-        worst = self._estimate(found.features, scale, seed)
+        worst = self._estimate(found.features, smoothing, seed)
         return Vulnerability(normal, worst, found.images, indices, clean.passes + search.passes, origin)
 
-    def scale(self, features: Features) -> float:
-        """Return s in feature units; if features vary by rounding errors only, one that hides the variation."""
-        if self.absolute:
-            return self.noise
-        deviation, largest = float(features.var(0, correction=0).mean().sqrt()), float(features.abs().max())
-        return self.noise * deviation if deviation > _ROUNDING * largest else max(1.0, largest)
+    def read_worst(self, inputs: EstimatorInputs, images: Images, seed: int) -> MIEstimate:
+        """Return the plug-in value on perturbed images, with the noise that fits the clean ones."""
+        if torch.equal(images, inputs.images):
+            return self.normal(inputs, seed)
+        smoothing = self.smoothing(clean_features(inputs, self.batch_size))
+        features = encode(_in_units_of_noise(inputs.encoder, smoothing), images, self.batch_size).features
+        return self._estimate(features, smoothing, seed)
 
-    def _estimate(self, features: Features, scale: float, seed: int) -> MIEstimate:
-        scaled = (features - features.mean(0)) / scale
-        lower, upper = plug_in_terms(scaled, keyed_generator(seed, Purpose.SANDWICH_READING), self.draws)
-        validation = plug_in_terms(scaled, keyed_generator(seed, Purpose.SANDWICH_CHOICE), self.draws)[0]
-        bounds, value, above = guaranteed_bounds(scaled), float(lower.mean()), float(upper.mean())
-        flags = []
-        if above - value > 0.2:
-            gap = f"the plug-in pair is {above - value:.1f} nats apart: more images would raise the estimate"
-            flags.append(flag(FlagCode.SATURATED, gap))
+    def _estimate(self, features: Features, smoothing: Smoothing, seed: int) -> MIEstimate:
+        features = features - features.mean(0)
+        lower, upper = self.terms(features, keyed_generator(seed, Purpose.SANDWICH_READING))
+        validation = self.terms(features, keyed_generator(seed, Purpose.SANDWICH_CHOICE))[0]
+        bounds, value, above = guaranteed_bounds(features), float(lower.mean()), float(upper.mean())
         return MIEstimate(
             nats=value,
             stderr=float(lower.std()) / sqrt(len(lower)),
@@ -134,17 +150,30 @@ class Sandwich(SandwichSettings, Estimator):
                 "plug_in_upper": above,
                 "guaranteed_lower": bounds.lower,
                 "guaranteed_upper": bounds.upper,
-                "noise": scale,
+                "noise": smoothing.noise,
             },
-            flags=tuple(flags),
+            flags=(*pair_flags(value, above, len(lower)), *smoothing.flags),
         )
+
+    def terms(self, features: Features, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the terms (N,), (N,) of the plug-in pair in nats, for centred features (N, D) in noise units."""
+        # both signs of a draw: the same number of them then tells more of the difference between two cases
+        return plug_in_terms(features, generator, self.draws, mirrored=True)
+
+
+def _in_units_of_noise(encoder: Encoder, smoothing: Smoothing) -> Encoder:
+    def encoded(images: Images) -> Encoded:
+        features, log_probs = encoder(images)
+        return Encoded(smoothing.of(features), log_probs)
+
+    return encoded
 
 
 class _CandidateSearch:
-    """The candidates of one worst-case search by origin, with the passes spent."""
+    """The candidates of one worst-case search by origin, with the passes spent; features are in units of the noise."""
 
-    def __init__(self, settings: Sandwich, descent: FeatureDescent, clean: Candidate, scale: float, seed: int) -> None:
-        self.settings, self.descent, self.clean, self.scale, self.seed = settings, descent, clean, scale, seed
+    def __init__(self, settings: Sandwich, descent: FeatureDescent, clean: Candidate, seed: int) -> None:
+        self.settings, self.descent, self.clean, self.seed = settings, descent, clean, seed
         self.passes = 0.0
 
     def candidates(self, origin: Origin | None = None) -> dict[Origin, Candidate]:
@@ -207,15 +236,15 @@ class _CandidateSearch:
         draws, scales = keyed_generator(self.seed, Purpose.SANDWICH_SEARCH), iter(widths)
 
         def feature_gradient(features: Features) -> Features:
-            return mean_shift((features - features.mean(0)) / (next(scales) * self.scale), draws, 1)
+            return mean_shift((features - features.mean(0)) / next(scales), draws, 1)
 
         reached = descent.run(feature_gradient, start, len(widths))
         return self._encoded(reached.images, len(widths))
 
     def value(self, candidate: Candidate) -> float:
         """Return the plug-in value from noise draws that no reported value uses."""
-        scaled = (candidate.features - candidate.features.mean(0)) / self.scale
-        terms, _ = plug_in_terms(scaled, keyed_generator(self.seed, Purpose.SANDWICH_CHOICE), self.settings.draws)
+        features = candidate.features - candidate.features.mean(0)
+        terms, _ = self.settings.terms(features, keyed_generator(self.seed, Purpose.SANDWICH_CHOICE))
         return float(terms.mean())
 
     def _encoded(self, images: Tensor, steps: float = 0.0) -> Candidate:

@@ -59,6 +59,7 @@ Count = Annotated[int, AT_LEAST_ONE]
 AtLeastTwo = Annotated[int, Limit(lambda x: x >= 2, "must be at least 2")]
 Counts = Annotated[tuple[int, ...], Limit(lambda counts: all(x >= 1 for x in counts), "must each be at least 1")]
 Positive = Annotated[float, Limit(lambda x: 0 < x < inf, "must be above 0 and finite")]
+PositiveOrNone = Annotated[float | None, Limit(lambda x: x is None or 0 < x < inf, "must be above 0 and finite")]
 NotNegative = Annotated[float, Limit(lambda x: 0 <= x < inf, "must be at least 0 and finite")]
 Share = Annotated[float, Limit(lambda x: 0 <= x < 1, "is outside [0, 1)")]
 StepSize = Annotated[float, STEP_SIZE]
@@ -115,17 +116,20 @@ class EstimatorSettings(Settings):
 class SandwichSettings(EstimatorSettings):
     """Settings of the critic-free estimate of a noise-smoothed representation.
 
-    `noise` is the standard deviation of the noise in layer standard deviations (root mean square over features, on
-    clean images), or in feature units if `absolute`. The worst-case search starts with a kernel of `widths` times the
+    The noise of each feature is proportional to its deviation on clean images, by the factor at which these hold
+    `target_nats` of information. `noise` fixes it instead: one standard deviation for all features, in layer standard
+    deviations (root mean square over the features that vary, on clean images), or in feature units if `absolute`,
+    there by default a half. The worst-case search starts with a kernel of `widths` times the
     noise, which shrinks to the noise in `annealing_steps` steps. It also moves images to the nearest of `quantisers`
     centres or to one hub in `start_steps` steps, and from the best of these by mean shift in `steps` more. The value
-    is estimated from `draws` draws of the noise.
+    is estimated from `draws` draws of the noise, each with both signs.
     """
 
     subject: ClassVar[str] = "sandwich"
     memory_only: ClassVar[tuple[str, ...]] = ("batch_size",)
 
-    noise: Positive = 0.5
+    target_nats: Positive = 1.5
+    noise: PositiveOrNone = None
     absolute: bool = False
     steps: Count = 30
     start_steps: Count = 10
@@ -150,31 +154,6 @@ class LabelEntropySettings(EstimatorSettings):
     targets: Count = 10
     kept: Count = 3
     steps: Count = 30
-    relative_step: StepSize = 0.2
-    batch_size: Count = 256
-
-
-@dataclass(frozen=True)
-class ProbeTraining(Settings):
-    """Training of probes: number of `folds`, L2 `penalty` on the weights per sample, `hidden` units and `steps`."""
-
-    subject: ClassVar[str] = "probe training"
-
-    folds: AtLeastTwo = 5
-    penalty: NotNegative = 1.0
-    hidden: Count = 64
-    steps: Count = 200
-
-
-@dataclass(frozen=True)
-class LabelInformationSettings(EstimatorSettings):
-    """Settings of the information that features hold about labels: probes, and the steps of the attacks."""
-
-    subject: ClassVar[str] = "label-information"
-    memory_only: ClassVar[tuple[str, ...]] = ("batch_size",)
-
-    probes: ProbeTraining = field(default_factory=ProbeTraining, metadata=FIXED)
-    steps: Count = 20
     relative_step: StepSize = 0.2
     batch_size: Count = 256
 

@@ -6,13 +6,15 @@ catch it, and a network that catches it all the same is run to its end from then
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from threading import get_ident
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from audit.adversary.passes import outputs_of
 from audit.errors import UsageError
 from audit.types import Images
 
@@ -53,6 +55,7 @@ class LayerReader:
         self.specs = tuple(specs)
         self._points: dict[bool, tuple[HookPoint | None, ...]] = {}
         self._exits_early = all(spec.path != "logits" for spec in self.specs)
+        self._compared = False  # with complete passes; searches follow gradients through exits that are exact only
 
     def read(self, model: nn.Module, images: Images) -> tuple[Tensor, ...]:
         """Return one tensor (N, ...) a layer for images (N, C, H, W), leaving the forward pass as early as possible.
@@ -69,6 +72,8 @@ class LayerReader:
 
     def _read(self, model: nn.Module, images: Images, exits_early: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         points = self._points.get(model.training)
+        if points is not None and exits_early and images.requires_grad and not self._compared:
+            self._exits_early = exits_early = self._exit_is_exact(model, images)
         if points is not None:
             recording = _PointRecording([point for point in points if point is not None], exits_early)
             output = recording.run(model, images)
@@ -80,7 +85,28 @@ class LayerReader:
         output = survey.run(model, images)
         located = [survey.locate(spec) for spec in self.specs]
         self._points[model.training] = tuple(point for point, _ in located)
-        return self._select([value for _, value in located], images, output), output
+        values = [value for _, value in located]
+        if any(point is not None and value is None for point, value in located):  # its value was not kept
+            recording = _PointRecording([point for point, _ in located if point is not None], exits_early=False)
+            output = recording.run(model, images)
+            values = [None if point is None else recording.values.get(point) for point, _ in located]
+        return self._select(values, images, output), output
+
+    def _exit_is_exact(self, model: nn.Module, images: Images) -> bool:
+        from audit.representation.early_exit import exit_is_exact
+
+        self._compared, other = True, LayerReader(self.specs)
+        other._compared = True
+        return exit_is_exact(lambda twin, few, exits: other._read(twin, few, exits)[0], model, images)
+
+    def point(self, model: nn.Module, images: Images) -> HookPoint | None:
+        """Return the hook point of the first layer, located by a pass of `images` (N, C, H, W); None at the ends.
+
+        Raises as `read` does.
+        """
+        if model.training not in self._points:
+            self._read(model, images, exits_early=False)
+        return self._points[model.training][0]
 
     def _select(self, values: Sequence[object], images: Images, output: Tensor) -> tuple[Tensor, ...]:
         ends = {"input": images, "logits": output}
@@ -90,46 +116,62 @@ class LayerReader:
 
 
 class _CallSurvey:
-    """A complete forward pass that records every call of some layers, and the input of the last linear layer."""
+    """A complete forward pass that records every call of some layers, and by what the logits are computed last."""
 
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
         self.outputs: dict[str, list[object]] = {s.module: [] for s in specs if s.path not in PSEUDO_LAYERS}
-        self.last_linear: tuple[HookPoint, Tensor] | None = None
-        self._linear_calls: Counter[str] = Counter()
-        self._records_linear = any(spec.path == "penultimate" for spec in specs)
+        self._penultimate: tuple[HookPoint | None, object] = None, None
+        self._candidates: tuple[str, ...] = ()
+        self._follows_logits = any(spec.path == "penultimate" for spec in specs)
 
     def run(self, model: nn.Module, images: Images) -> Tensor:
         handles = [
             model.get_submodule(name).register_forward_hook(
                 # cloned at once: a later in-place operation must not change the recorded value
-                lambda _module, _inputs, output, outputs=outputs: outputs.append(_clone(output))
+                in_this_thread(lambda _module, _inputs, output, outputs=outputs: outputs.append(_clone(output)))
             )
             for name, outputs in self.outputs.items()
         ]
-        for name, module in model.named_modules() if self._records_linear else ():
-            if is_linear(module):
-                handles.append(
-                    module.register_forward_pre_hook(lambda _m, args, name=name: self._record_linear(name, args[0]))
-                )
-        return run_and_remove_hooks(model, images, handles)
+        if not self._follows_logits:
+            return run_and_remove_hooks(model, images, handles)
+        from audit.representation.answer_graph import AnswerGraph
+
+        graph = AnswerGraph(images)
+        for name, module in model.named_modules():
+            handles += _report_calls(module, name, graph.passed)
+        with graph:
+            output = run_and_remove_hooks(model, images, handles)
+        located, self._candidates = graph.locate(model, output)
+        if located is not None:
+            self._penultimate = HookPoint(*located), graph.value(located)
+        return output
 
     def locate(self, spec: LayerSpec) -> tuple[HookPoint | None, object]:
         """Return the hook point of a layer and its recorded value; (None, None) for `input` and `logits`."""
         if spec.path == "penultimate":
-            if self.last_linear is None:
-                raise UsageError(
-                    "layer 'penultimate' needs a model whose forward ends in a linear layer; name a module instead"
-                )
-            return self.last_linear
+            if self._penultimate[0] is None:
+                prefix = spec.module.removesuffix(spec.path)  # of a wrapper
+                raise UsageError(_no_penultimate([name.removeprefix(prefix) for name in self._candidates]))
+            return self._penultimate
         if spec.path in PSEUDO_LAYERS:
             return None, None
         outputs = self.outputs[spec.module]
         call = _resolve_call(spec, len(outputs))
         return HookPoint(spec.module, call), outputs[call]
 
-    def _record_linear(self, name: str, value: Tensor) -> None:
-        self.last_linear = HookPoint(name, self._linear_calls[name], is_input=True), value.clone()
-        self._linear_calls[name] += 1
+
+def _report_calls(module: nn.Module, name: str, passed: Callable[[HookPoint, object], None]) -> list[RemovableHandle]:
+    """Report the first argument and the output of every call of a module; return the hooks."""
+    calls: Counter[bool] = Counter()
+
+    def report(is_input: bool, value: object) -> None:
+        passed(HookPoint(name, calls[is_input], is_input), value)
+        calls[is_input] += 1
+
+    return [
+        module.register_forward_pre_hook(in_this_thread(lambda _m, args: report(True, args[0] if args else None))),
+        module.register_forward_hook(in_this_thread(lambda _m, _i, output: report(False, output))),
+    ]
 
 
 class _EarlyExit(BaseException):
@@ -173,8 +215,8 @@ class _PointRecording:
     def _register(self, model: nn.Module, name: str, is_input: bool) -> RemovableHandle:
         module = model.get_submodule(name)
         if is_input:
-            return module.register_forward_pre_hook(lambda _module, args: self._record(name, True, args[0]))
-        return module.register_forward_hook(lambda _module, _inputs, output: self._record(name, False, output))
+            return module.register_forward_pre_hook(in_this_thread(lambda _m, args: self._record(name, True, args[0])))
+        return module.register_forward_hook(in_this_thread(lambda _m, _i, output: self._record(name, False, output)))
 
     def _record(self, name: str, is_input: bool, value: object) -> None:
         point = HookPoint(name, self._calls[name, is_input], is_input)
@@ -188,19 +230,20 @@ class _PointRecording:
             raise _EarlyExit(self)
 
 
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that ignores calls in other threads, which may use the same network at the same time."""
+    thread = get_ident()
+    return lambda *values: hook(*values) if get_ident() == thread else None
+
+
 def run_and_remove_hooks(model: nn.Module, images: Images, handles: Sequence[RemovableHandle]) -> Tensor:
     """Return the model's output for images (N, C, H, W); remove the hooks even if the forward pass raises."""
     try:
-        output: Tensor = model(images)
+        output = outputs_of(model, images)
     finally:
         for handle in handles:
             handle.remove()
     return output
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether a module may be the last layer of a classifier: a linear layer or a 1x1 convolution."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
 
 
 def select_tensor(output: object, spec: LayerSpec) -> Tensor:
@@ -221,6 +264,12 @@ def select_tensor(output: object, spec: LayerSpec) -> Tensor:
             return selected
         raise UsageError(f"layer {layer!r}: output {index} is not a tensor; tensors are at {tensors}")
     raise UsageError(f"layer {layer!r} returns a {type(output).__name__}, not a tensor")
+
+
+def _no_penultimate(candidates: Sequence[str]) -> str:
+    named = f", such as {' or '.join(candidates)}" if candidates else ""
+    message = "layer 'penultimate' needs a model whose forward ends in a linear layer on the features of one module"
+    return f"{message}; name a module instead{named}"
 
 
 def _resolve_call(spec: LayerSpec, count: int) -> int:

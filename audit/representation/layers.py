@@ -13,8 +13,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from audit.adversary.passes import in_full_precision, log_probabilities
 from audit.errors import UnknownNameError, UsageError
-from audit.representation.hooks import PSEUDO_LAYERS, LayerReader, LayerSpec, run_and_remove_hooks
+from audit.representation.hooks import (
+    PSEUDO_LAYERS,
+    HookPoint,
+    LayerReader,
+    LayerSpec,
+    in_this_thread,
+    run_and_remove_hooks,
+)
 from audit.types import Encoded, Features, Images
 
 Reduction = Literal["flatten", "mean"]
@@ -78,7 +86,7 @@ class Representation(nn.Module):
         if not self.encodes_log_probs(images[:1]):
             return self.encode_features(images)
         (activations,), logits = self._reader.read_with_output(self.model, images)
-        return Encoded(self.to_features(activations, images), logits.log_softmax(1))
+        return Encoded(self.to_features(activations, images), log_probabilities(logits))
 
     def encodes_log_probs(self, images: Images) -> bool:
         """Return whether `encode` includes log-probabilities: the first result of `determines_logits`."""
@@ -86,36 +94,30 @@ class Representation(nn.Module):
             self._encodes_log_probs = self.determines_logits(images)
         return self._encodes_log_probs
 
+    def point(self, images: Images) -> HookPoint | None:
+        """Return the call of a module that holds the layer, located by a pass of images; None at the network's ends."""
+        return self._reader.point(self.model, images)
+
     def determines_logits(self, images: Images) -> bool:
         """Return whether the logits are a function of the features, so that they carry no further information.
 
-        They are if every path from the images to the logits passes through the layer: the gradient of the logits with
-        respect to `images` is zero once the layer's output is detached. Averages over positions never determine them.
+        They are if every path from the images to the logits passes through the layer (`patching.carries_logits`).
+        Averages over positions never determine them.
         """
         if self.reduce == "mean" and self._reader.read(self.model, images)[0].dim() > 2:
             return False  # the logits depend on every position, not on the average alone
         if self.spec.path in PSEUDO_LAYERS:
             return True
-        call, calls = self.spec.call, list[None]()
+        point = self.point(images)
+        if point is None:
+            return True
+        from audit.representation.patching import OutputPart, carries_logits
 
-        def detach(_module: nn.Module, _inputs: object, output: object) -> object:
-            calls.append(None)
-            selected = call is None or call < 0 or call == len(calls) - 1
-            return _detach(output, self.spec.index) if selected else output
-
-        leaf = images.detach().clone().requires_grad_()
-        handle = self.model.get_submodule(self.spec.module).register_forward_hook(detach)
-        with torch.enable_grad():
-            logits = run_and_remove_hooks(self.model, leaf, [handle])
-            if not logits.requires_grad:
-                return True
-            weights = torch.arange(1.0, logits.numel() + 1, device=logits.device).view_as(logits)
-            (gradient,) = torch.autograd.grad((logits * weights).sum(), leaf, allow_unused=True)
-        return gradient is None or not bool(gradient.any())
+        return carries_logits(self.model, OutputPart(point, self.spec.index), images)
 
     def to_features(self, activations: Tensor, images: Images) -> Features:
         """Return the features (N, D) of the layer's activations (N, ...) for images (N, C, H, W)."""
-        features = _to_vectors(activations, self.reduce)
+        features = in_full_precision(_to_vectors(activations, self.reduce))
         if len(features) != len(images):
             raise UsageError(
                 f"layer {self.layer!r} returns the shape {tuple(activations.shape)} for {len(images)} images: "
@@ -148,7 +150,7 @@ def encode_layers(
         with torch.no_grad():
             if determining:
                 activations, logits = reader.read_with_output(model, batch)
-                log_probs = logits.log_softmax(1)
+                log_probs = log_probabilities(logits)
             else:
                 activations, log_probs = reader.read(model, batch), batch.new_empty(0)
             features = {
@@ -191,7 +193,9 @@ def describe_layers(model: nn.Module, images: Images) -> list[LayerInfo]:
     modules = {name: module for name, module in _inner_network(model).named_modules() if name}
     outputs: dict[str, list[_Output]] = {name: [] for name in modules}
     handles = [
-        module.register_forward_hook(lambda _m, _i, output, seen=outputs[name]: seen.append(_with_versions(output)))
+        module.register_forward_hook(
+            in_this_thread(lambda _m, _i, output, seen=outputs[name]: seen.append(_with_versions(output)))
+        )
         for name, module in modules.items()
     ]
     logits = run_and_remove_hooks(model, images, handles)
@@ -230,14 +234,6 @@ def _inner_network(model: nn.Module) -> nn.Module:
 
 def _without_log_probs(features: Features) -> Encoded:
     return Encoded(features, features.new_empty(len(features), 0))
-
-
-def _detach(output: object, index: int | None) -> object:
-    if isinstance(output, Tensor):
-        return output.detach()
-    if isinstance(output, tuple | list) and index is not None:
-        return tuple(_detach(part, None) if i == index % len(output) else part for i, part in enumerate(output))
-    return output
 
 
 class _Output(NamedTuple):

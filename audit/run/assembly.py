@@ -19,11 +19,13 @@ from audit.config.settings import AuditSettings
 from audit.information.consistency import (
     SeedMean,
     bound_flags,
+    certificate_flags,
     distrust_flags,
     estimate_flags,
     search_distrust_flags,
 )
 from audit.information.estimator import History, Vulnerability
+from audit.proportion import wilson
 from audit.records import AuditRecord
 from audit.run.layer_audit import LayerResult
 from audit.run.sanity_checks import sanity_flags
@@ -89,8 +91,9 @@ def summarise(robustness: Robustness, result: LayerResult, settings: AuditSettin
     ceiling = runs[0].normal.ceiling
     # only a ceiling of ln(images) is one that more images would raise; at ln K an estimate is not saturated
     flags = estimate_flags(normal, worst, floors, ceiling if ceiling == log(runs[0].normal.images) else inf)
-    bounds = _bounds(worst.nats, accuracy) if settings.estimator.bounds_heads else {}
-    if bounds:
+    upper = fmean(run.worst.nats if run.worst.upper is None else run.worst.upper for run in runs)
+    bounds = _bounds(worst.nats, upper, accuracy) if settings.estimator.bounds_heads else {}
+    if bounds and result.determines_logits:
         flags += bound_flags(bounds["fano_accuracy_bound"], accuracy.adversarial.low)
     flags += distrust_flags(robustness.checks) + search_distrust_flags(result.checks)
     flags += sorted({flag for run in runs for flag in (*run.normal.flags, *run.worst.flags)})
@@ -138,6 +141,7 @@ def assemble(parts: AuditParts) -> AuditRecord:
         floor_nats=floors.normal if floors else None,
         **summary.bounds,
         **_accuracy_fields(accuracy),
+        **_probe_fields(parts.result),
         **certificate,
         flags=_flags(parts, summary),
         checks=_checks(parts),
@@ -157,12 +161,15 @@ def over_seeds(values: list[float], stderrs: list[float]) -> SeedMean:
     return SeedMean(fmean(values), max(by_sampling, by_seeds))
 
 
-def _bounds(worst_nats: float, accuracy: Accuracy) -> dict[str, Any]:
-    """Return Theorem 3.4 as printed, and exact Fano, which holds for any class shares and is never above it."""
+def _bounds(worst_nats: float, upper: float, accuracy: Accuracy) -> dict[str, Any]:
+    """Return Theorem 3.4 as printed, and exact Fano, which holds for any class shares.
+
+    Exact Fano is taken at the `upper` end of the interval of the worst case, where an estimator states one.
+    """
     return {
         "adversarial_accuracy_bound": adversarial_accuracy_bound(worst_nats, accuracy.num_classes),
         "adversarial_risk_bound": adversarial_risk_bound(worst_nats, accuracy.num_classes),
-        "fano_accuracy_bound": fano_accuracy_bound(max(0.0, worst_nats), accuracy.largest_share),
+        "fano_accuracy_bound": fano_accuracy_bound(max(0.0, upper), accuracy.largest_share),
     }
 
 
@@ -177,6 +184,16 @@ def _accuracy_fields(accuracy: Accuracy) -> dict[str, Any]:
         "adversarial_accuracy_high": adversarial.high,
         "adversarial_gap": natural.value - adversarial.value,
     }
+
+
+def _probe_fields(result: LayerResult) -> dict[str, Any]:
+    """Return the largest accuracy of fitted classifiers on the worst-case images over seeds, if any were fitted."""
+    found = [run.worst.accuracy for run in result.per_seed if run.worst.accuracy is not None]
+    if not found:
+        return {}
+    best = max(found, key=lambda accuracy: accuracy.value)
+    names = ("worst_probe_accuracy", "worst_probe_accuracy_low", "worst_probe_accuracy_high")
+    return dict(zip(names, best[:3], strict=True))
 
 
 def _certificate_fields(found: LayerCertificate | None) -> tuple[dict[str, Any], int]:
@@ -195,7 +212,25 @@ def _certificate_fields(found: LayerCertificate | None) -> tuple[dict[str, Any],
 
 def _flags(parts: AuditParts, summary: Summary) -> tuple[str, ...]:
     certificate = parts.certificate.flags if parts.certificate else ()
-    return (*sanity_flags(parts.sanity_checks), *summary.flags, *certificate, *parts.network.flags)
+    heads = [*_head_flags(parts.certificate, summary.bounds), *_tighter_flags(parts.certificate, summary.bounds)]
+    return (*sanity_flags(parts.sanity_checks), *summary.flags, *heads, *certificate, *parts.network.flags)
+
+
+def _head_flags(certificate: LayerCertificate | None, bounds: Mapping[str, Any]) -> list[str]:
+    """Return the flag of a bound that a head trained on the layer exceeds."""
+    # the network's own head is compared by `summarise`
+    heads = {head: share for head, share in certificate.heads.items() if head != "own"} if certificate else {}
+    if certificate is None or not bounds or not heads:
+        return []
+    name = max(heads, key=heads.__getitem__)
+    measured = wilson(round(heads[name] * certificate.images), certificate.images)
+    return bound_flags(bounds["fano_accuracy_bound"], measured.low, f"the {name} head's adversarial accuracy")
+
+
+def _tighter_flags(certificate: LayerCertificate | None, bounds: Mapping[str, Any]) -> list[str]:
+    """Return the flag of an estimated bound that a certified one on the same images undercuts."""
+    certified = certificate.certified_bound if certificate else None
+    return [] if certified is None or not bounds else certificate_flags(bounds["fano_accuracy_bound"], certified)
 
 
 def _checks(parts: AuditParts) -> tuple[dict[str, Any], ...]:
@@ -209,6 +244,7 @@ def _details(parts: AuditParts) -> dict[str, Any]:
         "per_seed": [_seed_row(seed, run) for seed, run in zip(seeds, runs, strict=True)],
         "curves": [_curves(seed, run) for seed, run in zip(seeds, runs, strict=True)],
         "worst_floor_nats": floors.worst if floors else None,
+        "determines_logits": parts.result.determines_logits,
         **({"certificate": parts.certificate.to_dict()} if parts.certificate else {}),
         **parts.network.details,
         "identity": dict(parts.identity),

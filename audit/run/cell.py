@@ -20,6 +20,21 @@ _INNER_DEPTH = 1
 
 
 @dataclass(frozen=True)
+class InputRules:
+    """How images and classes of a data set meet a model; neither decides a number where it changes nothing.
+
+    `preprocess` is whether images pass through the model's own resize and crop; `restrict_classes` is whether the
+    network's outputs outside the data set's classes are left out.
+    """
+
+    preprocess: bool = True
+    restrict_classes: bool = False
+
+
+DEFAULT_RULES = InputRules()
+
+
+@dataclass(frozen=True)
 class Cell:
     """One audit of a benchmark: a model at a layer under a threat model, on the first `images` images of a data set.
 
@@ -34,10 +49,12 @@ class Cell:
     threat: ThreatModel
     settings: AuditSettings
     after: "Cell | None" = None
+    rules: InputRules = DEFAULT_RULES
 
 
 def cells(config: BenchmarkConfig) -> list[Cell]:
     """Return the cells of a benchmark, all cells of a model together; patterns of references stay as they are."""
+    rules = input_rules(config)
     settings = dict(zip((section.shown for section in config.estimators), config.settings(), strict=True))
     return [
         Cell(
@@ -48,9 +65,15 @@ def cells(config: BenchmarkConfig) -> list[Cell]:
             layer=planned.layer,
             threat=threat_model(planned.norm, planned.eps),
             settings=settings[planned.estimator.shown],
+            rules=rules,
         )
         for planned in config.planned()
     ]
+
+
+def input_rules(config: BenchmarkConfig) -> InputRules:
+    """Return how images and classes meet the models of a benchmark."""
+    return InputRules(preprocess=config.preprocess == "model", restrict_classes=config.restrict_classes)
 
 
 def expand(config: BenchmarkConfig) -> list[Cell]:

@@ -1,9 +1,10 @@
 """Evaluate benchmark cells and store their records; consecutive cells share a model, its attacks and searches."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from audit.adversary.accuracy import Accuracy, AttackOutcome
 from audit.adversary.attack_checks import Check
@@ -16,9 +17,12 @@ from audit.proportion import Proportion
 from audit.records import AuditRecord, RecordStore
 from audit.run.assembly import AuditedNetwork, AuditParts, assemble
 from audit.run.cell import Cell
+from audit.run.evidence.collect import kept_images
+from audit.run.evidence.kept import ImageKeeper
 from audit.run.failures import failure
 from audit.run.identity import failure_id
 from audit.run.intermediate import IntermediateResults, Memo, types_by_name
+from audit.run.layer_audit import LayerResult, SearchStarts
 from audit.run.loading import CellInputs, InputCache, RunOptions, check_inputs
 from audit.run.model_results import ModelResults
 from audit.run.warm_starts import SearchResults, runs_before
@@ -49,9 +53,10 @@ class CellRunner:
         self.inputs = InputCache(options)
         self.intermediate = IntermediateResults(folder, self.inputs.device, STORED_TYPES)
         self._on_stage: OnStage = on_stage or (lambda _cell, _stage: None)
-        self._models: Memo[str, ModelResults] = Memo(slots=1)
+        self._models: Memo[tuple[str, str], ModelResults] = Memo(slots=1)
         self._searches = SearchResults()
         self._layers: frozenset[str] = frozenset()
+        self._keeper = ImageKeeper(folder, keep=options.keep_images)
 
     def cell_id(self, cell: Cell) -> str:
         """Return the digest of a cell's identity; the id of its failure if the identity cannot be determined."""
@@ -66,9 +71,12 @@ class CellRunner:
         self._layers = frozenset(cell.layer for cell in cells)
 
     def stored(self, cell: Cell, store: RecordStore) -> AuditRecord | None:
-        """Return the cell's record if there is a valid one. Raises IntegrityError for a file that is no record."""
+        """Return the cell's record if there is a valid one, with images where they are to be kept.
+
+        Raises IntegrityError for a file that is no record.
+        """
         record = store.read(self.cell_id(cell))
-        return record if record is not None and record.valid else None
+        return record if record is not None and record.valid and self._keeper.satisfied(record) else None
 
     def record(self, cell: Cell, store: RecordStore) -> tuple[AuditRecord, bool]:
         """Return the cell's record, and whether it was there; if not, evaluate the cell and store the record."""
@@ -97,15 +105,16 @@ class CellRunner:
         started = time.monotonic()
         try:
             self._on_stage(cell, "loading")
+            self._keeper.check()
             return self._evaluate(self.inputs.open(cell), started)
         except Exception as error:  # a network of others may raise anything, and must not stop the other cells
-            checks = self._model(cell.ref).all_sanity_checks if cell.ref in self._models else ()
+            checks = self._model(cell).all_sanity_checks if _network_of(cell) in self._models else ()
             return failure(cell, error, checks)
 
     def _evaluate(self, inputs: CellInputs, started: float) -> AuditRecord:
-        cell, results = inputs.cell, self._model(inputs.cell.ref)
+        cell, results = inputs.cell, self._model(inputs.cell)
         check_inputs(results.model, inputs.images)
-        sanity_checks = results.sanity_checks(inputs)
+        results.sanity_checks(inputs)  # first: the record of a later failure states them
         self._on_stage(cell, "attacking")
         robustness = results.robustness(inputs)
         self._on_stage(cell, "estimating information")
@@ -115,32 +124,25 @@ class CellRunner:
         certificate = None
         if cell.settings.certificate:
             certificate = results.certificate(inputs, lambda: self._on_stage(cell, "certifying"))
-        parts = AuditParts(
-            network=audited_network(cell, inputs.entry, results.model.entry),
-            layer=cell.layer,
-            threat=cell.threat,
-            settings=cell.settings,
-            robustness=robustness,
-            result=result,
-            sanity_checks=sanity_checks,
-            certificate=certificate,
-            identity=inputs.identity,
-            device=self.inputs.device,
-            seconds=time.monotonic() - started,
-        )
-        return assemble(parts)
+        record = assemble(_parts(inputs, results, result, certificate, started))
+        return self._keeper.beside(record, kept_images(inputs, robustness, result.per_seed))
 
-    def _model(self, ref: str) -> ModelResults:
-        return self._models.get(ref, lambda: ModelResults.load(ref, self.inputs, self.intermediate))
+    def _model(self, cell: Cell) -> ModelResults:
+        return self._models.get(_network_of(cell), lambda: ModelResults.load(cell, self.inputs, self.intermediate))
 
-    def _starts(self, inputs: CellInputs) -> dict[int, Images]:
+    def _starts(self, inputs: CellInputs) -> SearchStarts:
+        """Return the adversarial images of the attack on the label, and each seed's warm start."""
+        outcome = self._model(inputs.cell).robustness(inputs).accuracy.outcome
+        return SearchStarts(self._warm_starts(inputs), outcome.images)
+
+    def _warm_starts(self, inputs: CellInputs) -> dict[int, Images]:
         """Return each seed's warm start; none if the order of the layers does not allow it.
 
         If the clean images were the worst case in a smaller ball, the larger ball is searched from scratch. If they
         were at a later layer, they stay the warm start: images that cannot be merged there cannot be merged here.
         """
         cell, after, few = inputs.cell, inputs.cell.after, inputs.images.images[:2]
-        if after is None or not runs_before(self._model(cell.ref).model.network, cell.layer, after.layer, few):
+        if after is None or not runs_before(self._model(cell).model.network, cell.layer, after.layer, few):
             return {}
         found, same = self._worst_cases(after), cell.layer == after.layer
         return {seed: run.all_adversarial for seed, run in found.items() if not (same and run.origin == CLEAN)}
@@ -153,7 +155,7 @@ class CellRunner:
             return found
         try:
             starts = self._starts(inputs)
-            audit = self._model(cell.ref).layer_audit(inputs, self._layers)
+            audit = self._model(cell).layer_audit(inputs, self._layers)
             runs = audit.searched(cell.threat, starts, self._searches.cache(inputs.cell_id, self.intermediate))
         except EnvironmentFault:  # may pass: a search without its warm start would contradict the cell's identity
             raise
@@ -163,8 +165,38 @@ class CellRunner:
         return self._searches.get(inputs.cell_id)
 
 
-def audited_network(cell: Cell, pinned: ModelEntry, loaded: ModelEntry) -> AuditedNetwork:
-    """Return what a record states of the network; trust without a check becomes a flag."""
+def _parts(
+    inputs: CellInputs, results: ModelResults, result: LayerResult, certificate: LayerCertificate | None, started: float
+) -> AuditParts:
+    """Return the parts of a cell's record, of which the model's results are known by now."""
+    cell = inputs.cell
+    return AuditParts(
+        network=audited_network(cell, inputs.entry, results.model.entry, inputs.images.described()),
+        layer=cell.layer,
+        threat=cell.threat,
+        settings=cell.settings,
+        robustness=results.robustness(inputs),
+        result=result,
+        sanity_checks=results.sanity_checks(inputs),
+        certificate=certificate,
+        identity=inputs.identity,
+        device=inputs.images.images.device,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _network_of(cell: Cell) -> tuple[str, str]:
+    """Return what decides the network of a cell: the model, and the data set that its outputs are reduced to."""
+    return cell.ref, cell.dataset if cell.rules.restrict_classes else ""
+
+
+def audited_network(
+    cell: Cell, pinned: ModelEntry, loaded: ModelEntry, applied: Mapping[str, Any] | None = None
+) -> AuditedNetwork:
+    """Return what a record states of the network; trust without a check becomes a flag.
+
+    `applied` is what was done to images and labels, which the record shows.
+    """
     flags = []
     if not pinned.pinned:
         particulars = "the hash of the weights was recorded, not compared with a published one"
@@ -187,5 +219,6 @@ def audited_network(cell: Cell, pinned: ModelEntry, loaded: ModelEntry) -> Audit
             "renames": list(loaded.renames),
             "notes": notes,
             "published": [asdict(number) for number in loaded.published],
+            **(applied or {}),
         },
     )

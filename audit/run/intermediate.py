@@ -109,7 +109,7 @@ class IntermediateResults:
 
 def remove_stale_files(folder: Path) -> None:
     """Delete temporary files that killed writes left in a run folder more than an hour ago; younger may be in use."""
-    for part in ("cells", FOLDER):
+    for part in ("cells", "images", FOLDER):
         for path in (folder / part).rglob(".*"):
             with suppress(OSError):  # another process was faster, or the folder is read-only
                 if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > _HOUR:

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from statistics import fmean
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from audit.adversary.accuracy import logits_of
 from audit.adversary.attack_checks import Check
@@ -31,13 +32,14 @@ class LayerResult(NamedTuple):
 
     `per_seed` holds both cases of every seed, in the order of the settings; `floors` is None where the network's
     output does not pass through the layer; `dimension` is the number of features; `checks` are those of the
-    worst-case search.
+    worst-case search; `determines_logits` is whether the accuracies of the network are those of a head on the layer.
     """
 
     per_seed: tuple[Vulnerability, ...]
     floors: InformationFloors | None
     dimension: int
     checks: tuple[Check, ...] = ()
+    determines_logits: bool = True
 
 
 class EstimateCache(Protocol):
@@ -50,6 +52,17 @@ class EstimateCache(Protocol):
 
 def _uncached(_seed: int, compute: Callable[[], _Estimate], /) -> _Estimate:
     return compute()
+
+
+class SearchStarts(NamedTuple):
+    """Images that worst-case searches start from or compare with.
+
+    `by_seed` are warm starts: worst-case images (N, C, H, W) of a smaller ball or of a later layer; `attacked`
+    (N, C, H, W) are the adversarial images of the attack on the label.
+    """
+
+    by_seed: Mapping[int, Images] = MappingProxyType({})
+    attacked: Images | None = None
 
 
 class Reuse(NamedTuple):
@@ -111,24 +124,22 @@ class LayerAudit:
             return self.representation(self.inputs.images[:1]).shape[1]
 
     def under(
-        self, threat: ThreatModel, starts: Mapping[int, Images] | None = None, cache: EstimateCache = _uncached
+        self, threat: ThreatModel, starts: SearchStarts | None = None, cache: EstimateCache = _uncached
     ) -> LayerResult:
-        """Return estimates, floors and search checks under a threat model.
-
-        `starts` are warm starts by seed: worst-case images (N, C, H, W) of a smaller ball or of a later layer;
-        `cache` supplies worst cases that are known.
-        """
+        """Return estimates, floors and search checks under a threat model; `cache` supplies known worst cases."""
         per_seed = self.searched(threat, starts, cache)
-        return LayerResult(per_seed, self._floors(per_seed), self.dimension, self._checks(threat))
+        floors, checks = self._floors(per_seed), self._checks(threat)
+        return LayerResult(per_seed, floors, self.dimension, checks, self._determines_logits)
 
     def searched(
-        self, threat: ThreatModel, starts: Mapping[int, Images] | None = None, cache: EstimateCache = _uncached
+        self, threat: ThreatModel, starts: SearchStarts | None = None, cache: EstimateCache = _uncached
     ) -> tuple[Vulnerability, ...]:
         """Return both cases of every seed; later seeds repeat only the kind of search that succeeded for the first."""
-        found: list[Vulnerability] = []
+        found, starts = list[Vulnerability](), starts or SearchStarts()
         vulnerability = self.settings.estimator.vulnerability
         for seed, normal in zip(self.settings.seeds, self.normal, strict=True):
-            warm_start = WarmStart(normal, (starts or {}).get(seed), found[0].origin if found else None)
+            origin = found[0].origin if found else None
+            warm_start = WarmStart(normal, starts.by_seed.get(seed), origin, starts.attacked)
             found.append(cache(seed, partial(vulnerability, self.inputs, threat, seed, warm_start)))
         return tuple(found)
 
@@ -142,13 +153,17 @@ class LayerAudit:
         few = self.inputs.images[: min(_CHECKED, len(self.inputs.images) // 10)]
         return worst_case_checks(self._objective, few, threat, self.settings.seeds[0])
 
+    @cached_property
+    def _determines_logits(self) -> bool:
+        return self.representation.determines_logits(self.inputs.images[:1])
+
     def _floors(self, per_seed: tuple[Vulnerability, ...]) -> InformationFloors | None:
         """Return the floors, if the network's output passes through the layer: else predictions prove nothing of it."""
         if self.settings.estimator.floor_kind == "smoothed":
             # noise at an earlier layer would have to pass through the layers after it
             proves = self.representation.layer == "logits"
         else:
-            proves = self.representation.determines_logits(self.inputs.images[:1])
+            proves = self._determines_logits
         return measured_floors(self.network, self.inputs, per_seed, self.settings) if proves else None
 
 
@@ -158,15 +173,12 @@ def measured_floors(
     """Return the floors that a network's predictions put under the estimates, on clean and on worst-case images."""
     kind, size = settings.estimator.floor_kind, settings.attack.batch_size
     logits, share = logits_of(network, inputs.images, size), largest_share(inputs.labels)
-    deviations = [run.normal.parts["noise"] if kind == "smoothed" else 0.0 for run in per_seed]
+    noisy = partial(settings.estimator.noisy, logits)
     worst = []
-    for run, deviation in zip(per_seed, deviations, strict=True):
-        predictions = _with_noise(logits_of(network, run.adversarial, size), deviation).argmax(1)
+    for run in per_seed:
+        found = logits_of(network, run.adversarial, size)
+        predictions = noisy(found, keyed_generator(0, Purpose.FLOOR_NOISE)).argmax(1)
         worst.append(prediction_floor(predictions, inputs.labels[run.indices.to(predictions.device)], share, kind))
     slack = (logits.shape[1] - 1) / (2 * per_seed[0].normal.images) if kind == "predictions" else 0.0
-    clean = _with_noise(logits, deviations[0]).argmax(1)
+    clean = noisy(logits, keyed_generator(0, Purpose.FLOOR_NOISE)).argmax(1)
     return InformationFloors(prediction_floor(clean, inputs.labels, share, kind), fmean(worst), slack)
-
-
-def _with_noise(logits: Tensor, deviation: float) -> Tensor:
-    return logits + deviation * torch.randn(logits.shape, generator=keyed_generator(0, Purpose.FLOOR_NOISE)).to(logits)

@@ -7,16 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from audit.adversary.passes import outputs_of
 from audit.errors import EnvironmentFault, MismatchError, UsageError
-from audit.run.cell import Cell
+from audit.run.cell import Cell, InputRules
 from audit.run.identity import cell_identity
 from audit.run.intermediate import Memo
 from audit.storage import digest
 from audit.types import Images, Labels
 from model_zoo.entries import ModelEntry
-from model_zoo.images.datasets import ImageRequest, ImageSet, check_fit, load_at_most, load_images
-from model_zoo.load import LoadedModel, SourceSettings, build_skeleton, identify, load_model
-from model_zoo.lookup import NAMED_DATASETS
+from model_zoo.fitting import applied, for_outputs
+from model_zoo.images.classes import ClassMap
+from model_zoo.images.datasets import (
+    ImageRequest,
+    ImageSet,
+    check_fit,
+    check_shape,
+    load_at_most,
+    load_images,
+)
+from model_zoo.images.preprocessing import Preprocessing
+from model_zoo.load import LoadedModel, SourceSettings, build_skeleton, load_model, locate
+from model_zoo.lookup import WITH_TRAINING_SPLIT
+from model_zoo.model_types import ChosenOutputs, LocatedModel
+from model_zoo.relative import dataset_beside
 
 MIN_IMAGES = 50  # fewer give errors too large for an audit to mean anything
 _TRAINING_IMAGES = 1000  # that heads beside a certificate are trained on
@@ -24,11 +37,12 @@ _TRAINING_IMAGES = 1000  # that heads beside a certificate are trained on
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Sources, data folder and device of a run: nothing here decides a number."""
+    """Sources, data folder and device of a run, and whether it keeps images: nothing here decides a number."""
 
     sources: SourceSettings = field(default_factory=SourceSettings)
     data_dir: Path = Path("data")
     device: str = "auto"
+    keep_images: bool = False
 
     def request(self, count: int | None = None, split: str = "test", *, balanced: bool = False) -> ImageRequest:
         """Return the request for the first `count` images of a split, from these folders."""
@@ -52,12 +66,36 @@ def device_of(name: str) -> torch.device:
 def open_images(
     dataset: str, options: RunOptions, request: ImageRequest | None = None, *, at_most: bool = False
 ) -> ImageSet:
-    """Load images onto the device of the options; without a request all test images.
+    """Load images as they are onto the device of the options; without a request all test images.
 
     With `at_most`, a data set with fewer images than requested gives all it has. Raises what `load_images` raises.
     """
     load = load_at_most if at_most else load_images
-    return _on_device(load(dataset, request or options.request()), device_of(options.device))
+    found = load(dataset_beside(dataset, options.sources.base), request or options.request())
+    return _on_device(found, device_of(options.device))
+
+
+def open_images_for(
+    ref: str,
+    dataset: str,
+    options: RunOptions,
+    request: ImageRequest | None = None,
+    rules: InputRules | None = None,
+    *,
+    at_most: bool = False,
+) -> ImageSet:
+    """Load images for a model onto the device: through its preprocessing, with labels that number its outputs.
+
+    Raises what `open_images` and `locate` raise, and MismatchError for classes that the model's outputs do not tell.
+    """
+    rules, located = rules or InputRules(), locate(ref, options.sources)
+    asked = replace(request or options.request(), preprocessing=_preprocessing(located, rules))
+    images = open_images(dataset, options, asked, at_most=at_most)
+    return for_outputs(images, located, options.sources, restrict=rules.restrict_classes)
+
+
+def _preprocessing(model: LocatedModel | LoadedModel, rules: InputRules) -> Preprocessing | None:
+    return model.preprocessing if rules.preprocess else None
 
 
 def open_model(ref: str, images: ImageSet, options: RunOptions, min_images: int = MIN_IMAGES) -> LoadedModel:
@@ -65,7 +103,7 @@ def open_model(ref: str, images: ImageSet, options: RunOptions, min_images: int 
 
     Raises what `load_model` and `check_inputs` raise.
     """
-    model = _load(ref, options, images.images.device)
+    model = _load(ref, options, images.images.device, images.class_map)
     check_inputs(model, images, min_images)
     return model
 
@@ -75,14 +113,11 @@ def open_representation(ref: str, images: ImageSet, options: RunOptions) -> Load
 
     Raises what `load_model` and `check_fit` raise.
     """
-    model = _load(ref, options, images.images.device)
+    model = _load(ref, options, images.images.device, images.class_map)
     if model.num_classes:
         check_fit(model, images)
-        return model
-    shape = tuple(images.images.shape[1:])
-    if model.image_shape is not None and shape != model.image_shape:
-        wanted, found = ("x".join(map(str, size)) for size in (model.image_shape, shape))
-        raise MismatchError(f"{model.entry.name} takes images of {wanted}, {images.ref} has {found}")
+    else:
+        check_shape(model, images)
     return model
 
 
@@ -103,14 +138,14 @@ def check_network_inputs(network: nn.Module, images: Images, labels: Labels, min
         raise MismatchError(f"labels are {_described(labels)}, not int64 of the shape (N,)")
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
-        message = f"images range from {low:.3g} to {high:.3g}, not within [0, 1]"
+        message = f"images range from {low:.6g} to {high:.6g}, not within [0, 1]"
         raise UsageError(f"{message}: put the normalisation inside the network")
     if len(images) < min_images:
         raise UsageError(f"{len(images)} images are too few: an audit needs at least {min_images}")
     if len(images) != len(labels):
         raise MismatchError(f"{len(images)} images, but {len(labels)} labels")
     with torch.no_grad():
-        outputs = network(images[:2])
+        outputs = outputs_of(network, images[:2])
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
         raise MismatchError("the network does not return logits of the shape (N, K) for two or more classes")
     first, last = int(labels.min()), int(labels.max())
@@ -139,38 +174,58 @@ class InputCache:
 
     def __init__(self, options: RunOptions) -> None:
         self.options, self.device = options, device_of(options.device)
-        self._images: Memo[tuple[str, int | None], ImageSet] = Memo(slots=1)
-        self._training: Memo[str, ImageSet | None] = Memo(slots=1)
-        self._entries: Memo[str, ModelEntry] = Memo()
+        self._images: Memo[tuple[str, int | None, Preprocessing | None], ImageSet] = Memo(slots=1)
+        self._fitted: Memo[tuple[object, ...], ImageSet] = Memo(slots=1)
+        self._training: Memo[tuple[str, Preprocessing | None], ImageSet | None] = Memo(slots=1)
+        self._located: Memo[str, LocatedModel] = Memo()
 
     def open(self, cell: Cell) -> CellInputs:
         """Return the inputs of a cell but its network. Raises what images and model entries raise."""
-        images, entry = self.images(cell.dataset, cell.images), self.entry(cell.ref)
-        training = self.training_images(cell.dataset) if cell.settings.certificate else None
-        identity = cell_identity(cell, entry, images.sha256, training.sha256 if training else None)
-        return CellInputs(cell, entry, images, training, identity)
+        located, images = self._locate(cell.ref), self.images(cell)
+        training = self.training_images(cell) if cell.settings.certificate else None
+        sha256 = training.sha256 if training else None
+        identity = cell_identity(cell, located.entry, images.sha256, sha256, applied(images))
+        return CellInputs(cell, located.entry, images, training, identity)
 
-    def images(self, dataset: str, count: int | None) -> ImageSet:
-        """Return the first `count` test images of a data set, on the device."""
-        request = self.options.request(count)
-        return self._images.get((dataset, count), lambda: _on_device(load_images(dataset, request), self.device))
+    def images(self, cell: Cell) -> ImageSet:
+        """Return the test images of a cell, on the device: preprocessed for its model, with labels of its outputs."""
+        located = self._locate(cell.ref)
+        chosen = _preprocessing(located, cell.rules)
+        dataset = dataset_beside(cell.dataset, self.options.sources.base)
+        key = (dataset, cell.images, chosen)
+        request = replace(self.options.request(cell.images), preprocessing=chosen)
+        outputs = (located.entry.name, located.num_classes, located.class_names, cell.rules.restrict_classes)
 
-    def training_images(self, dataset: str) -> ImageSet | None:
+        def fit() -> ImageSet:
+            found = self._images.get(key, lambda: _on_device(load_images(dataset, request), self.device))
+            return for_outputs(found, located, self.options.sources, restrict=cell.rules.restrict_classes)
+
+        return self._fitted.get((*key, *outputs), fit)
+
+    def training_images(self, cell: Cell) -> ImageSet | None:
         """Return images to train heads on, on the device; None for a data set without a training split."""
-        return self._training.get(dataset, lambda: self._load_training(dataset))
+        located = self._locate(cell.ref)
+        chosen = _preprocessing(located, cell.rules)
+        found = self._training.get((cell.dataset, chosen), lambda: self._load_training(cell.dataset, chosen))
+        restrict = cell.rules.restrict_classes
+        return for_outputs(found, located, self.options.sources, restrict=restrict) if found else None
 
     def entry(self, ref: str) -> ModelEntry:
         """Return the entry of a model, without its network."""
-        return self._entries.get(ref, lambda: identify(ref, self.options.sources))
+        return self._locate(ref).entry
 
-    def model(self, ref: str) -> LoadedModel:
-        """Load a model onto the device."""
-        return _load(ref, self.options, self.device)
+    def model(self, ref: str, class_map: ClassMap | None = None) -> LoadedModel:
+        """Load a model onto the device, reduced to the outputs of a restricted class map."""
+        return _load(ref, self.options, self.device, class_map)
 
-    def _load_training(self, dataset: str) -> ImageSet | None:
-        if dataset not in NAMED_DATASETS:
+    def _locate(self, ref: str) -> LocatedModel:
+        return self._located.get(ref, lambda: locate(ref, self.options.sources))
+
+    def _load_training(self, dataset: str, chosen: Preprocessing | None) -> ImageSet | None:
+        if dataset not in WITH_TRAINING_SPLIT:
             return None
-        return _on_device(load_at_most(dataset, self.options.request(_TRAINING_IMAGES, "train")), self.device)
+        request = replace(self.options.request(_TRAINING_IMAGES, "train"), preprocessing=chosen)
+        return _on_device(load_at_most(dataset, request), self.device)
 
 
 def model_bytes(ref: str, dataset: str, options: RunOptions, batch: int = 256) -> int:
@@ -182,7 +237,7 @@ def model_bytes(ref: str, dataset: str, options: RunOptions, batch: int = 256) -
     for device in ("meta", "cpu"):
         try:
             network, shape = build_skeleton(ref, options.sources, device)
-            size = shape or load_images(dataset, options.request(1)).images.shape[1:]
+            size = shape or open_images(dataset, options, options.request(1)).images.shape[1:]
             return batch_bytes(network, torch.zeros(1, *size, device=device), batch)
         except Exception:  # a network of others may raise anything
             continue
@@ -210,8 +265,11 @@ def batch_bytes(network: nn.Module, images: Images, batch: int) -> int:
     return weights + batch * (2 * sum(sizes) + 4 * _bytes(images[:1]))
 
 
-def _load(ref: str, options: RunOptions, device: torch.device) -> LoadedModel:
+def _load(ref: str, options: RunOptions, device: torch.device, class_map: ClassMap | None = None) -> LoadedModel:
     model = load_model(ref, options.sources)
+    if class_map and class_map.restricted:
+        network = ChosenOutputs(model.network, class_map.outputs).eval()
+        model = replace(model, network=network, num_classes=len(class_map.outputs), class_names=())
     model.network.to(device)
     return model
 

@@ -10,10 +10,11 @@ from audit.adversary.robustness import Robustness, TargetModel, evaluate_robustn
 from audit.adversary.threat import ThreatModel
 from audit.certificate.layers import CertificationInputs, CertificationSettings, HeadTrainingData, certify_layers
 from audit.certificate.results import LayerCertificate
-from audit.certificate.settings import CERTIFICATE_VERSION, CertificateSettings
+from audit.certificate.settings import CERTIFICATE_VERSION, LEDGER_VERSION, CertificateSettings
 from audit.config.settings import AuditSettings
 from audit.representation.cache import ActivationCache
 from audit.representation.layers import Representation, encode_layers
+from audit.run.cell import DEFAULT_RULES, Cell
 from audit.run.identity import partial_identity
 from audit.run.intermediate import IntermediateResults, Memo
 from audit.run.layer_audit import LayerAudit, Reuse
@@ -32,14 +33,15 @@ class ModelResults:
         self.model, self._intermediate = model, intermediate
         self._sanity: Memo[str, tuple[Check, ...]] = Memo()
         self._attacks: Memo[tuple[str, ThreatModel, LabelAttack, int], Robustness] = Memo()
-        self._certificates: Memo[tuple[str, str, ThreatModel, LabelAttack, int], LayerCertificate] = Memo()
+        self._certificates: Memo[tuple[str, str, ThreatModel, LabelAttack, int, bool], LayerCertificate] = Memo()
         self._layers: Memo[tuple[str, str, AuditSettings], LayerAudit] = Memo(slots=1)
 
     @classmethod
-    def load(cls, ref: str, inputs: InputCache, intermediate: IntermediateResults) -> "ModelResults":
-        """Load a model, after the memory of the last one is free."""
+    def load(cls, cell: Cell, inputs: InputCache, intermediate: IntermediateResults) -> "ModelResults":
+        """Load the model of a cell, after the memory of the last one is free."""
         gc.collect()  # a layer audit and its encoder refer to each other
-        return cls(inputs.model(ref), intermediate)
+        class_map = inputs.images(cell).class_map if cell.rules.restrict_classes else None
+        return cls(inputs.model(cell.ref, class_map), intermediate)
 
     @property
     def all_sanity_checks(self) -> tuple[Check, ...]:
@@ -49,7 +51,8 @@ class ModelResults:
     def sanity_checks(self, inputs: CellInputs) -> tuple[Check, ...]:
         """Return the sanity checks of the network on these images: layers and threat models share them."""
         network, images, entry = self.model.network, inputs.images, self.model.entry
-        numbers = entry.published if entry.dataset == inputs.cell.dataset else ()
+        as_published = entry.published_on == inputs.cell.dataset and inputs.cell.rules == DEFAULT_RULES
+        numbers = entry.published if as_published else ()
         published = next((number.value for number in numbers if number.metric == "natural_accuracy"), None)
         return self._sanity.get(images.sha256, lambda: sanity_checks(network, images.images, images.labels, published))
 
@@ -61,7 +64,7 @@ class ModelResults:
 
         def compute() -> Robustness:
             target = TargetModel(self.model.network, images.images, images.labels)
-            return _without_images(evaluate_robustness(target, cell.threat, attack, seed))
+            return evaluate_robustness(target, cell.threat, attack, seed)
 
         key = (images.sha256, cell.threat, attack, seed)
         return self._attacks.get(key, lambda: self._intermediate.get(part, compute))
@@ -70,13 +73,16 @@ class ModelResults:
         """Return the certificate of a layer under a threat model: estimators share it."""
         cell, images, training = inputs.cell, inputs.images, inputs.training
         seed = cell.settings.seeds[0]
-        settings = CertificationSettings(CertificateSettings(seed=seed), cell.settings.attack)
+        settings = CertificationSettings(
+            CertificateSettings(seed=seed), cell.settings.attack, ledger=cell.settings.ledger
+        )
         part = partial_identity(inputs.identity, "certificate", "layer", "norm", "eps", "examples_sha256")
         part |= {"attack": repr(settings.attack), "seed": seed, "method": CERTIFICATE_VERSION}
+        part |= {"ledger": LEDGER_VERSION} if settings.ledger else {}
 
         def compute() -> LayerCertificate:
             data = HeadTrainingData(training.images, training.labels) if training else None
-            network, classes = self.model.network, len(images.classes)
+            network, classes = self.model.network, images.label_count
             certified = CertificationInputs(network, images.images, images.labels, classes, training_data=data)
             return certify_layers(certified, [cell.layer], [cell.threat], settings)[0].row
 
@@ -84,7 +90,9 @@ class ModelResults:
             on_start()
             return self._intermediate.get(part, compute)
 
-        return self._certificates.get((images.sha256, cell.layer, cell.threat, settings.attack, seed), stored)
+        return self._certificates.get(
+            (images.sha256, cell.layer, cell.threat, settings.attack, seed, settings.ledger), stored
+        )
 
     def layer_audit(self, inputs: CellInputs, layers: frozenset[str]) -> LayerAudit:
         """Return the audit of the cell's layer, kept for the next threat models; `layers` are encoded in one pass."""
@@ -125,9 +133,3 @@ class ModelResults:
             except Exception:  # of another layer, reported in its own record; else raised again by the estimate
                 continue
         return None
-
-
-def _without_images(found: Robustness) -> Robustness:
-    """Drop the adversarial images: no record uses them, and they are most of an attack's result."""
-    outcome = found.accuracy.outcome
-    return found._replace(accuracy=found.accuracy._replace(outcome=outcome._replace(images=outcome.images[:0].clone())))

@@ -11,6 +11,7 @@ from audit.errors import AuditError, UsageError
 from audit.records import AuditRecord, RecordStore
 from audit.run.cell import Cell, search_groups
 from audit.run.cell_runner import CellRunner, OnStage
+from audit.run.identity import failure_id
 from audit.run.intermediate import remove_stale_files
 from audit.run.loading import RunOptions
 from audit.run.locks import lock, remove_locks
@@ -113,8 +114,8 @@ def run(
     """
     options, watcher, executor = options or RunOptions(), watcher or Watcher(), executor or InProcess()
     remove_stale_files(folder)
-    runner = CellRunner(options, folder, watcher.stage)
-    records = _stored_records(cells, runner, RecordStore(folder))
+    runner, store = CellRunner(options, folder, watcher.stage), RecordStore(folder)
+    records = _stored_records(cells, runner, store)
     for record in records.values():
         watcher.done(record, True)
     groups = [group for group in search_groups(cells) if any(number not in records for number in group)]
@@ -124,21 +125,32 @@ def run(
             watcher.done(record, known)
             records[number] = record
     remove_locks(folder)
+    store.write_plan(record.cell_id for record in records.values())
     if all(record.valid for record in records.values()):
         runner.intermediate.clear()
     return [records[number] for number in range(len(cells))]
 
 
 def _stored_records(cells: Sequence[Cell], runner: CellRunner, store: RecordStore) -> dict[int, AuditRecord]:
-    """Return the valid records of a folder by the numbers of their cells, in the order of computation."""
+    """Return the valid records of a folder by the numbers of their cells, in the order of computation.
+
+    The folder's plan becomes that of these cells, unless the identity of one cannot be determined yet.
+    """
     found: dict[int, AuditRecord] = {}
     if not store.holds_records():
         return found
+    planned: set[str] = set()
+    identified = True
     for number in (number for group in search_groups(cells) for number in group):
+        cell_id, failed_id = runner.cell_id(cells[number]), failure_id(cells[number])
+        planned |= {cell_id, failed_id}
+        identified = identified and cell_id != failed_id
         try:
             record = runner.stored(cells[number], store)
         except AuditError:  # reported by the record of the failure
             continue
         if record is not None:
             found[number] = record
+    if identified:
+        store.write_plan(planned)
     return found

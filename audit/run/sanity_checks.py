@@ -15,23 +15,16 @@ from torch import Tensor, nn
 
 from audit.adversary.attack_checks import Check
 from audit.adversary.check_rules import RULES
-from audit.adversary.passes import Batches
+from audit.adversary.passes import Batches, outputs_of, row_lengths
 from audit.flags import FlagCode, flag
 from audit.proportion import wilson
+from audit.run.gates.pixel_scales import least_accuracy, pixel_scale
 from audit.types import Images, Labels
 
 _SAMPLE = 64  # images for the checks of activations and repeated passes
-_SCALED = 200  # images evaluated at other scales
 _BATCH = 250
 _MIN_PER_CLASS = 10  # images that testing a renaming of the classes needs, lest one fit by chance
 _QUANTILE = 3.290527  # of the normal distribution: one correct network in 1,000 fails by chance
-
-_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "0 to 255": lambda images: images * 255,
-    "-1 to 1": lambda images: images * 2 - 1,
-    "ImageNet's normalisation": lambda images: _normalised(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "MNIST's normalisation": lambda images: _normalised(images, (0.1307,), (0.3081,)),
-}
 
 
 @torch.no_grad()
@@ -43,15 +36,15 @@ def sanity_checks(
     `published` is the clean accuracy published for these images, a fraction. They take about five forward passes an
     image. Buffers that change are restored, and the global random generators are left as they were.
     """
-    sample = images[:_SAMPLE]
+    sample, forward = images[:_SAMPLE], partial(outputs_of, network)
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _restored(network) as changes:
         not_finite = _not_finite(network, sample)
-        passes = [Batches(_SAMPLE).run(network, sample) for _ in range(3)]
+        passes = [Batches(_SAMPLE).run(forward, sample) for _ in range(3)]
         by_company = _logits_by_company(network, sample)
         changed = changes()
-        predictions = Batches(_BATCH).run(network, images).argmax(1)
-        scale = _pixel_scale(network, images, labels, predictions)
+        predictions = Batches(_BATCH).run(forward, images).argmax(1)
+        scale = pixel_scale(network, images, labels, predictions)
     repeated = RULES["repeated_passes"].at_most(_relative_difference(passes))
     independence = _relative_difference([passes[0][: len(by_company[0])], *by_company])
     independent = RULES["batch_independence"].at_most(independence)
@@ -79,35 +72,6 @@ def sanity_flags(checks: Iterable[Check]) -> list[str]:
     return [flag(FlagCode.GATED, f"the network is not fit to be ranked: failed {named}")] if failed else []
 
 
-def _pixel_scale(network: nn.Module, images: Images, labels: Labels, predictions: Tensor) -> Check:
-    """Check the range of the pixels, and the accuracy with pixels at other scales."""
-    rule, low, high = RULES["pixel_scale"], float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # also for NaN
-        return rule.result(passed=False, reason=f"pixels range from {low:.3g} to {high:.3g}")
-    some, wanted = images[:_SCALED], labels[:_SCALED]
-    correct = int((predictions[:_SCALED] == wanted).sum())
-    gains = {}
-    for name, scale in _SCALES.items():
-        if name.startswith("ImageNet") and images.shape[1] != 3:
-            continue
-        rescaled = Batches(_BATCH).run(partial(_at_scale, network, scale), some).argmax(1)
-        gains[name] = (int((rescaled == wanted).sum()) - correct) / len(some)
-    best = max(gains, key=gains.__getitem__)
-    passed = gains[best] <= rule.limit
-    reason = "" if passed else f"more are correct with pixels of {best}: set the mean and std of its training"
-    return rule.result(passed=passed, figure=max(0.0, gains[best]), reason=reason)
-
-
-def _at_scale(network: nn.Module, scale: Callable[[Tensor], Tensor], images: Images) -> Tensor:
-    logits: Tensor = network(scale(images))
-    return logits
-
-
-def _normalised(images: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
-    shift, width = (torch.tensor(values).view(1, -1, 1, 1).to(images) for values in (mean, std))
-    return (images - shift) / width
-
-
 def _not_finite(network: nn.Module, images: Images) -> list[str]:
     """Return the names of the innermost modules with an output that is not finite."""
     found: dict[str, None] = {}
@@ -120,7 +84,7 @@ def _not_finite(network: nn.Module, images: Images) -> list[str]:
     leaves = [(name, part) for name, part in network.named_modules() if not list(part.children())]
     hooks = [part.register_forward_hook(partial(look, name or "the network")) for name, part in leaves]
     try:
-        if not Batches(_SAMPLE).run(network, images).isfinite().all():
+        if not Batches(_SAMPLE).run(partial(outputs_of, network), images).isfinite().all():
             found["the output"] = None
     finally:
         for hook in hooks:
@@ -170,12 +134,13 @@ def _logits_by_company(network: nn.Module, images: Images) -> list[Tensor]:
     half = max(1, len(images) // 2)
     first = images[:half]
     others = torch.cat([first, 1 - images[half:].flip(0)])
-    return [Batches(_SAMPLE).run(network, others)[:half], Batches(_SAMPLE).run(network, first)]
+    forward = partial(outputs_of, network)
+    return [Batches(_SAMPLE).run(forward, others)[:half], Batches(_SAMPLE).run(forward, first)]
 
 
 def _relative_difference(passes: list[Tensor]) -> float:
     """Return the largest difference of logits (N, K) to the first pass, relative to their length; 2 if not finite."""
-    length = passes[0].norm(dim=1, keepdim=True).clamp_min(1e-30)
+    length = row_lengths(passes[0]).clamp_min(1e-30)
     return max(float(((other - passes[0]) / length).abs().nan_to_num(2.0).max()) for other in passes[1:])
 
 
@@ -191,7 +156,7 @@ def _label_order(predictions: Tensor, labels: Tensor, classes: int) -> Check:
     """
     rule, count = RULES["label_order"], len(labels)
     accuracy = int((predictions == labels).sum()) / count
-    least = (2.0 if classes > 3 else 1.2) / classes
+    least = least_accuracy(classes)
     table = torch.zeros(classes, classes, dtype=torch.long)
     table.index_put_((predictions.cpu(), labels.cpu()), torch.ones(count, dtype=torch.long), accumulate=True)
     rows, columns = linear_sum_assignment(table.numpy(), maximize=True)

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from audit.errors import UnknownNameError
+from audit.errors import UsageError
 from audit.information.estimator import Vulnerability
-from audit.representation.hooks import is_linear
-from audit.representation.layers import find_module
+from audit.representation.layers import Representation, find_module
 from audit.run.cell import module_path
 from audit.run.intermediate import IntermediateResults
 from audit.run.layer_audit import EstimateCache
 from audit.types import Images
-
-_NAMED_LAYERS = ("input", "penultimate", "logits")
 
 
 class SearchResults:
@@ -76,9 +73,9 @@ def runs_before(network: nn.Module, layer: str, later: str, images: Images) -> b
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
         for name in (layer, later):
-            handles += _record_calls(network, name, order)
+            handles += _record_calls(network, name, order, images)
         network(images)
-    except UnknownNameError:  # reported in the record of that layer's own cell
+    except UsageError:  # reported in the record of that layer's own cell
         return False
     finally:
         for handle in handles:
@@ -87,12 +84,19 @@ def runs_before(network: nn.Module, layer: str, later: str, images: Images) -> b
     return last.get(layer, len(order)) < last.get(later, -1)
 
 
-def _record_calls(network: nn.Module, layer: str, order: list[str]) -> list[torch.utils.hooks.RemovableHandle]:
+def _record_calls(
+    network: nn.Module, layer: str, order: list[str], images: Images
+) -> list[torch.utils.hooks.RemovableHandle]:
     """Append the layer's name to `order` whenever a forward pass reaches it; return the hooks."""
-    if layer == "penultimate":
-        linear = [part for part in network.modules() if is_linear(part)]
-        return [part.register_forward_pre_hook(lambda _module, _inputs: order.append(layer)) for part in linear]
-    if layer in _NAMED_LAYERS:
+    if layer in ("input", "logits"):
         return []
-    module = find_module(network, module_path(layer))
+    if layer != "penultimate":
+        module = find_module(network, module_path(layer))
+        return [module.register_forward_hook(lambda _module, _inputs, _output: order.append(layer))]
+    point = Representation(network, layer).point(images)
+    if point is None:
+        return []
+    module = network.get_submodule(point.module)
+    if point.is_input:
+        return [module.register_forward_pre_hook(lambda _module, _inputs: order.append(layer))]
     return [module.register_forward_hook(lambda _module, _inputs, _output: order.append(layer))]

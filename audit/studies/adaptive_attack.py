@@ -14,8 +14,8 @@ from audit.adversary.accuracy import logits_of, measure_accuracy
 from audit.adversary.attack_checks import UPPER_BOUND, Check, failed
 from audit.adversary.comparison_checks import check_transfer
 from audit.adversary.gradient_checks import quick_checks
-from audit.adversary.label_attack import LOSSES, LabelAttack, Stage, margin, without_early_stopping
-from audit.adversary.pgd import PGD, minimise
+from audit.adversary.label_attack import LOSSES, LabelAttack, Stage, margin
+from audit.adversary.pgd import PGD, minimise, without_early_stopping
 from audit.adversary.robustness import Robustness, TargetModel, compare_attacks, evaluate_robustness
 from audit.adversary.single_attacks import STAGES
 from audit.adversary.threat import ThreatModel

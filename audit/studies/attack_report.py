@@ -22,7 +22,8 @@ from audit.adversary.robustness import (
 from audit.adversary.single_attacks import ATTACKS, SingleAttackResult, run_attack, transfer_matrix
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError
-from audit.run.loading import RunOptions, open_images, open_model
+from audit.run.cell import DEFAULT_RULES, InputRules
+from audit.run.loading import RunOptions, open_images_for, open_model
 
 STAGES = 4  # of a report, beside the single attacks
 
@@ -32,7 +33,8 @@ class AttackRequest:
     """A model, its data set and threat model, and the attacks on it.
 
     `tier` is the name of the attack tier, `attacks` are further attacks, each run by itself, and `sources` are models
-    whose adversarial images are transferred. `images` limits the number of images (None: all). Raises
+    whose adversarial images are transferred. `images` limits the number of images (None: all); they are preprocessed
+    and labelled for `model` under `rules`. Raises
     UnknownNameError for an unknown attack or tier.
     """
 
@@ -44,6 +46,7 @@ class AttackRequest:
     sources: tuple[str, ...] = ()
     images: int | None = None
     seed: int = 0
+    rules: InputRules = DEFAULT_RULES
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
@@ -103,7 +106,8 @@ def attack_report(
 
 
 def _targets(request: AttackRequest, options: RunOptions) -> dict[str, TargetModel]:
-    images = open_images(request.dataset, options, options.request(request.images))
+    asked = options.request(request.images)
+    images = open_images_for(request.model, request.dataset, options, asked, request.rules)
     refs = (request.model, *request.sources)
     networks = {ref: open_model(ref, images, options, min_images=1).network for ref in refs}
     return {ref: TargetModel(network, images.images, images.labels) for ref, network in networks.items()}

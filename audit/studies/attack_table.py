@@ -273,7 +273,13 @@ def _information_rows(
                 passes=found.passes,
                 trusted=FlagCode.CONTRADICTED not in map(code_of, found.flags),
                 verdict="; ".join(found.flags),
-                note=f"noise {audited.sandwich.noise:g} layer deviations",
+                note=_noise_note(audited.sandwich),
             )
         )
     return rows
+
+
+def _noise_note(sandwich: Sandwich) -> str:
+    if sandwich.noise is None:
+        return f"noise under which the images hold {sandwich.target_nats:g} nats"
+    return f"noise {sandwich.noise:g} layer deviations"

@@ -13,6 +13,7 @@ from audit.certificate.collision_search import SearchEffort
 from audit.certificate.dual_precision import DualPrecisionLayer
 from audit.certificate.equality import find_tier
 from audit.certificate.layers import (
+    HEADS,
     CertificationInputs,
     CertificationSettings,
     HeadTrainingData,
@@ -25,10 +26,11 @@ from audit.certificate.witness import WitnessHeader, read_witness, verify_witnes
 from audit.errors import IntegrityError, MismatchError, UnknownNameError, UsageError
 from audit.hashing import weights_sha256
 from audit.representation.layers import Representation
-from audit.run.loading import RunOptions, open_images, open_representation
+from audit.run.cell import DEFAULT_RULES, InputRules
+from audit.run.loading import RunOptions, open_images_for, open_representation
 from model_zoo.images.datasets import ImageRequest, ImageSet, load_at_most, load_images
 from model_zoo.load import LoadedModel
-from model_zoo.lookup import NAMED_DATASETS
+from model_zoo.lookup import WITH_TRAINING_SPLIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,9 @@ class CertificationRequest:
     `images` limits the certified images (None: all); `balanced` takes equally many of each class. `head_images` is the
     number of images that heads are trained on: of `train_dataset`, else of the training split of a named data set,
     else those after the certified ones. `pairs` also searches pairs of images outside large hubs; `held_out` adds the
-    held-out population bound. `attack` is the name of an attack tier. Raises UnknownNameError for an unknown attack.
+    held-out population bound. `attack` is the name of an attack tier, `heads` are the heads that it measures, and
+    `ledger` adds the ledger of images that the network provably keeps. Raises UnknownNameError for an unknown attack
+    or head.
     """
 
     model: str
@@ -54,29 +58,42 @@ class CertificationRequest:
     pairs: bool = True
     confidence: float = 0.95
     held_out: bool = False
-    attack: str = "audit"
+    attack: str = "smoke"
+    heads: tuple[str, ...] = ("own",)
+    ledger: bool = False
     seed: int = 0
+    rules: InputRules = DEFAULT_RULES
 
     def __post_init__(self) -> None:
         if self.attack not in TIERS:
             raise UnknownNameError("attack", self.attack, TIERS)
+        for head in self.heads:
+            if head not in HEADS:
+                raise UnknownNameError("head", head, HEADS)
 
     @property
     def settings(self) -> CertificationSettings:
         """The settings of the certificates. Raises UnknownNameError, UsageError for an illegal tier or confidence."""
         effort = SearchEffort(hubs=self.hubs) if self.pairs else SearchEffort(hubs=self.hubs, neighbours=0)
         certificate = CertificateSettings(find_tier(self.tier), effort, self.confidence, seed=self.seed)
-        return CertificationSettings(certificate, TIERS[self.attack], held_out=self.held_out)
+        return CertificationSettings(
+            certificate, TIERS[self.attack], held_out=self.held_out, measured=self.heads, ledger=self.ledger
+        )
 
     @property
     def follows_certified(self) -> bool:
         """Whether heads are trained on the images after the certified ones, for want of another source."""
-        return self.train_dataset is None and self.dataset not in NAMED_DATASETS
+        return self.train_dataset is None and self.dataset not in WITH_TRAINING_SPLIT
 
     @property
     def leaves_no_head_images(self) -> bool:
         """Whether all images are certified, so that none is left to train the requested heads on."""
-        return self.follows_certified and self.images is None and self.head_images > 0
+        return self.trains_heads and self.follows_certified and self.images is None and self.head_images > 0
+
+    @property
+    def trains_heads(self) -> bool:
+        """Whether a head beside the network's own is asked for."""
+        return set(self.heads) != {"own"} and len(self.heads) > 0
 
 
 class CertificationReport(NamedTuple):
@@ -98,7 +115,7 @@ class CertificationReport(NamedTuple):
                 path = witness_path(result)
                 data = (self.inputs.clean, self.inputs.labels)
                 header = witness_header(result.certificate, result.row.layer, result.threat, data, weights)
-                sha256 = write_witness(path, result.certificate, header, self.inputs.labels)
+                sha256 = write_witness(path, result.certificate, header, self.inputs.labels, result.ledger)
                 row |= {"witness": str(path), "witness_sha256": sha256}
             rows.append(row)
         return rows
@@ -123,11 +140,12 @@ def load_inputs(request: CertificationRequest, options: RunOptions) -> tuple[Loa
     Raises what loading raises, MismatchError for training images of other classes.
     """
     asked = options.request(request.images, balanced=request.balanced)
-    images = open_images(request.dataset, options, asked)
+    images = open_images_for(request.model, request.dataset, options, asked, request.rules)
     model = open_representation(request.model, images, options)
-    data = _head_training_data(request, images, replace(asked, balanced=False))
+    chosen = model.preprocessing if request.rules.preprocess else None
+    data = _head_training_data(request, images, replace(asked, balanced=False, preprocessing=chosen))
     headless = model.num_classes == 0
-    inputs = CertificationInputs(model.network, images.images, images.labels, len(images.classes), headless, data)
+    inputs = CertificationInputs(model.network, images.images, images.labels, images.label_count, headless, data)
     return model, inputs
 
 
@@ -136,18 +154,20 @@ def _head_training_data(
 ) -> HeadTrainingData | None:
     """Return images to train heads on, without duplicates of certified ones; None if there are none."""
     count, source = request.head_images, request.train_dataset
-    if count == 0 or request.leaves_no_head_images:
+    if count == 0 or not request.trains_heads or request.leaves_no_head_images:
         return None
     if request.follows_certified:
         certified = request.images or 0
         found = load_at_most(request.dataset, replace(asked, count=certified + count))
         pixels, labels = found.images[certified:], found.labels[certified:]
     else:
-        split = "train" if source is None or source in NAMED_DATASETS else "test"
+        split = "train" if source is None or source in WITH_TRAINING_SPLIT else "test"
         found = load_images(source or request.dataset, replace(asked, count=count, split=split))
         pixels, labels = found.images, found.labels
     if found.classes != images.classes:
         raise MismatchError(f"{found.ref} has the classes {', '.join(found.classes)}, {images.ref} has others")
+    if images.class_map:
+        labels = images.class_map.renumbered(labels)
     certified_pixels = {image.numpy().tobytes() for image in images.images.cpu()}
     is_new = torch.tensor([image.numpy().tobytes() not in certified_pixels for image in pixels], dtype=torch.bool)
     if not bool(is_new.any()):
@@ -164,6 +184,7 @@ class WitnessSubject:
     dataset: str
     images: int | None = None
     balanced: bool = False
+    rules: InputRules = DEFAULT_RULES
 
 
 def verify_model_witness(path: Path, subject: WitnessSubject, options: RunOptions) -> WitnessHeader:
@@ -173,7 +194,7 @@ def verify_model_witness(path: Path, subject: WitnessSubject, options: RunOption
     """
     claimed = read_witness(path)
     asked = options.request(subject.images or len(claimed.labels), balanced=subject.balanced)
-    images = open_images(subject.dataset, options, asked, at_most=True)
+    images = open_images_for(subject.model, subject.dataset, options, asked, subject.rules, at_most=True)
     network = open_representation(subject.model, images, options).network
     weights = weights_sha256(network)
     if weights != claimed.header.weights_sha256:

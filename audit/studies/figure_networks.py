@@ -11,8 +11,8 @@ from audit.adversary.threat import ThreatModel
 from audit.config.benchmark import BenchmarkConfig
 from audit.config.settings import AuditSettings
 from audit.config.yaml_source import read_config
-from audit.run.cell import Cell, expand
-from audit.run.loading import RunOptions, open_images, open_model
+from audit.run.cell import Cell, InputRules, expand
+from audit.run.loading import RunOptions, open_images_for, open_model
 from audit.types import Images, Labels
 
 _TRAININGS = ("standard", "robust-quarter", "robust")
@@ -59,14 +59,16 @@ def second_convolutions() -> dict[str, str]:
     return dict(_SECOND_CONVOLUTIONS)
 
 
-def layer_cell(ref: str, dataset: str, layer: str, threat: ThreatModel, *, images: int) -> Cell:
+def layer_cell(
+    ref: str, dataset: str, layer: str, threat: ThreatModel, *, images: int, rules: InputRules | None = None
+) -> Cell:
     """Return the cell of one layer of a model, on the first images of a data set."""
-    return Cell(ref, None, dataset, images, layer, threat, AuditSettings())
+    return Cell(ref, None, dataset, images, layer, threat, AuditSettings(), rules=rules or InputRules())
 
 
 def load_cell(cell: Cell, options: RunOptions) -> LoadedCell:
     """Load the network and images of a cell; raises the errors of loading, and MismatchError where they do not fit."""
-    found = open_images(cell.dataset, options, options.request(cell.images))
+    found = open_images_for(cell.ref, cell.dataset, options, options.request(cell.images), cell.rules)
     model = open_model(cell.ref, found, options, min_images=2)
     facts = {
         "model": cell.name or model.entry.name,

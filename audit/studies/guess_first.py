@@ -47,7 +47,7 @@ VERSION = 2
 """Incremented when the same settings give other rows."""
 _SUBSTITUTE_RECIPE = "lenet"
 _SUBSTITUTE_SEED_OFFSET = 1000  # offset of the seed of the substitute from the seed of the attacked models
-_WIDE_NOISE = 2.5  # in layer deviations: for 256 features the same fraction of the total as 0.5 for ten
+_NOISE, _WIDE_NOISE = 0.5, 2.5  # in layer deviations: for 256 features the same fraction of the total as for ten
 _IDENTITY = ("recipe", "seed", "dataset", "training", "settings")
 COLUMNS = (*_IDENTITY, *(known.name for known in fields(AttackRow)))
 
@@ -212,7 +212,7 @@ def audited_layers(network: nn.Module) -> tuple[AuditedLayer, ...]:
     wide = Sandwich(noise=_WIDE_NOISE)
     layer = "mean" if isinstance(network, VIB) else "fc2"
     module = SingleHypothesisView(network) if isinstance(network, HypothesisNet) else network
-    return AuditedLayer("logits", network, "logits", Sandwich()), AuditedLayer("fc2", module, layer, wide)
+    return AuditedLayer("logits", network, "logits", Sandwich(noise=_NOISE)), AuditedLayer("fc2", module, layer, wide)
 
 
 def _find_recipe(name: str) -> GuessFirstRecipe:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.adversary.label_attack import cross_entropy_objective, without_early_stopping
-from audit.adversary.pgd import PGD, minimise
+from audit.adversary.label_attack import cross_entropy_objective
+from audit.adversary.pgd import PGD, minimise, without_early_stopping
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError, UsageError
 from audit.random_keys import Purpose, keyed_generator

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.adversary.label_attack import cross_entropy_objective, without_early_stopping
-from audit.adversary.pgd import PGD, minimise
+from audit.adversary.label_attack import cross_entropy_objective
+from audit.adversary.pgd import PGD, minimise, without_early_stopping
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError, UsageError
-from audit.information.probes import fit_hidden, fit_linear
-from audit.information.settings import ProbeTraining
+from audit.information.probing.probes import fit_hidden, fit_linear
+from audit.information.probing.settings import ProbeTraining
 from audit.random_keys import Purpose, keyed_generator
 from audit.training.mutual_information import EpochProgress
 from audit.types import Features, Images, Labels

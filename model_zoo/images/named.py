@@ -2,7 +2,7 @@
 
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,19 +14,27 @@ from torch import Tensor
 
 from audit.errors import EnvironmentFault, UsageError
 
+UNKNOWN_PREPROCESSING = (
+    "where the model's preprocessing is not known, add it to its file: reference, such as "
+    "resize=256&crop=224&interpolation=bicubic"
+)
 _DIGITS_TEST = 900
 _DIGITS_SEED = 20210419
 
 
 @dataclass(frozen=True)
 class RawImages:
-    """Pixels (M, C, H, W), uint8 or float, with labels (M,); `available` is the size of the whole data set."""
+    """Pixels (M, C, H, W), uint8 or float, with labels (M,); `available` is the size of the whole data set.
+
+    `numbered` is whether the data set names no classes, so that `classes` are the numbers themselves.
+    """
 
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     indices: tuple[int, ...]
     available: int
+    numbered: bool = False
 
     def first(self, count: int | None) -> "RawImages":
         """Return the first `count` images; None: all."""
@@ -49,6 +57,17 @@ class RawImages:
         chosen = (rank <= count // classes).nonzero().flatten()
         indices = tuple(self.indices[index] for index in chosen.tolist())
         return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen], indices=indices)
+
+
+def stack(decoded: Sequence[tuple[str, Tensor]]) -> Tensor:
+    """Return decoded images (C, H, W), each with its origin, as one tensor; raises UsageError for unequal shapes."""
+    origin, first = decoded[0]
+    for other, image in decoded:
+        if image.shape != first.shape:
+            sizes = " and ".join("x".join(map(str, tensor.shape)) for tensor in (first, image))
+            message = f"{origin} and {other} are {sizes}; all images must share channels and size"
+            raise UsageError(f"{message}: {UNKNOWN_PREPROCESSING}")
+    return torch.stack([image for _, image in decoded])
 
 
 def read_digits(split: str) -> RawImages:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from audit.errors import EnvironmentFault, IntegrityError, UnsafeError, UsageError
 from model_zoo import libraries
 from model_zoo.entries import PretrainedFacts
+from model_zoo.images.preprocessing import from_crop_fraction
 from model_zoo.model_types import ImageShape
 from model_zoo.untrusted import check_file, file_sha256, printable
 
@@ -94,11 +95,16 @@ def config_facts(config: Mapping[str, Any], repo: str) -> PretrainedFacts:
             mean=tuple(float(value) for value in merged.get("mean", base.mean)),
             std=tuple(float(value) for value in merged.get("std", base.std)),
             licence=printable(merged.get("license", "")),
+            class_names=_class_names(merged.get("label_names")),
         )
+        _check_plausible(facts, repo)
+        return replace(facts, preprocessing=from_crop_fraction(facts.image_shape, merged))
     except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"config.json of {repo} holds a value of the wrong kind: {printable(error)}") from error
-    _check_plausible(facts, repo)
-    return facts
+
+
+def _class_names(names: Any) -> tuple[str, ...]:
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _shape(values: Any) -> ImageShape:

@@ -76,6 +76,8 @@ def _locate_with_timm(
         image_shape=facts.image_shape,
         mean=facts.mean,
         std=facts.std,
+        preprocessing=facts.preprocessing,
+        class_names=facts.class_names,
     )
 
 
@@ -98,6 +100,8 @@ def locate_torchvision(ref: ModelRef, sources: SourceSettings) -> LocatedModel:
         image_shape=facts.image_shape,
         mean=facts.mean,
         std=facts.std,
+        preprocessing=facts.preprocessing,
+        class_names=facts.class_names,
     )
 
 
@@ -124,6 +128,7 @@ def locate_robustbench(ref: ModelRef, sources: SourceSettings) -> LocatedModel:
         copy_weights=lambda network: key_rules.copy_robustbench_weights(network, name, paths),
         num_classes=row.num_classes,
         image_shape=row.image_shape,
+        preprocessing=libraries.robustbench_preprocessing(dataset, threat, name),
     )
 
 

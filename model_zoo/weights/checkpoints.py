@@ -18,10 +18,12 @@ from torch import Tensor
 
 from audit.errors import CheckpointError, EnvironmentFault, UnsafeError
 from model_zoo.untrusted import MAX_FILE_BYTES, check_file, printable
+from model_zoo.weights.contents import Weights
 from model_zoo.weights.formats import EXPORT_ADVICE, check_safetensors, detect_format, read_zip_pickles, truncated
 from model_zoo.weights.matching import copy_weights
 from model_zoo.weights.pickles import ALLOWED, check_tuple_nesting, scan_pickles
-from model_zoo.weights.state_dicts import Weights, find_state_dict
+from model_zoo.weights.shards import is_index, read_shards
+from model_zoo.weights.state_dicts import choose_weights, find_weights
 
 __all__ = ["Weights", "copy_weights", "read_contents", "read_weights", "write_safetensors"]
 
@@ -30,20 +32,35 @@ _HEAD = 2048
 _OLDEST_TORCH = (2, 10)  # earlier restricted unpicklers have known vulnerabilities
 
 
-def read_weights(path: Path, within: Sequence[str] = (), max_bytes: int = MAX_FILE_BYTES) -> Weights:
+def read_weights(
+    path: Path,
+    within: Sequence[str] = (),
+    max_bytes: int = MAX_FILE_BYTES,
+    *,
+    key: str = "",
+    averaged: bool = True,
+) -> Weights:
     """Return the tensors of a weights file on the CPU, with the sha256 of the file and notes on unwrapped levels.
 
-    `within` lists keys to descend into first; a file of more than `max_bytes` bytes is not read. Raises
-    CheckpointError (empty, truncated, html, not_a_checkpoint), UnsafeError (code, compressed archives, tensors larger
-    than the file, resource exhaustion) and EnvironmentFault (no such file).
+    `within` lists keys to descend into first; `key` is the user's choice of an entry or a prefix (`choose_weights`);
+    averaged weights are taken where the format's own loader takes them, unless `averaged` is False. A file of more
+    than `max_bytes` bytes is not read. Raises CheckpointError (empty, truncated, html, not_a_checkpoint), UnsafeError
+    (code, compressed archives, tensors larger than the file, resource exhaustion), UsageError (two sets of weights
+    that fit equally well) and EnvironmentFault (no such file).
     """
     contents, digest = read_contents(path, max_bytes)
-    tensors, notes = find_state_dict(contents, str(path), within)
-    return Weights(tensors, digest, notes)
+    if key:
+        return choose_weights(contents, digest, str(path), key)
+    return find_weights(contents, digest, str(path), within, averaged=averaged)
 
 
 def read_contents(path: Path, max_bytes: int = MAX_FILE_BYTES) -> tuple[object, str]:
-    """Return the complete contents of a weights file and the sha256 of its bytes; errors of `read_weights`."""
+    """Return the complete contents of a weights file and the sha256 of its bytes; errors of `read_weights`.
+
+    Of weights in several files, `path` is the index.
+    """
+    if is_index(path) and path.exists():
+        return read_shards(path, max_bytes, read_contents)
     data = _read_bytes(path, max_bytes)
     kind = detect_format(data, str(path))
     contents = _parse_safetensors(data, str(path)) if kind == "safetensors" else _unpickle(data, kind, str(path))

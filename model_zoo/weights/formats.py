@@ -13,6 +13,17 @@ EXPORT_ADVICE = (
     "save only the tensors where the file comes from: "
     "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
 )
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip; decompress it (gunzip) and give the weights file",
+    b"BZh": "compressed with bzip2; decompress it (bunzip2) and give the weights file",
+    b"\xfd7zXZ": "compressed with xz; decompress it (unxz) and give the weights file",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; decompress it (unzstd) and give the weights file",
+    b"\x93NUMPY": f"a NumPy array; {EXPORT_ADVICE}",
+    b"\x89HDF": f"an HDF5 file of Keras; copy its values into a torch network there, and {EXPORT_ADVICE}",
+}
+# The kinds of values that the reader of safetensors turns into tensors.
+_KINDS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64", "C64"}
+_KINDS |= {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 _SLACK = 1_000_000
 _MAX_HEADER = 8_000_000  # about 80,000 tensors; parsed JSON takes up to 24 times the memory of its text
 
@@ -32,12 +43,27 @@ def detect_format(data: bytes, origin: str) -> str:
         raise truncated(origin, f"it has only {len(data)} bytes")
     if data.startswith(b"PK\x03\x04"):
         return "zip"
+    # The length of a header may start like a pickle: 128 bytes are 80 00. No header reaches a petabyte.
+    if data[8:9] == b"{" and data[6:8] == b"\0\0":
+        return "safetensors"
     if data[0] == 0x80 and data[1] <= 5:
         return "pickle"
     if data[8:9] == b"{":
         return "safetensors"
-    message = f"{origin} is neither safetensors nor a file written by torch.save; give a weights file"
-    raise CheckpointError("not_a_checkpoint", message)
+    other = _other_format(data)
+    what = f" but {other}" if other else "; give a weights file"
+    raise CheckpointError("not_a_checkpoint", f"{origin} is neither safetensors nor a file written by torch.save{what}")
+
+
+def _other_format(data: bytes) -> str:
+    """Return what a file of another known format is and what to do with it, '' for an unknown one."""
+    if data[257:262] == b"ustar":
+        name = data[:100].partition(b"\0")[0].decode("ascii", "replace")
+        if name.rpartition("/")[2] in ("sys_info", "pickle", "tensors", "storages"):
+            old = "a tar file of torch before 0.1.10, which only torch's unrestricted reader opens"
+            return f"{old}; where you trust it, open it with torch.load(path, weights_only=False), and {EXPORT_ADVICE}"
+        return f"a tar archive (its first member is {printable(name)!r}); unpack it and give the weights file inside"
+    return next((advice for magic, advice in _OTHER_FORMATS.items() if data.startswith(magic)), "")
 
 
 def check_not_html(data: bytes, origin: str, link: str = "") -> None:
@@ -68,11 +94,16 @@ def check_safetensors(data: bytes, origin: str) -> None:
         raise UnsafeError(message)
     try:
         header = json.loads(data[8 : 8 + length])
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        ends = [entry["data_offsets"][1] for entry in entries]
+        kinds = {str(entry["dtype"]) for entry in entries}
         expected = 8 + length + max(map(int, ends), default=0)
     except Exception as error:  # untrusted JSON fails in many ways, deep nesting among them
         message = f"{origin} is not a safetensors file: its header does not parse; fetch it again"
         raise CheckpointError("not_a_checkpoint", message) from error
+    if unknown := sorted(kinds - _KINDS):
+        message = f"{origin} holds tensors of the kind {printable(unknown[0], 20)}, which its reader does not know"
+        raise CheckpointError("not_a_checkpoint", f"{message}; save them as F16, BF16 or F32")
     if expected > len(data):
         raise truncated(origin, f"its header announces {expected} bytes, there are {len(data)}")
 

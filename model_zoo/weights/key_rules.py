@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -9,8 +10,10 @@ from torch import nn
 from audit.errors import MismatchError
 from model_zoo import libraries
 from model_zoo.weights.checkpoints import Weights, copy_weights, read_contents, read_weights
-from model_zoo.weights.matching import max_checkpoint_bytes, strip_prefix
-from model_zoo.weights.state_dicts import find_state_dict
+from model_zoo.weights.matching import max_checkpoint_bytes
+from model_zoo.weights.renaming import strip_prefix
+from model_zoo.weights.shards import INDEX, is_shard
+from model_zoo.weights.state_dicts import find_weights
 
 # Training-time modules that some RobustBench files hold and the published architectures omit, and normalisation
 # constants that the architectures define themselves.
@@ -26,20 +29,42 @@ def copy_timm_weights(network: nn.Module, weights: Weights, ignorable: str = "")
     try:
         return copy_weights(network, weights, ignorable)
     except MismatchError:
+        for prefix in (weights.prefix or "", "module.", "_orig_mod."):  # as timm's own reader does first
+            weights = strip_prefix(weights, prefix) if prefix else weights
         filtered = libraries.apply_timm_filter(network, weights.tensors)
         if filtered is None:
             raise
-    note = f"renamed or resized by timm's filter for {type(network).__name__} checkpoints"
-    return copy_weights(network, Weights(filtered, weights.sha256, (*weights.notes, note)), ignorable)
+    notes = (*weights.notes, f"renamed or resized by timm's filter for {type(network).__name__} checkpoints")
+    return copy_weights(network, replace(weights, tensors=filtered, notes=notes, prefix=None), ignorable)
 
 
 def copy_torchvision_weights(network: nn.Module, path: Path) -> tuple[str, ...]:
     """Copy torchvision weights into a network, renaming the layers of old DenseNet files (`norm.1` -> `norm1`)."""
-    weights = read_weights(path, max_bytes=max_checkpoint_bytes(network))
+    return _copy_torchvision(network, read_weights(path, max_bytes=max_checkpoint_bytes(network)))
+
+
+def copy_file_weights(network: nn.Module, path: Path, library: str, key: str = "") -> tuple[str, ...]:
+    """Copy the weights of a file into an architecture of a library, by the rules that the library has for its own.
+
+    `library` is the source of the architecture, such as "timm"; `key` the user's choice of an entry or a prefix.
+    Raises the errors of `read_weights` and `copy_weights`.
+    """
+    weights = read_weights(path, max_bytes=max_checkpoint_bytes(network), key=key)
+    rules = {"timm": copy_timm_weights, "torchvision": _copy_torchvision}
+    try:
+        return rules.get(library, copy_weights)(network, weights)
+    except MismatchError as error:
+        if is_shard(path):
+            advice = f"give the index beside it (file:{path.parent}/...{INDEX})"
+            raise MismatchError(f"{path} is one of several files of weights; {advice}") from error
+        raise
+
+
+def _copy_torchvision(network: nn.Module, weights: Weights) -> tuple[str, ...]:
     renamed = {_DENSENET.sub(r"\1\2.", name): tensor for name, tensor in weights.tensors.items()}
     changed = len(set(renamed) - set(weights.tensors))
     note = (f"joined the layer numbers of {changed} DenseNet names (norm.1 -> norm1)",) if changed else ()
-    return copy_weights(network, Weights(renamed, weights.sha256, (*weights.notes, *note)))
+    return copy_weights(network, replace(weights, tensors=renamed, notes=(*weights.notes, *note)))
 
 
 def robustbench_files(folder: Path, name: str, parts: int) -> list[Path]:
@@ -56,7 +81,9 @@ def copy_robustbench_weights(network: nn.Module, name: str, paths: Sequence[Path
     """
     if len(paths) == 1:
         last = "Kireev2021Effectiveness" in name or name == "Andriushchenko2020Understanding"
-        return _copy_member(network, read_weights(paths[0], ("last",) if last else (), max_checkpoint_bytes(network)))
+        return _copy_member(
+            network, read_weights(paths[0], ("last",) if last else (), max_checkpoint_bytes(network), averaged=False)
+        )
     notes: list[str] = []
     for part, path in enumerate(paths):
         for member, weights in _ensemble_members(network, name, part, path):
@@ -66,15 +93,14 @@ def copy_robustbench_weights(network: nn.Module, name: str, paths: Sequence[Path
 
 def _copy_member(network: nn.Module, weights: Weights) -> tuple[str, ...]:
     """Copy one file; for a normalisation layer around a classifier, copy into the classifier."""
-    notes, tensors = weights.notes, weights.tensors
     for prefix in ("module.", "model."):
-        tensors, stripped = strip_prefix(tensors, prefix)
-        notes += stripped
+        weights = strip_prefix(weights, prefix)
     inner = getattr(network, "model", None)
     inside = isinstance(inner, nn.Module) and all(name.startswith("model.") for name, _ in network.named_parameters())
     if inside and isinstance(inner, nn.Module):
-        network, notes = inner, (*notes, "filled the part named 'model', as robustbench does")
-    return copy_timm_weights(network, Weights(tensors, weights.sha256, notes), IGNORABLE)
+        note = "filled the part named 'model', as robustbench does"
+        network, weights = inner, replace(weights, notes=(*weights.notes, note))
+    return copy_timm_weights(network, weights, IGNORABLE)
 
 
 def _ensemble_members(network: nn.Module, name: str, part: int, path: Path) -> list[tuple[nn.Module, Weights]]:
@@ -82,17 +108,22 @@ def _ensemble_members(network: nn.Module, name: str, part: int, path: Path) -> l
     max_bytes = max_checkpoint_bytes(network)
     if name.startswith("Bai2024MixedNUTS"):
         return [
-            (_submodule(network, "std_model" if part == 0 else "rob_model"), read_weights(path, max_bytes=max_bytes))
+            (
+                _submodule(network, "std_model" if part == 0 else "rob_model"),
+                read_weights(path, max_bytes=max_bytes, averaged=False),
+            )
         ]
     if not name.startswith("Bai2023Improving"):
-        return [(_submodule(network, f"models.{part}"), read_weights(path, max_bytes=max_bytes))]
+        return [(_submodule(network, f"models.{part}"), read_weights(path, max_bytes=max_bytes, averaged=False))]
     if part < 2:
-        return [(_submodule(network, f"comp_model.models.{part}"), read_weights(path, max_bytes=max_bytes))]
+        return [
+            (_submodule(network, f"comp_model.models.{part}"), read_weights(path, max_bytes=max_bytes, averaged=False))
+        ]
     contents, digest = read_contents(path, max_bytes)
     pairs = []
     for child, key in (("policy_net", "model"), ("bn", "bn")):
-        tensors, notes = find_state_dict(contents, str(path), (key,))
-        pairs.append((_submodule(network, f"comp_model.{child}"), Weights(tensors, digest, notes)))
+        weights = find_weights(contents, digest, str(path), (key,), averaged=False)
+        pairs.append((_submodule(network, f"comp_model.{child}"), weights))
     return pairs
 
 

@@ -1,17 +1,19 @@
-"""Copy named tensors into a network, after comparing every key and shape."""
+"""Copy the tensors of a checkpoint into a network, after comparing names, shapes, kinds and values."""
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from audit.errors import InvalidModelError, MismatchError
 from model_zoo.untrusted import printable
-from model_zoo.weights.state_dicts import Weights
+from model_zoo.weights.contents import Renamed, Weights
+from model_zoo.weights.leftovers import sort_leftovers
+from model_zoo.weights.rehearsal import Rehearsal, load, named_tensors, rehearse
+from model_zoo.weights.renaming import renamings, stripped
+from model_zoo.weights.reparametrised import fold
 
-PREFIXES = ("module.", "_orig_mod.", "model.")
 _CONSTANTS = ("mu", "sigma", "mean", "std")
 _MAX_CONSTANT = 16  # normalisation constants have one value per channel; larger buffers were learned
 _MAX_STRIPS = 4
@@ -22,10 +24,10 @@ _SIZE_MARGIN = 64 << 20
 
 @dataclass(frozen=True)
 class _NameMatch:
-    """The tensors of a checkpoint under one renaming, compared with the names in the network."""
+    """A checkpoint under one renaming, and what the network's own loading code would do with it."""
 
-    tensors: dict[str, Tensor]
-    strips: tuple[str, ...]
+    renamed: Renamed
+    rehearsal: Rehearsal
     kept: tuple[str, ...]
     ignored: tuple[str, ...]
     missing: tuple[str, ...]
@@ -36,14 +38,19 @@ class _NameMatch:
         return len(self.missing) + len(self.unexpected)
 
     @property
+    def fits(self) -> bool:
+        return not self.mismatches and not self.rehearsal.error
+
+    @property
     def notes(self) -> tuple[str, ...]:
         counters = sum(name.endswith(_COUNTER) for name in self.kept)
         kept = [f"{name} is not in the checkpoint; the architecture's value is kept" for name in self.kept]
         kept = [note for note in kept if _COUNTER not in note]
         if counters:
             kept.append(f"{counters} {_COUNTER} are not in the checkpoint; they are unused in eval mode")
-        ignored = (f"{name} of the checkpoint is not used by the architecture" for name in self.ignored)
-        return (*self.strips, *kept, *ignored)
+        left = self.renamed.left
+        outside = (f"{len(left)} tensors outside {self.renamed.prefix!r} are not used: {_join(left)}",) if left else ()
+        return (*self.renamed.notes, *kept, *self.ignored, *outside)
 
 
 def max_checkpoint_bytes(network: nn.Module) -> int:
@@ -51,45 +58,58 @@ def max_checkpoint_bytes(network: nn.Module) -> int:
 
     The limit keeps oversized files from being read.
     """
-    state = network.state_dict().values()
+    state = named_tensors(network).values()
     return _SIZE_FACTOR * sum(tensor.numel() * tensor.element_size() for tensor in state) + _SIZE_MARGIN
 
 
 def copy_weights(network: nn.Module, weights: Weights, ignorable: str = "") -> tuple[str, ...]:
     """Copy the tensors of a checkpoint into a network; return a note for every unwrapping, renaming and omission.
 
-    `ignorable` is a regular expression of names that may be unexpected. Raises MismatchError for missing, unexpected
-    or differently shaped tensors, and InvalidModelError for weights that are not finite.
+    The network loads them by its own code (`load_state_dict` with its hooks and versions) under the one renaming that
+    fits. `ignorable` is a regular expression of names that may be unexpected. Raises MismatchError for missing,
+    unexpected or differently shaped tensors and where two renamings fit, and InvalidModelError for weights that are
+    not finite.
     """
-    state = network.state_dict()
-    match = _best_match(network, weights.tensors, ignorable)
-    _check_names(match, state)
-    used = {name: tensor for name, tensor in match.tensors.items() if name in state}
-    _check_shapes(used, state)
+    match = _match(network, weights, ignorable)
+    state = named_tensors(network)
+    # once more, because a network may have changed itself to fit the file
+    filled = rehearse(network, match.renamed).filled
+    used = {name: tensor for name, tensor in filled.items() if name in state}
+    _check_kinds(used, state)
     _check_finite(used, state)
-    network.load_state_dict({**state, **used}, strict=True)
+    if error := load(network, match.renamed):
+        raise MismatchError(f"checkpoint and architecture do not fit: {error}; is arch= the right one?")
     return (*weights.notes, *match.notes, *_dtype_notes(used, state))
 
 
-def strip_prefix(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Strip a prefix from the names that have it; return the tensors and a note, () where nothing changed."""
-    carriers = [name for name in tensors if name.startswith(prefix) and name != prefix]
-    renamed = {name.removeprefix(prefix) if name in carriers else name: tensors[name] for name in tensors}
-    if not carriers or len(renamed) != len(tensors):
-        return dict(tensors), ()
-    example = f"{carriers[0]} -> {carriers[0].removeprefix(prefix)}"
-    return renamed, (f"stripped {prefix!r} from {len(carriers)} of {len(tensors)} names ({example})",)
+def _match(network: nn.Module, weights: Weights, ignorable: str) -> _NameMatch:
+    """Return the only renaming under which the checkpoint fits the network; raises MismatchError."""
+    best = None
+    if weights.prefix is None:
+        best = _strip_prefixes(network, weights, ignorable)
+        if best.fits:
+            return best
+    found = [_compare(network, renamed, ignorable) for renamed in renamings(weights, list(network.state_dict()))]
+    fitting: list[_NameMatch] = []
+    for match in _with_copies_beside(found):
+        chosen = weights.prefix in (None, match.renamed.prefix)
+        if chosen and not any(_same_weights(match, other) for other in fitting):
+            fitting.append(match)
+    if len(fitting) > 1:
+        names = " and ".join(repr(match.renamed.prefix or ".") for match in fitting)
+        message = f"the checkpoint holds weights of this network under {len(fitting)} prefixes, {names}"
+        raise MismatchError(f"{message}; choose one with key={fitting[0].renamed.prefix or '.'}")
+    if fitting:
+        return fitting[0]
+    tried = ([best] if best else []) + [match for match in found if weights.prefix in (None, match.renamed.prefix)]
+    raise _mismatch(min(tried, key=lambda match: match.mismatches), named_tensors(network))
 
 
-def _best_match(network: nn.Module, tensors: dict[str, Tensor], ignorable: str) -> _NameMatch:
+def _strip_prefixes(network: nn.Module, weights: Weights, ignorable: str) -> _NameMatch:
     """Strip known prefixes, one at a time, as long as the number of mismatched names does not rise."""
-    best = _compare(network, tensors, (), ignorable)
+    best = _compare(network, Renamed(weights.tensors, weights.metadata, weights.extra), ignorable)
     for _ in range(_MAX_STRIPS):
-        options = []
-        for prefix in PREFIXES:
-            stripped, note = strip_prefix(best.tensors, prefix)
-            if note:
-                options.append(_compare(network, stripped, best.strips + note, ignorable))
+        options = [_compare(network, renamed, ignorable) for renamed in stripped(best.renamed)]
         closest = min(options, key=lambda match: match.mismatches, default=best)
         # Names may match only without a second prefix, so a strip that leaves the count unchanged is kept.
         if best.mismatches == 0 or closest.mismatches > best.mismatches:
@@ -98,19 +118,37 @@ def _best_match(network: nn.Module, tensors: dict[str, Tensor], ignorable: str) 
     return best
 
 
-def _compare(network: nn.Module, tensors: dict[str, Tensor], strips: tuple[str, ...], ignorable: str) -> _NameMatch:
-    state = network.state_dict()
-    absent = [name for name in state if name not in tensors]
-    kept = _may_be_absent(network, absent)
-    extra = [name for name in tensors if name not in state]
-    ignored = [name for name in extra if ignorable and re.search(ignorable, name)]
+def _with_copies_beside(found: Sequence[_NameMatch]) -> list[_NameMatch]:
+    """Return the renamings that fit, also those beside whose tensors lies nothing but a copy under another prefix."""
+    prefixes = tuple(match.renamed.prefix for match in found if match.fits and match.renamed.prefix)
+    fitting = []
+    for match in found:
+        copies = prefixes and all(f"{match.renamed.prefix}{name}".startswith(prefixes) for name in match.unexpected)
+        if match.fits or (copies and not match.missing and not match.rehearsal.error):
+            fitting.append(match)
+    return fitting
+
+
+def _compare(network: nn.Module, renamed: Renamed, ignorable: str) -> _NameMatch:
+    state = named_tensors(network)
+    renamed = fold(renamed, state)
+    rehearsal = rehearse(network, renamed)
+    if rehearsal.error and renamed.metadata is None:
+        # a file without versions, such as safetensors: assume those of this library
+        own = {path: dict(value) for path, value in getattr(network.state_dict(), "_metadata", {}).items()}
+        assumed = replace(renamed, metadata=own)
+        if not (second := rehearse(network, assumed)).error:
+            renamed, rehearsal = assumed, second
+    kept = _may_be_absent(network, [name for name in state if name not in renamed.tensors])
+    kept = [name for name in kept if name not in rehearsal.filled or name.endswith(_COUNTER)]
+    ignored, unexpected = sort_leftovers(network, renamed.tensors, rehearsal.unexpected, ignorable)
     return _NameMatch(
-        tensors=tensors,
-        strips=strips,
+        renamed=renamed,
+        rehearsal=rehearsal,
         kept=tuple(kept),
-        ignored=tuple(ignored),
-        missing=tuple(name for name in absent if name not in kept),
-        unexpected=tuple(sorted(name for name in extra if name not in ignored)),  # independent of the order in the file
+        ignored=ignored,
+        missing=tuple(name for name in rehearsal.missing if name not in kept),
+        unexpected=unexpected,
     )
 
 
@@ -122,32 +160,42 @@ def _may_be_absent(network: nn.Module, names: Iterable[str]) -> list[str]:
     return [n for n, last in lasts.items() if last == _COUNTER or (last in _CONSTANTS and n in small)]
 
 
-def _check_names(match: _NameMatch, state: Mapping[str, Tensor]) -> None:
-    if not match.mismatches:
-        return
-    matching = sum(name in state for name in match.tensors)
-    parts = [f"{matching} of the network's {len(state)} tensors are in the checkpoint"]
-    if match.missing:
-        parts.append(f"missing: {_join(match.missing)}")
-    if match.unexpected:
-        parts.append(f"unknown to the network: {_join(match.unexpected)}")
-    raise MismatchError(f"checkpoint and architecture do not fit: {'; '.join(parts)}; is arch= the right one?")
+def _same_weights(one: _NameMatch, other: _NameMatch) -> bool:
+    """Return whether two renamings give a network the same values, such as two names of one set of tensors."""
+    mine, theirs = one.rehearsal.filled, other.rehearsal.filled
+    return mine.keys() == theirs.keys() and all(_equal(mine[name], theirs[name]) for name in mine)
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], state: dict[str, Tensor]) -> None:
-    wrong = {name: tensor for name, tensor in tensors.items() if tensor.shape != state[name].shape}
-    odd = [name for name, tensor in tensors.items() if not _compatible_dtype(name, tensor, state[name])]
-    if not wrong and not odd:
-        return
-    outputs = _output_counts(wrong, state)
-    if outputs and not odd:
+def _equal(one: Tensor, other: Tensor) -> bool:
+    same_kind = one.shape == other.shape and one.dtype == other.dtype
+    return one is other or (same_kind and bool(torch.equal(one, other)))
+
+
+def _mismatch(match: _NameMatch, state: Mapping[str, Tensor]) -> MismatchError:
+    """Return the MismatchError of the renaming that comes closest."""
+    if match.mismatches:
+        matching = sum(name in state for name in match.renamed.tensors)
+        parts = [f"{matching} of the network's {len(state)} tensors are in the checkpoint"]
+        if match.missing:
+            parts.append(f"missing: {_join(match.missing)}")
+        if match.unexpected:
+            parts.append(f"unknown to the network: {_join(match.unexpected)}")
+        return MismatchError(f"checkpoint and architecture do not fit: {'; '.join(parts)}; is arch= the right one?")
+    tensors = match.renamed.tensors
+    wrong = {n: t for n, t in tensors.items() if n in state and t.shape != state[n].shape}
+    if outputs := _output_counts(wrong, state):
         sentence = f"the checkpoint has {outputs[0]} outputs, the network {outputs[1]}; is num_classes right?"
-        raise MismatchError(sentence)
-    mismatches = [
-        f"{name} is {_shape(tensor)}, the network needs {_shape(state[name])}" for name, tensor in wrong.items()
-    ]
-    mismatches += [f"{name} holds {_dtype(tensors[name])}, the network needs {_dtype(state[name])}" for name in odd]
-    raise MismatchError(f"checkpoint and architecture do not fit: {_join(mismatches)}; is arch= the right one?")
+        return MismatchError(sentence)
+    mismatches = [f"{n} is {_shape(tensor)}, the network needs {_shape(state[n])}" for n, tensor in wrong.items()]
+    reasons = _join(mismatches) or match.rehearsal.error
+    return MismatchError(f"checkpoint and architecture do not fit: {reasons}; is arch= the right one?")
+
+
+def _check_kinds(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    odd = [name for name, tensor in tensors.items() if not _compatible_dtype(name, tensor, state[name])]
+    if odd:
+        mismatches = [f"{n} holds {_dtype(tensors[n])}, the network needs {_dtype(state[n])}" for n in odd]
+        raise MismatchError(f"checkpoint and architecture do not fit: {_join(mismatches)}; is arch= the right one?")
 
 
 def _compatible_dtype(name: str, stored: Tensor, needed: Tensor) -> bool:
@@ -156,10 +204,10 @@ def _compatible_dtype(name: str, stored: Tensor, needed: Tensor) -> bool:
     return same or name.endswith(_COUNTER)
 
 
-def _output_counts(wrong: Mapping[str, Tensor], state: dict[str, Tensor]) -> tuple[int, int] | None:
+def _output_counts(wrong: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """Return both class counts where only the number of outputs of the last layer differs, else None."""
     layers = {name.rpartition(".")[0] for name in wrong}
-    last = next((name for name in reversed(state) if state[name].ndim > 1), "")
+    last = next((name for name in reversed(list(state)) if state[name].ndim > 1), "")
     counts = {(tensor.shape[:1], state[name].shape[:1]) for name, tensor in wrong.items()}
     same_rest = all(tensor.shape[1:] == state[name].shape[1:] for name, tensor in wrong.items())
     if last not in wrong or len(layers) != 1 or len(counts) != 1 or not same_rest:

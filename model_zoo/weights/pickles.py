@@ -23,11 +23,14 @@ _LEGACY_PICKLES = 5  # magic number, protocol, system info, contents, storage ke
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 # Globals in the pickle of a plain state dict: tensors, dtypes, devices, and common metadata.
 _HARMLESS = re.compile(
-    r"torch\.(\w+Storage|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|Size|device|nn\.parameter\.Parameter"
+    r"torch\.(\w+Storage|storage\.UntypedStorage|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|Size|device|nn\.parameter\.Parameter"
     r"|bool|b?float\w*|u?int\d+|complex\d+|serialization\._get_layout)|torch\.Tensor"
     r"|collections\.(OrderedDict|Counter)|(__builtin__|builtins)\.(set|complex)|_codecs\.encode"
     r"|argparse\.Namespace|numpy\.dtype|numpy\._?core\.multiarray\.scalar"
 )
+# The class of the storage of float8 tensors: rebuilding one names it, and calling it allocates any number of bytes.
+_NEVER_CALLED = "torch.storage.UntypedStorage"
+_CALLEE = {"REDUCE": 2, "NEWOBJ": 2, "NEWOBJ_EX": 3}  # its place from the top of the stack
 _CODES = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q"}
 _CODES |= {"f2": "e", "f4": "f", "f8": "d"}
 
@@ -104,9 +107,14 @@ class _PickleInterpreter:
 
     def _record_globals(self, opcode: str, argument: Any) -> None:
         if opcode in ("GLOBAL", "INST"):
-            self.names.add(str(argument).replace(" ", "."))
+            name = str(argument).replace(" ", ".")
+            self.names.add(f"and call {name}" if (opcode, name) == ("INST", _NEVER_CALLED) else name)
         elif opcode == "STACK_GLOBAL":
             self.names.add(".".join(value.text for value in self.stack[-2:] if value))
+        elif opcode in _CALLEE and _NEVER_CALLED in self.names:
+            callee = self.stack[-_CALLEE[opcode]] if len(self.stack) >= _CALLEE[opcode] else None
+            if callee is None or callee.text == _NEVER_CALLED:
+                self.names.add(f"and call {_NEVER_CALLED}")
         elif opcode.startswith("EXT"):
             self.names.add(f"entry {argument} of the extension registry")
 
@@ -124,9 +132,11 @@ class _PickleInterpreter:
         elif name in _TUPLES:
             self._push_tuple([self._pop() for _ in range(_TUPLES[name])])
         else:
+            parts = [value.text for value in self.stack[-2:] if value] if name == "STACK_GLOBAL" else []
             self._apply_stack_effect(opcode)
-            if isinstance(argument, str) and self.stack and self.stack[-1] is _SCALAR:
-                self.stack[-1] = _Value(text=argument)
+            text = argument.replace(" ", ".") if name == "GLOBAL" else ".".join(parts) or argument
+            if isinstance(text, str) and self.stack and self.stack[-1] is _SCALAR:
+                self.stack[-1] = _Value(text=text)
 
     def _apply_stack_effect(self, opcode: pickletools.OpcodeInfo) -> None:
         before, after = opcode.stack_before, opcode.stack_after

@@ -18,6 +18,7 @@ from reports.text import plain_text
 
 _CASES = ("normal", "worst")
 _BAND = "#d9d9d9"
+_SMALLEST_EDGE = 0.001  # nats; errors of rounding get no axis of their own
 
 
 def calibration_figure(rows: Sequence[CalibrationRow]) -> Figure | None:
@@ -33,8 +34,8 @@ def calibration_figure(rows: Sequence[CalibrationRow]) -> Figure | None:
         keys = _channel_key(looked), _verdict_key()
         captions = [text for name in estimators for text in (_sentence(rows, name), "")]
         sheet = Sheet(
-            2 * len(estimators), captions, plot_height=1.7, keys=(len(keys[0]), len(keys[1])),
-            groups=[2] * len(estimators), left=0.82, head=0.46,
+            2 * len(estimators), captions, plot_height=1.7, keys=keys,
+            groups=[2] * len(estimators), left=0.95, head=0.46,
         )  # fmt: skip
         figure, axes = sheet.draw()
         for i, name in enumerate(estimators):
@@ -42,7 +43,7 @@ def calibration_figure(rows: Sequence[CalibrationRow]) -> Figure | None:
             for ax, case in zip(axes[2 * i : 2 * i + 2], _CASES, strict=True):
                 _draw(ax, own, case, looked)
                 dress(ax, (name, f"{case} case"), "truth (nats, closed form)", "estimate − truth\n(nats, measured)")
-        place_key(figure, *keys, sheet.columns)
+        place_key(figure, *keys)
     return figure
 
 
@@ -70,13 +71,24 @@ def _draw(ax: Axes, rows: Sequence[CalibrationRow], case: str, looked: dict[str,
         if tolerance is not None and abs(error) > tolerance:
             cross(ax, x, error)
     ax.set_ylim(-1.12 * edge, 1.12 * edge)
+    ax.set_xlim(*_truths([getattr(row, f"true_{case}_nats") for row, _ in known]))
 
 
 def _edge(known: Sequence[tuple[CalibrationRow, float]], case: str) -> float:
     """Return the half-height of a panel: every tolerance and every error with a tolerance fits."""
-    judged = [(error, getattr(row, f"{case}_tolerance")) for row, error in known]
-    reach = [max(abs(error), tolerance) for error, tolerance in judged if tolerance is not None]
-    return 1.05 * max(reach or [abs(error) for error, _ in judged]) or 0.1
+    judged = [
+        (abs(error) + (getattr(row, f"{case}_nats_se") or 0.0), getattr(row, f"{case}_tolerance"))
+        for row, error in known
+    ]
+    reach = [max(error, tolerance) for error, tolerance in judged if tolerance is not None]
+    return max(1.05 * max(reach or [error for error, _ in judged]), _SMALLEST_EDGE)
+
+
+def _truths(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the axis of truths: at least 0.2 nats apart, so that one channel gets an axis one can read."""
+    low, high = min(values), max(values)
+    room = max(0.07 * (high - low), 0.1 - (high - low) / 2)
+    return low - room, high + room
 
 
 def _outside(ax: Axes, x: float, error: float, edge: float, look: Look) -> None:
@@ -100,7 +112,7 @@ def _band(ax: Axes, known: Sequence[tuple[CalibrationRow, float]], case: str) ->
 
 
 def _channel_key(looked: dict[str, Look]) -> list[Line2D]:
-    return [named(marker(look, "full", 4.5), label(channel, 24)) for channel, look in looked.items()]
+    return [named(marker(look, "full", 4.5), label(channel, 40)) for channel, look in looked.items()]
 
 
 def _verdict_key() -> list[Line2D]:

@@ -99,11 +99,11 @@ def _profile(rows: Sequence[Row], along: str, lines: str) -> Figure | None:
     keys = _line_key(looked), _kind_key()
     with paper_style():
         captions = [_caption([row for row in shown if row["model"] == model]) for model in models]
-        sheet = Sheet(len(models), captions, plot_height=_HEIGHT, keys=(len(keys[0]), len(keys[1])), head=0.46)
+        sheet = Sheet(len(models), captions, plot_height=_HEIGHT, keys=keys, head=0.46)
         figure, axes = sheet.draw()
         for model, ax in zip(models, axes, strict=True):
             _draw(ax, [row for row in shown if row["model"] == model], along, lines, looked)
-        place_key(figure, *keys, sheet.columns)
+        place_key(figure, *keys)
     return figure
 
 

@@ -18,6 +18,7 @@ from reports.figures.marks import (
     sheet_of,
     title_lines,
     whisker,
+    write_names,
 )  # fmt: skip
 from reports.figures.style import Look, fill_of, limits, looks, marker, paper_style
 from reports.statistics.sentences import panel_sentences
@@ -35,13 +36,13 @@ def figure1(frame: pd.DataFrame) -> Figure:
     with paper_style():
         keys, groups = (family_key(rows), fill_key(rows)), panels(rows)
         captions = ["\n".join(panel_sentences(_all_of(frame, panel.rows))) for panel in groups]
-        sheet = sheet_of(groups, captions, (len(keys[0]), len(keys[1])))
+        sheet = sheet_of(groups, captions, keys)
         figure, axes = sheet.draw()
         family_looks = looks(rows["family"])
         for panel, ax in zip(groups, axes, strict=False):
             _draw(ax, panel.rows, family_looks)
             dress(ax, title_lines(panel), "RV (nats, estimate)", "adversarial gap (measured)")
-        finish(figure, axes, keys, sheet.columns)
+        finish(figure, axes, keys)
     return figure
 
 
@@ -56,8 +57,10 @@ def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
         look = family_looks[row["family"]]
         x, y, se = float(row["rv"]), float(row["adversarial_gap"]), or_zero(row["rv_se"])
         whisker(ax, [x - se, x + se], [y, y], look)
-        point(ax, x, y, marker(look, fill_of(row["training"], row["trained_eps"], row["eps"])))
+        point(ax, x, y, marker(look, fill_of(row["training"], row["trained_eps"], row["eps"])), row["cell_id"])
         if row["refuted"]:
             cross(ax, x, y)
     ax.set_xlim(*limits([rows["rv"] - rows["rv_se"].fillna(0), rows["rv"] + rows["rv_se"].fillna(0)]))
     ax.set_ylim(*limits([rows["adversarial_gap"]]))
+    drawn = points(rows)
+    write_names(ax, drawn, [(float(row["rv"]), float(row["adversarial_gap"])) for row in drawn])

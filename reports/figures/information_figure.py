@@ -27,6 +27,7 @@ from reports.figures.marks import (
     sheet_of,
     title_lines,
     whisker,
+    write_names,
 )  # fmt: skip
 from reports.figures.style import Look, fill_of, limits, looks, marker, paper_style
 from reports.statistics.correlation import Vector
@@ -60,13 +61,13 @@ def figure2(frame: pd.DataFrame) -> Figure:
         groups = panels(rows)
         used = [curve for curve in _LINES if curve in {_curve(panel.rows.iloc[0]) for panel in groups}]
         keys = family_key(rows), [*fill_key(rows), *_case_key(used, rows)]
-        sheet = sheet_of(groups, [_caption(panel) for panel in groups], (len(keys[0]), len(keys[1])))
+        sheet = sheet_of(groups, [_caption(panel) for panel in groups], keys)
         figure, axes = sheet.draw()
         family_looks = looks(rows["family"])
         for panel, ax in zip(groups, axes, strict=False):
             _draw(ax, panel.rows, family_looks)
             dress(ax, title_lines(panel), _AXES[_curve(panel.rows.iloc[0])], "accuracy (measured)")
-        finish(figure, axes, keys, sheet.columns)
+        finish(figure, axes, keys)
     return figure
 
 
@@ -106,7 +107,7 @@ def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
             whisker(ax, [x - se, x + se], [y, y], look)
             interval = [or_else(row[f"{kind}_accuracy_{end}"], y) for end in ("low", "high")]
             whisker(ax, [x, x], interval, look)
-            point(ax, x, y, marker(look, fill, size))
+            point(ax, x, y, marker(look, fill, size), row["cell_id"] if case == "worst" else "")
         if row["refuted"]:
             cross(ax, *ends[1])
         if not pd.isna(row["certified_bound"]):
@@ -116,6 +117,8 @@ def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
     ax.set_ylim(-0.04, 1.04)
     for classes in sorted(set(rows["num_classes"].dropna())):
         _limit_line(ax, _curve(rows.iloc[0]), int(classes))
+    drawn = points(rows)
+    write_names(ax, drawn, [(float(row["worst_nats"]), float(row["adversarial_accuracy"])) for row in drawn])
 
 
 def _ceiling(ax: Axes, worst: tuple[float, float], bound: float, look: Look) -> None:

@@ -10,7 +10,7 @@ from reports.figures.agreement_figure import agreement_figure
 from reports.figures.all_figures import figure_bytes
 from reports.figures.gap_figure import figure1
 from reports.figures.information_figure import figure2
-from reports.tables.columns import CERTIFICATE, COLUMNS, UNITS
+from reports.tables.columns import COLUMNS, OPTIONAL, UNITS
 
 ROWS = "leaderboard.csv"
 _DTYPES = {"text": "str", "count": "Int64", "yes or no": "bool", "place": "str"}
@@ -38,7 +38,8 @@ def draw(folder: Path) -> list[Path]:
 def read_leaderboard(path: Path) -> pd.DataFrame:
     """Return a leaderboard's rows as the frame it was written from; raises IntegrityError for another table."""
     frame = pd.read_csv(path, dtype={"rank": "str", "rv_by_seed": "str"}, keep_default_na=False, na_values=[""])
-    lacking = set(COLUMNS) - set(frame.columns) - set(CERTIFICATE)  # those are left out where no row has one
+    optional = {name for names, _ in OPTIONAL for name in names}  # left out where no row has a value
+    lacking = set(COLUMNS) - set(frame.columns) - optional
     if lacking:
         raise IntegrityError(f"{path} is no leaderboard: it lacks the columns {', '.join(sorted(lacking))}")
     frame = frame.reindex(columns=["rank", *COLUMNS])

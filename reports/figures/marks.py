@@ -1,6 +1,6 @@
 """Drawing primitives of figures: points, whiskers, titles and the legend."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,12 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reports.figures.style import FILL_LABELS, Look, Sheet, fill_of, label, looks, marker, place_key
+from reports.figures.names import Named, name_points, without_shared_start
+from reports.figures.style import FILL_LABELS, Keys, Look, Sheet, fill_of, label, looks, marker, place_key
 from reports.tables.table import Panel, contradicted, panels
 from reports.text import short_name
 
 GREY = Look("#555555", "o")
+SPOT = "cell-"
+"""Start of the identifiers of markers that stand for a record."""
 _NAMED = 6
+_WIDTH, _HEIGHT = 4.8, 3.4  # inches of a panel whose points have names
 _TITLE = 52
 
 
@@ -28,12 +32,13 @@ def points(rows: pd.DataFrame) -> list[dict[Any, Any]]:
     return rows.assign(refuted=contradicted(rows)).to_dict(orient="records")
 
 
-def sheet_of(groups: Sequence[Panel], captions: Sequence[str], keys: tuple[int, int]) -> Sheet:
+def sheet_of(groups: Sequence[Panel], captions: Sequence[str], keys: Keys) -> Sheet:
     """Return a sheet with one panel per group, the estimators of one setting side by side."""
     settings = [panel.setting for panel in groups]
     together = [settings.count(setting) for setting in dict.fromkeys(settings)]
     lines = max((len(title_lines(panel)) for panel in groups), default=1)
-    return Sheet(len(groups) or 1, captions, keys=keys, groups=together, head=0.14 + 0.16 * lines)
+    return Sheet(len(groups) or 1, captions, width=_WIDTH, plot_height=_HEIGHT, keys=keys, groups=together,
+                 head=0.14 + 0.16 * lines)  # fmt: skip
 
 
 def title_lines(panel: Panel) -> list[str]:
@@ -41,10 +46,21 @@ def title_lines(panel: Panel) -> list[str]:
     return [panel.setting] if panel.title == panel.setting else [panel.estimator, panel.setting]
 
 
-def point(ax: Axes, x: float, y: float, artist: Line2D) -> None:
-    """Put a marker at (x, y)."""
+def point(ax: Axes, x: float, y: float, artist: Line2D, cell: str = "") -> None:
+    """Put a marker at (x, y); `cell` is the record it stands for, by which a page finds it."""
     artist.set_data([x], [y])
+    if cell:
+        artist.set_gid(f"{SPOT}{cell}")
     ax.add_line(artist)
+
+
+def write_names(ax: Axes, rows: Sequence[Mapping[Any, Any]], places: Sequence[tuple[float, float]]) -> None:
+    """Name the points of rows at their places, and say how many names found no room."""
+    names = without_shared_start([short_name(row["model"]) for row in rows])
+    left_out = name_points(ax, [Named(x, y, name) for (x, y), name in zip(places, names, strict=True)])
+    if left_out:
+        told = f"{left_out} of {len(rows)} names have no room"
+        ax.text(1, 1.01, told, ha="right", va="bottom", fontsize=6.3, color="#777777", transform=ax.transAxes)
 
 
 def cross(ax: Axes, x: float, y: float) -> None:
@@ -66,10 +82,10 @@ def dress(ax: Axes, title: Sequence[str], x_label: str, y_label: str) -> None:
     sns.despine(ax=ax)
 
 
-def finish(figure: Figure, axes: list[Axes], keys: tuple[list[Line2D], list[Line2D]], columns: int) -> None:
+def finish(figure: Figure, axes: list[Axes], keys: Keys) -> None:
     """Draw the legend under the figure, or a note that there is nothing to show."""
     if keys[0]:
-        place_key(figure, *keys, columns)
+        place_key(figure, *keys)
         return
     axes[0].text(0.5, 0.5, "no model has these values", ha="center", transform=axes[0].transAxes)
     axes[0].set_axis_off()

@@ -41,13 +41,13 @@ def mixture_figure(rows: pd.DataFrame) -> Figure:
         look = looks(rows["estimator"])
         keys = [named(marker(look[name], "none", 4.5), f"{name} (estimate)") for name in look], _lines()
         captions = [_caption(group) for group in groups]
-        sheet = Sheet(len(groups), captions, plot_height=2.2, keys=(len(keys[0]), len(keys[1])))
+        sheet = Sheet(len(groups), captions, plot_height=2.2, keys=keys)
         figure, axes = sheet.draw()
         for ax, group in zip(axes, groups, strict=True):
             _draw(ax, group)
             first = group.iloc[0]
             dress(ax, [f"mean / spread = {first['mean'] / first['spread']:g}"], "adversarial gap", "RV (nats)")
-        place_key(figure, *keys, sheet.columns)
+        place_key(figure, *keys)
     return figure
 
 

@@ -71,13 +71,13 @@ def scaling_figure(rows: pd.DataFrame) -> Figure:
     captions = [_caption(rows, axis) for axis in AXES] + ["Resident memory of the process: before the audit, and peak."]
     keys = [named(_mark(look[name], "full", "-"), label(name)) for name in look], _lines()
     with paper_style():
-        sheet = Sheet(len(AXES) + 1, captions, plot_height=2.1, keys=(len(keys[0]), len(keys[1])))
+        sheet = Sheet(len(AXES) + 1, captions, plot_height=2.1, keys=keys)
         figure, axes = sheet.draw()
         for ax, axis in zip(axes, AXES, strict=False):
             _draw_axis(ax, rows, axis)
             dress(ax, [f"cost against {axis.title}"], axis.title, "cost by the base case's (measured)")
         _draw_memory(axes[-1], rows)
-        place_key(figure, *keys, sheet.columns)
+        place_key(figure, *keys)
     return figure
 
 
@@ -176,8 +176,9 @@ def search_figure(convergence: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
     captions = [_sentence(curve) for curve in curves]
     if len(epochs):
         captions.append(f"CPU time by passes x the bare pass + the bare critic steps. Limit: {EPOCH_LIMIT}.")
+    keys = _search_key(looks(convergence["method"])) if curves else ([], [])
     with paper_style():
-        sheet = Sheet(len(captions), captions, plot_height=2.3, keys=(2, 2) if curves else (0, 0))
+        sheet = Sheet(len(captions), captions, plot_height=2.3, keys=keys)
         figure, axes = sheet.draw()
         for ax, curve in zip(axes, curves, strict=False):
             _draw_curve(ax, curve, looks(convergence["method"]))
@@ -191,8 +192,7 @@ def search_figure(convergence: pd.DataFrame, epochs: pd.DataFrame) -> Figure:
             ax.xaxis.set_major_formatter(lambda passes, _place: f"{passes:,.0f}")
         if len(epochs):
             _draw_epochs(axes[-1], epochs)
-        if curves:
-            _search_key(figure, looks(convergence["method"]), sheet.columns)
+        place_key(figure, *keys)
     return figure
 
 
@@ -212,14 +212,14 @@ def _draw_curve(ax: Axes, curve: pd.DataFrame, look: dict[str, Look]) -> None:
         ax.plot([passes], [end], marker=own.marker, markersize=6, color=own.colour, markeredgecolor="black", zorder=4)
 
 
-def _search_key(figure: Figure, look: dict[str, Look], columns: int) -> None:
+def _search_key(look: dict[str, Look]) -> tuple[list[Line2D], list[Line2D]]:
     methods = [named(Line2D([], [], color=own.colour, linewidth=1.3, marker=own.marker, markersize=5), label(name))
                for name, own in look.items()]  # fmt: skip
     rest = [
         named(Line2D([], [], color=_GREY, linewidth=6, alpha=0.25), f" its own end, {TOLERANCE} nats either way"),
         named(Line2D([], [], color=_GREY, marker="o", linestyle="none", markeredgecolor="black"), "first within"),
     ]
-    place_key(figure, methods, rest, columns)
+    return methods, rest
 
 
 def _sentence(curve: pd.DataFrame) -> str:

@@ -15,7 +15,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 
 from reports.text import plain_text, shorten
 
@@ -32,6 +34,7 @@ _RC: dict[Any, Any] = {
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "legend.fontsize": 7.5,
+    "axes.formatter.useoffset": False,
     "savefig.dpi": 300,
     "figure.dpi": 100,
     # names are data: a dollar sign in one must not start a formula
@@ -44,7 +47,11 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "h", "*")
 # the palette's yellow and light grey vanish on white paper
 _COLOURS = tuple(sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 5, 9))
 _LINE_INCHES = 0.142
+_LETTER_INCHES = 0.0477  # of a caption, on average
 _KEY_INCHES = 0.147
+_KEY_ABOVE, _KEY_BETWEEN, _KEY_LEFT = 0.12, 0.05, 0.1
+_RIGHT = 0.2  # inches beside a plot, half of a tick's label
+_ROUNDING = 1e-9
 
 FILL_LABELS = {
     "none": "standard training",
@@ -52,6 +59,10 @@ FILL_LABELS = {
     "full": "robust, audited eps or larger",
     "bottom": "not standard, training eps unknown",
 }
+
+
+Keys = tuple[Sequence[Line2D], Sequence[Line2D]]
+"""Entries of a legend: those of families, and all others."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Sheet:
     captions: Sequence[str] = ()
     width: float = 3.5
     plot_height: float = 2.45
-    keys: tuple[int, int] = (0, 0)
+    keys: Keys = ((), ())
     groups: Sequence[int] = ()
     left: float = 0.56
     head: float = 0.3
@@ -90,7 +101,7 @@ class Sheet:
         """Return the empty figure and one axes per panel."""
         places = self._places()
         rows = max((row for row, _ in places), default=0) + 1
-        key = 0.17 + _KEY_INCHES * math.ceil(max(self.keys) / self.columns)
+        key = _key_height(self.keys, self.width * self.columns)
         size = (self.width * self.columns, rows * self._row_height + key)
         figure = Figure(figsize=size, facecolor="white")
         axes = [figure.add_axes(self._box(place, size)) for place in places]
@@ -111,20 +122,20 @@ class Sheet:
 
     @property
     def _row_height(self) -> float:
-        lines = max((len(_wrapped(text)) for text in self.captions), default=0)
+        lines = max((len(_wrapped(text, self.width)) for text in self.captions), default=0)
         return self.head + self.plot_height + self.foot + lines * _LINE_INCHES + 0.06 * bool(lines)
 
     def _box(self, place: tuple[int, int], size: tuple[float, float]) -> tuple[float, float, float, float]:
         row, column = place
         left, top = self.width * column + self.left, size[1] - row * self._row_height - self.head
-        width, height = self.width - self.left - 0.14, self.plot_height
+        width, height = self.width - self.left - _RIGHT, self.plot_height
         return left / size[0], (top - height) / size[1], width / size[0], height / size[1]
 
     def _caption(self, axes: Axes, text: str) -> None:
         """Write a caption under the axis label, wrapped to the panel's width."""
-        across = -0.9 * (self.left - 0.14) / (self.width - self.left - 0.14)
+        across = -0.9 * (self.left - _RIGHT) / (self.width - self.left - _RIGHT)
         axes.text(
-            across, -(self.foot + 0.05) / self.plot_height, "\n".join(_wrapped(text)), transform=axes.transAxes,
+            across, -(self.foot + 0.05) / self.plot_height, "\n".join(_wrapped(text, self.width)), transform=axes.transAxes,
             va="top", ha="left", fontsize=6.8, linespacing=1.35, color="#333333",
         )  # fmt: skip
 
@@ -179,14 +190,16 @@ def label(text: str, width: int = 34) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
-def place_key(figure: Figure, families: Sequence[Line2D], rest: Sequence[Line2D], columns: int) -> None:
-    """Place the legend in the reserved bottom margin: families on the left, everything else beside them."""
-    top = (0.08 + _KEY_INCHES * math.ceil(max(len(families), len(rest)) / columns)) / figure.get_figheight()
-    for handles, left in ((families, 0.02), (rest, 0.4)):
+def place_key(figure: Figure, families: Sequence[Line2D], rest: Sequence[Line2D]) -> None:
+    """Place the legend in the reserved bottom margin: families first, everything else under them."""
+    width, height = figure.get_size_inches()
+    top = _key_height((families, rest), width) - _KEY_ABOVE
+    for handles in filter(None, (families, rest)):
+        columns = _key_columns(handles, width)
         figure.legend(
             handles=list(handles),
             loc="upper left",
-            bbox_to_anchor=(left, top),
+            bbox_to_anchor=(_KEY_LEFT / width, top / height),
             ncols=columns,
             frameon=False,
             handletextpad=0.4,
@@ -195,6 +208,25 @@ def place_key(figure: Figure, families: Sequence[Line2D], rest: Sequence[Line2D]
             borderpad=0.1,
             borderaxespad=0,
         )
+        top -= _KEY_INCHES * math.ceil(len(handles) / columns) + _KEY_BETWEEN
+
+
+def text_inches(text: str, points: float) -> float:
+    """Return the width in inches of a line of text in the figures' font, its size in points."""
+    font = FontProperties(family=_RC["font.family"], size=points)
+    return float(TextPath((0, 0), text or " ", prop=font).get_extents().width) / 72
+
+
+def _key_columns(handles: Sequence[Line2D], width: float) -> int:
+    """Return how many columns of entries fit, each as wide as the widest, its marker and the space between."""
+    size = _RC["legend.fontsize"]
+    widest = max(text_inches(str(handle.get_label()), size) for handle in handles) + 3.6 * size / 72
+    return max(1, min(len(handles), int((width - 2 * _KEY_LEFT) / widest)))
+
+
+def _key_height(keys: Keys, width: float) -> float:
+    rows = [math.ceil(len(handles) / _key_columns(handles, width)) for handles in keys if handles]
+    return _KEY_ABOVE + _KEY_BETWEEN * len(rows) + _KEY_INCHES * sum(rows)
 
 
 def limits(values: Iterable["pd.Series[float]"], margin: float = 0.07) -> tuple[float, float]:
@@ -203,7 +235,10 @@ def limits(values: Iterable["pd.Series[float]"], margin: float = 0.07) -> tuple[
     if joined.empty:
         return 0.0, 1.0
     low, high = float(joined.min()), float(joined.max())
-    room = margin * (high - low) or 0.1 * max(abs(high), 0.1)
+    largest = max(abs(low), abs(high))
+    if high - low <= _ROUNDING * max(1.0, largest):  # differences of rounding are none: no axis in steps of 1e-16
+        return low - 0.1 * max(largest, 0.1), high + 0.1 * max(largest, 0.1)
+    room = margin * (high - low)
     return low - room, high + room
 
 
@@ -211,6 +246,7 @@ def _drawable(text: str) -> str:
     return "".join(c if ord(c) < 0x250 or c in "…ℓ∞" else "?" for c in text)
 
 
-def _wrapped(text: str) -> list[str]:
+def _wrapped(text: str, width: float) -> list[str]:
     sentences = [_drawable(plain_text(sentence)) for sentence in text.split("\n")]
-    return [line for sentence in sentences for line in textwrap.wrap(sentence, width=68)]
+    letters = max(20, int((width - 0.25) / _LETTER_INCHES))
+    return [line for sentence in sentences for line in textwrap.wrap(sentence, width=letters)]

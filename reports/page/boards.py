@@ -9,7 +9,7 @@ import pandas as pd
 
 from audit.records import CalibrationRow
 from reports.estimators import place
-from reports.page.cells import HEADERS, MISSING, NO_CLAIM, Cell, Row, unranked_reason, with_error
+from reports.page.cells import MISSING, NO_CLAIM, Cell, Header, Row, headers_of, unranked_reason, with_error
 from reports.statistics.agreement import Agreement, agreements
 from reports.statistics.gap_statistics import correlations
 from reports.statistics.sentences import describe, panel_caption
@@ -34,9 +34,10 @@ class Board:
 
 @dataclass(frozen=True)
 class Setting:
-    """The estimators of one data set, layer and threat, the default for ranking first."""
+    """The estimators of one data set, layer and threat, the default for ranking first, and its name as a view."""
 
     title: str
+    view: str
     boards: Sequence[Board]
 
 
@@ -62,8 +63,12 @@ class Trial:
 
 def settings(frame: pd.DataFrame, calibration: Sequence[CalibrationRow]) -> list[Setting]:
     """Return the boards of a leaderboard, by setting."""
+    heads, alone = headers_of(frame), frame["model"].nunique() == 1
     grouped = groupby(panels(frame), key=lambda panel: panel.setting)
-    return [Setting(title, [_board(panel, calibration) for panel in group]) for title, group in grouped]
+    return [
+        Setting(title, f"view-{i}", [_board(panel, calibration, heads, alone=alone) for panel in group])
+        for i, (title, group) in enumerate(grouped, start=1)
+    ]
 
 
 def concords(frame: pd.DataFrame) -> list[Concord]:
@@ -76,22 +81,24 @@ def trials(calibration: Sequence[CalibrationRow]) -> list[Trial]:
     return [_trial(row) for row in sorted(calibration, key=lambda row: (place(row.estimator), channel_name(row)))]
 
 
-def _board(panel: Panel, calibration: Sequence[CalibrationRow]) -> Board:
+def _board(panel: Panel, calibration: Sequence[CalibrationRow], heads: Sequence[Header], *, alone: bool) -> Board:
+    """Return one table; a model that is alone in its run has no correlations to caption."""
     first = panel.rows.iloc[0]
     rows = [cast(Row, row) for row in panel.rows.to_dict(orient="records")]
     refuted = [row for row, mark in zip(rows, contradicted(panel.rows), strict=True) if mark]
-    ranks = bool(panel.rows["ranks"].any())
+    claims = bool(panel.rows["ranks"].any())
+    ranks = claims and not alone
     return Board(
         estimator=plain_text(first["estimator"]),
         quantity=plain_text(first["quantity"]),
         calibration=calibration_sentence(calibration, first["estimator"]),
         failed=failed_calibration(calibration, first["estimator"]),
         rows=[
-            ("unranked" if row["rank"] == "unranked" else "ranked", [head.cell(row) for head in HEADERS])
+            ("unranked" if row["rank"] == "unranked" else "ranked", [head.cell(row) for head in heads])
             for row in rows
         ],
         refuted=[_refuted(row) for row in refuted],
-        caption=panel_caption(panel.rows) if ranks else NO_CLAIM,
+        caption=panel_caption(panel.rows) if ranks else "" if claims else NO_CLAIM,
         correlations=[describe(correlation) for correlation in correlations(panel.rows)] if ranks else [],
     )
 

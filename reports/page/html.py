@@ -41,8 +41,13 @@ class Picture:
     wide: bool
 
 
-def render_report(records: Sequence[AuditRecord], calibration: Sequence[CalibrationRow] = ()) -> str:
-    """Return the HTML report of records and of their estimators' calibration; the same ones give the same bytes."""
+def render_report(
+    records: Sequence[AuditRecord], calibration: Sequence[CalibrationRow] = (), left: Sequence[str] = ()
+) -> str:
+    """Return the HTML report of records and of their estimators' calibration; the same ones give the same bytes.
+
+    `left` are sentences about what else lies in the run folder.
+    """
     frame = leaderboard(to_frame(records))
     css, js = _asset("report.css"), _asset("report.js")
     template = _environment().get_template(_TEMPLATE)
@@ -53,7 +58,7 @@ def render_report(records: Sequence[AuditRecord], calibration: Sequence[Calibrat
         js=js,
         headers=HEADERS,
         summary=summary(frame),
-        notices=[*_notices(records), *_uncalibrated(frame, calibration)],
+        notices=[*_notices(records), *_uncalibrated(frame, calibration), *left],
         settings=settings(frame, calibration),
         order=family_order(frame).to_dict(orient="records"),
         pictures=_pictures(frame),
@@ -103,6 +108,9 @@ def _notices(records: Sequence[AuditRecord]) -> list[str]:
         "ranked.": [r for r in records if FlagCode.UNTRUSTED in r.codes],
         "The worst-case information is an upper bound, because its search failed a trust check, for: {}. They are not "
         "ranked.": [r for r in records if FlagCode.UNTRUSTED_SEARCH in r.codes],
+        "The number of images limits the estimate too much to say anything of: {}. They are not ranked.": [
+            r for r in records if FlagCode.SATURATED in r.codes
+        ],
         "Failed a sanity check, so broken or not what they claim to be: {}. They are not ranked.": [
             r for r in records if r.gated
         ],

@@ -11,6 +11,7 @@ import pandas as pd
 from audit.records import AuditRecord
 from reports.page.drawings import Chart, Curve, charts
 from reports.page.model_limits import Place, Profile, number, places, profiles
+from reports.page.verdicts import verdict
 from reports.tables.contradictions import cross_check
 from reports.tables.table import setting_title
 from reports.text import format_eps, plain_text, short_name
@@ -35,11 +36,12 @@ class Audit:
 
 @dataclass(frozen=True)
 class ModelPage:
-    """The section of one model."""
+    """The section of one model, which opens with its verdict."""
 
     anchor: str
     name: str
     reference: str
+    verdict: str
     summary: str
     places: Sequence[Place]
     profiles: Sequence[Profile]
@@ -74,6 +76,7 @@ def _page(names: tuple[str, str], records: Sequence[AuditRecord], titles: Mappin
         anchor=anchor,
         name=short_name(reference) or NO_NAME,
         reference=reference,
+        verdict=verdict(records),
         summary="; ".join(parts),
         places=places(records, titles),
         profiles=profiles(records),

@@ -128,7 +128,7 @@ def accuracy_figure(rows: pd.DataFrame) -> Drawing:
         named(_dot(GREY, filled=False), "upper bound: attack failed"),
     ]
     with paper_style():
-        sheet = Sheet(len(panels), _captions(rows), keys=(len(keys), len(rest)), head=0.4)
+        sheet = Sheet(len(panels), _captions(rows), keys=(keys, rest), head=0.4)
         figure, axes = sheet.draw()
         for ax, (attack, access, title) in zip(axes, panels, strict=True):
             dress(ax, (title, str(rows["dataset"].iloc[0])), "eps (ℓ∞, pixel units)", "accuracy under attack")
@@ -136,7 +136,7 @@ def accuracy_figure(rows: pd.DataFrame) -> Drawing:
                 _curve(ax, rows[rows["recipe"] == recipe], (attack, access), look)
             ax.set_ylim(-0.03, 1.03)
             ax.set_xlim(-0.015, None)
-        place_key(figure, keys, rest, sheet.columns)
+        place_key(figure, keys, rest)
     return figure
 
 

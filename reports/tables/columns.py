@@ -72,8 +72,12 @@ _COLUMNS = (
     _measured("adversarial_accuracy_low", "fraction", "low end of its 95 % interval"),
     _measured("adversarial_accuracy_high", "fraction", "high end of its 95 % interval"),
     _measured("adversarial_gap", "fraction", "natural_accuracy - adversarial_accuracy"),
+    _measured("worst_probe_accuracy", "fraction", "share that the best classifier fitted on worst-case features gets"),
+    _measured("worst_probe_accuracy_low", "fraction", "low end of its 95 % interval"),
+    _measured("worst_probe_accuracy_high", "fraction", "high end of its 95 % interval"),
     Column("attack", "text", "the attack of adversarial_accuracy"),
     Column("attack_trust", "text", "trusted, upper bound (a trust check of the attack failed), or not checked"),
+    Column("passes", "count", "passes of single images through the network, forward or backward"),
     Column("flags", "text", "what speaks against the row, with the numbers that say so"),
     Column("status", "text", "valid, or failed with the reason"),
     Column("weights_sha256", "text", "hash of the weights"),
@@ -84,6 +88,9 @@ COLUMNS = tuple(column.name for column in _COLUMNS)
 KINDS = {column.name: column.kind for column in _COLUMNS if column.kind}
 CERTIFICATE = tuple(name for name in COLUMNS if name.startswith(("certified_", "best_head")))
 """Columns that files leave out where no row has a certificate."""
+PROBE = tuple(name for name in COLUMNS if name.startswith("worst_probe_"))
+OPTIONAL = ((CERTIFICATE, "certified_tier"), (PROBE, "worst_probe_accuracy"), (("passes",), "passes"))
+"""Groups of columns that files leave out where no row has a value, each with the column that decides it."""
 UNITS = {column.name: column.unit for column in _COLUMNS}
 
 

@@ -2,13 +2,14 @@
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from audit.records import read_records
 from audit.storage import write_atomically
 from reports.estimators import place
-from reports.tables.columns import CERTIFICATE, columns_csv
+from reports.tables.columns import OPTIONAL, columns_csv
 from reports.tables.table import GROUP, ranked, to_frame
 from reports.text import spreadsheet_text
 
@@ -52,9 +53,13 @@ def to_parquet(table: pd.DataFrame) -> bytes:
 
 
 def _without_empty(table: pd.DataFrame) -> pd.DataFrame:
-    """Drop the certificate columns where no row has a certificate."""
-    empty = "certified_tier" in table and not table["certified_tier"].any()
-    return table.drop(columns=list(CERTIFICATE)) if empty else table
+    """Drop the groups of optional columns that no row has a value of."""
+    empty = [name for names, mark in OPTIONAL if mark in table and not _filled(table[mark]) for name in names]
+    return table.drop(columns=empty)
+
+
+def _filled(column: "pd.Series[Any]") -> bool:
+    return bool((column.notna() & column.ne("")).any())
 
 
 def write_leaderboard(folder: Path) -> list[Path]:

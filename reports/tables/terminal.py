@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from audit.records import CalibrationRow
-from reports.page.cells import HEADERS, NO_CLAIM, Header, Row, flags_text, unranked_reason
+from reports.page.cells import NO_CLAIM, Header, Row, flags_text, headers_of, unranked_reason
 from reports.page.explanations import flag_name
 from reports.tables.calibration import calibration_sentence
 from reports.tables.table import panels, split_flags
@@ -17,7 +17,8 @@ from reports.text import short_name, shorten
 # by what a reader needs first; the table keeps the report's order whatever fits
 _WANTED = (
     "rank", "model", "RV", "adversarial gap", "flags", "training", "adversarial accuracy", "natural accuracy",
-    "worst-case MI", "normal-case MI", "Fano accuracy bound", "adversarial accuracy bound", "family",
+    "worst-case MI", "normal-case MI", "Fano accuracy bound", "no head exceeds", "best head", "worst-case probe", "passes",
+    "adversarial accuracy bound", "family",
 )  # fmt: skip
 _WIDEST = 34
 _PADDING = 3
@@ -29,11 +30,12 @@ def fitting_table(table: pd.DataFrame, width: int, calibration: Sequence[Calibra
     Each title says how the estimator did in calibration.
     """
     parts: list[Table | Text] = []
+    heads = headers_of(table)
     for panel in panels(table):
         rows = [{str(name): value for name, value in row.items()} for row in panel.rows.to_dict(orient="records")]
-        columns = {header.title: [_shown(header, row) for row in rows] for header in HEADERS}
+        columns = {header.title: [_shown(header, row) for row in rows] for header in heads}
         title = f"{panel.setting}, {panel.estimator}\n{calibration_sentence(calibration, rows[0]['estimator'])}"
-        parts.append(_table(title, _fitting(columns, width), columns))
+        parts.append(_table(title, _fitting(heads, columns, width), columns))
         parts.extend(_unranked(rows))
     return parts
 
@@ -53,21 +55,22 @@ def _particulars(row: Row) -> str:
 
 def _shown(header: Header, row: Row) -> str:
     if header.title != "flags":
-        return shorten(header.cell(row).text, _WIDEST)
+        cell = header.cell(row)
+        return shorten(f"{cell.text} {cell.note}".strip(), _WIDEST)
     # the names fit in a table; the particulars follow under it
     failure = [] if row["status"] == "valid" else ["failed"]
     return shorten("; ".join([*failure, *map(flag_name, split_flags(row["flags"]))]) or "none", 24)
 
 
-def _fitting(columns: dict[str, list[str]], width: int) -> list[Header]:
-    heads = {header.title: header for header in HEADERS}
+def _fitting(heads: Sequence[Header], columns: dict[str, list[str]], width: int) -> list[Header]:
+    by_title = {header.title: header for header in heads}
     left, chosen = width - 1, set[str]()
-    for title in _WANTED:
-        needed = _PADDING + max(map(cell_len, [*_head_lines(heads[title]), *columns[title]]))
+    for title in filter(by_title.get, _WANTED):
+        needed = _PADDING + max(map(cell_len, [*_head_lines(by_title[title]), *columns[title]]))
         if needed <= left:
             chosen.add(title)
             left -= needed
-    return [header for header in HEADERS if header.title in chosen]
+    return [header for header in heads if header.title in chosen]
 
 
 def _table(title: str, heads: Sequence[Header], columns: dict[str, list[str]]) -> Table:
@@ -81,4 +84,4 @@ def _table(title: str, heads: Sequence[Header], columns: dict[str, list[str]]) -
 
 
 def _head_lines(header: Header) -> list[str]:
-    return [line for line in (header.title, f"{header.unit}, {header.kind}") if line.strip(", ")]
+    return [header.title, f"{header.unit}, {header.kind}"] if header.kind else [header.title]

@@ -15,7 +15,8 @@ from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
-from audit.information.settings import CriticShape, CriticTraining, ProbeTraining, WorstCaseSearch
+from audit.information.probing.settings import ProbeTraining
+from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.representation.layers import Representation
 from audit.types import Encoded
 

@@ -1,7 +1,7 @@
 import pytest
 
 from audit.errors import UnknownNameError, UsageError
-from model_zoo.entries import parse_fraction, parse_ref
+from model_zoo.entries import ModelEntry, parse_fraction, parse_ref
 
 
 def test_every_form_of_the_grammar_parses() -> None:
@@ -50,6 +50,18 @@ def test_option_without_value_or_given_twice() -> None:
         parse_ref("file:a.pth?mean=")
     with pytest.raises(UsageError, match="'name' is given twice"):
         parse_ref("file:a.pth?name=a&name=b")
+
+
+@pytest.mark.parametrize(
+    ("source", "dataset", "expected"),
+    [
+        ("robustbench", "imagenet", "imagenet:robustbench-5k"),
+        ("robustbench", "cifar10", "cifar10"),
+        ("torchvision", "imagenet", "imagenet"),
+    ],
+)
+def test_the_data_set_of_published_numbers(source: str, dataset: str, expected: str) -> None:
+    assert ModelEntry(ref="x", name="x", source=source, dataset=dataset).published_on == expected
 
 
 def test_fractions() -> None:

@@ -1,12 +1,16 @@
 """Ten third-party checkpoints: they load and have their published accuracy."""
 
+import json
 import os
 from functools import cache
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from audit.run.loading import RunOptions, open_images_for, open_model
 from model_zoo.images.datasets import ImageRequest, ImageSet, check_fit, load_images
 from model_zoo.load import SourceSettings, load_model
 
@@ -53,3 +57,70 @@ def test_accuracy_equals_the_published_accuracy(name: str, factory: str, normali
     assert found == pytest.approx(accuracy, abs=0.02)
     if name.startswith("resnet20"):
         assert any("stripped 'module.' from" in note for note in model.entry.renames)
+
+
+@pytest.mark.parametrize("library", ["folder", "parquet"])
+def test_an_imagenet_network_on_photographs_has_its_accuracy(library: str, tmp_path: Path) -> None:
+    """Photographs of unequal size, resized and cropped; 100 of the 1,000 classes, all outputs competing."""
+    nets, options = ROOT / "tests" / "third_party_nets.py", "resize=256&crop=224&interpolation=bicubic"
+    ref = f"file:{FOLDER}/checkpoints/efficientnet_lite0.pth?arch={nets}:efficientnet_lite0&num_classes=1000"
+    ref += f"&mean=.498,.498,.498&std=.502,.502,.502&{options}"
+    chosen = RunOptions(SourceSettings(trust_code=True), device="cpu")
+    photos = FOLDER / "imagenet" / "photos"
+    dataset = f"folder:{photos}" if library == "folder" else _as_parquet(photos, tmp_path)
+    images = open_images_for(ref, dataset, chosen, chosen.request(100))
+    model = open_model(ref, images, chosen)
+    with torch.no_grad():
+        predictions = torch.cat([model.network(few) for few in images.images.split(4)]).argmax(1)
+    assert (predictions == images.labels).float().mean().item() == pytest.approx(0.88, abs=0.01)
+    assert images.described()["classes"] == {
+        "mapped_by": "wnid" if library == "folder" else "name", "count": 334, "competing": "all outputs",
+    }  # fmt: skip
+
+
+def _as_parquet(photos: Path, folder: Path) -> str:
+    """Write the first 100 photographs as a parquet file whose classes have the names of the hub's ImageNet."""
+    from model_zoo.libraries import imagenet_names
+
+    names, wnids = dict(imagenet_names(1000)), sorted(path.name for path in photos.iterdir())
+    rows = [{"bytes": next((photos / wnid).iterdir()).read_bytes(), "path": None} for wnid in wnids[:100]]
+    features = {"label": {"names": [names[wnid] for wnid in wnids], "_type": "ClassLabel"}}
+    table = pa.table({"image": rows, "label": list(range(100))})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, folder / "photos.parquet")
+    return f"parquet:{folder / 'photos.parquet'}"
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "robustbench"])
+def test_preprocessing_of_ten_photographs_is_the_librarys(library: str) -> None:
+    """At most 1/255 from each library's own transform, and the same decisions of EfficientNet-Lite0."""
+    from PIL import Image
+
+    from model_zoo import libraries
+    from tests.third_party_nets import efficientnet_lite0
+
+    if library == "timm":
+        chosen = libraries.timm_facts("tf_efficientnet_lite0.in1k").preprocessing
+        from timm.data import create_transform
+
+        own = create_transform((3, 224, 224), interpolation="bicubic", crop_pct=0.875, mean=(0,) * 3, std=(1,) * 3)
+    elif library == "torchvision":
+        chosen = libraries.torchvision_facts("resnet50", "IMAGENET1K_V2")[1].preprocessing
+        from torchvision.transforms._presets import ImageClassification
+
+        own = ImageClassification(crop_size=224, resize_size=232, mean=(0,) * 3, std=(1,) * 3)
+    else:
+        chosen = libraries.robustbench_preprocessing("imagenet", "Linf", "Salman2020Do_R50")
+        from torchvision import transforms
+
+        own = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()])
+    photos = FOLDER / "imagenet" / "photos"
+    found = load_images(f"folder:{photos}", ImageRequest(count=10, preprocessing=chosen)).images
+    files = [next(folder.iterdir()) for folder in sorted(photos.iterdir())[:10]]
+    expected = torch.stack([own(Image.open(file).convert("RGB")) for file in files])
+    assert float((found - expected).abs().max()) <= 1 / 255 + 1e-6
+    network = efficientnet_lite0(1000).eval()
+    network.load_state_dict(torch.load(FOLDER / "checkpoints" / "efficientnet_lite0.pth", weights_only=True))
+    with torch.no_grad():
+        decided, wanted = (network((images - 0.498) / 0.502).argmax(1) for images in (found, expected))
+    assert torch.equal(decided, wanted)

@@ -129,6 +129,10 @@ class Enclosure(NamedTuple):
         inherited = self.error * constant.magnitude() + (self.high.abs() + self.low.abs()) * constant.error
         return _normalised(top, remainder + (first + second), (missing + inherited) * _UP)
 
+    def concatenate(self, others: Sequence["Enclosure"], axis: int) -> "Enclosure":
+        """Return these numbers and others along an axis."""
+        return Enclosure(*(torch.cat(parts, axis) for parts in zip(self, *others, strict=True)))
+
     def linear(self, apply: Apply, weight: Tensor, fan_in: int, count: int = _SLICES) -> "Enclosure":
         """Return a linear map of the numbers; each output is a sum of at most `fan_in` products with weights.
 
@@ -198,16 +202,13 @@ class Derivatives(NamedTuple):
         """Return the products with constants, broadcast."""
         return Derivatives(self.parts.scale(constant))
 
+    def concatenate(self, others: Sequence["Derivatives"], axis: int) -> "Derivatives":
+        """Return these numbers and others along an axis."""
+        return Derivatives(self.parts.concatenate([other.parts for other in others], axis))
+
     def linear(self, apply: Apply, weight: Tensor, fan_in: int) -> "Derivatives":
         """Return a linear map of the numbers, each output a sum of at most `fan_in` products with weights."""
         return Derivatives(self.parts.linear(apply, weight, fan_in, _DERIVATIVE_SLICES))
-
-
-def concatenate_numbers(parts: Sequence[Enclosure] | Sequence[Derivatives], axis: int) -> Enclosure | Derivatives:
-    """Concatenate enclosures, or derivatives, along an axis."""
-    enclosures = [part.parts if isinstance(part, Derivatives) else part for part in parts]
-    together = Enclosure(*(torch.cat(each, axis) for each in zip(*enclosures, strict=True)))
-    return Derivatives(together) if isinstance(parts[0], Derivatives) else together
 
 
 def _normalised(high: Tensor, low: Tensor, error: Tensor) -> Enclosure:

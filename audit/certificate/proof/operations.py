@@ -2,57 +2,55 @@
 
 Supported are convolutions, linear layers, batch norm in eval mode, ReLU, pooling, sums and concatenations of branches,
 normalisation, and changes of shape. Any other operation raises `Unprovable` with its name.
+
+A number is an enclosure, enclosed derivatives, or the bounds over a ball of `certificate.robust_images`.
 """
 
 import operator
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from math import prod
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
-from audit.certificate.proof.arithmetic import (
-    Constant,
-    Derivatives,
-    Enclosure,
-    concatenate_numbers,
-    inverse_square_root,
-)
-from audit.errors import AuditError
+from audit.certificate.proof.arithmetic import Constant, inverse_square_root
+from audit.certificate.proof.numbers import Interpreter, Number, Unprovable
 
-Number: TypeAlias = Enclosure | Derivatives
 _LOWEST = -1e60  # padding of a maximum: never the largest
 
 
-class Unprovable(AuditError):
-    """The network contains an operation that the proof does not support; the message names it."""
+class Convolution:
+    """The linear map of a convolution without its bias, and the transposed map."""
 
+    def __init__(self, module: nn.Conv2d) -> None:
+        self._settings: tuple[Any, ...] = (module.stride, module.padding, module.dilation, module.groups)
 
-class Interpreter(Protocol):
-    """The interface that rules use of the interpreter that applies them."""
+    def __call__(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Return the convolved values."""
+        return F.conv2d(values, weight, None, *self._settings)
 
-    def relu(self, value: Any) -> Any:
-        """Return max(value, 0)."""
+    @property
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """Stride, padding and dilation along rows and columns, and the number of groups."""
+        stride, padding, dilation, groups = self._settings
+        return _pair(stride), _pair(padding), _pair(dilation), groups
 
-    def maximum(self, windows: Any) -> Any:
-        """Return the maximum (N, C, L) along axis 2 of windows (N, C, K, L)."""
-
-    def constant(self, make: Callable[[], tuple[Constant, ...]]) -> tuple[Constant, ...]:
-        """Return this node's constants, computed once."""
+    def transposed(self, rows: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the transposed map of rows (M, ...), as (M, *shape)."""
+        return conv2d_input([len(rows), *shape], weight, rows, *self._settings)
 
 
 def _convolution(interpreter: Interpreter, module: nn.Conv2d, value: Number) -> Number:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise Unprovable(f"convolution with padding {module.padding_mode!r}, {module.padding!r} is not supported")
 
-    def apply(values: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(values, weight, None, module.stride, module.padding, module.dilation, module.groups)
-
     weight = module.weight.detach().double()
-    return _biased(interpreter, value.linear(apply, weight, weight[0].numel()), module.bias, (1, -1, 1, 1))
+    convolved = value.linear(Convolution(module), weight, weight[0].numel())
+    return _biased(interpreter, convolved, module.bias, (1, -1, 1, 1))
 
 
 def _linear(interpreter: Interpreter, module: nn.Linear, value: Number) -> Number:
@@ -146,22 +144,22 @@ def _mean(interpreter: Interpreter, value: Number, dim: Any, keepdim: bool = Fal
 
 
 def _add(interpreter: Interpreter, first: Any, second: Any) -> Any:
-    if isinstance(first, Enclosure | Derivatives) and isinstance(second, Enclosure | Derivatives):
-        return first.add(second)  # type: ignore[arg-type]
-    value, other = (first, second) if isinstance(first, Enclosure | Derivatives) else (second, first)
+    if isinstance(first, Number) and isinstance(second, Number):
+        return first.add(second)
+    value, other = (first, second) if isinstance(first, Number) else (second, first)
     return value.shift(interpreter.constant(lambda: (_constant(other, value),))[0])
 
 
 def _subtract(interpreter: Interpreter, first: Any, second: Any) -> Any:
-    if not isinstance(first, Enclosure | Derivatives):
+    if not isinstance(first, Number):
         return _add(interpreter, second.negate(), first)
-    if isinstance(second, Enclosure | Derivatives):
-        return first.add(second.negate())  # type: ignore[arg-type]
+    if isinstance(second, Number):
+        return first.add(second.negate())
     return first.shift(interpreter.constant(lambda: (_constant(second, first, lambda value: -value),))[0])
 
 
 def _multiply(interpreter: Interpreter, first: Any, second: Any) -> Any:
-    value, other = (first, second) if isinstance(first, Enclosure | Derivatives) else (second, first)
+    value, other = (first, second) if isinstance(first, Number) else (second, first)
     return value.scale(interpreter.constant(lambda: (_constant(other, value),))[0])
 
 
@@ -171,7 +169,7 @@ def _divide(interpreter: Interpreter, first: Any, second: Any) -> Any:
 
 def _constant(other: Any, value: Any, function: Callable[[Fraction], Fraction] = lambda same: same) -> Constant:
     """Return a function of a number or tensor of the network as constants."""
-    if not isinstance(value, Enclosure | Derivatives) or not isinstance(other, Tensor | int | float):
+    if not isinstance(value, Number) or not isinstance(other, Tensor | int | float):
         raise Unprovable("a product or quotient of two features is not piecewise linear")
     if isinstance(other, Tensor) and other.dim() > 0 and len(other) != 1 and other.dim() == len(value.shape):
         raise Unprovable("a constant that differs between images is not supported")
@@ -194,7 +192,7 @@ def _size(interpreter: Interpreter, value: Number, dim: int | None = None) -> An
 
 
 def _item(interpreter: Interpreter, value: Any, index: Any) -> Any:  # noqa: ARG001
-    if not isinstance(value, Enclosure | Derivatives):
+    if not isinstance(value, Number):
         return value[index]
     if not isinstance(index, tuple) or index[0] != slice(None):
         raise Unprovable("indexing the batch dimension is not supported")
@@ -217,7 +215,7 @@ def _pad(
 def _concatenate(interpreter: Interpreter, parts: Sequence[Number], dim: int = 0) -> Number:  # noqa: ARG001
     if dim == 0:
         raise Unprovable("concatenation along the batch dimension is not supported")
-    return concatenate_numbers(parts, dim)  # type: ignore[arg-type]
+    return parts[0].concatenate(parts[1:], dim)
 
 
 def _dropout(interpreter: Interpreter, module: nn.Dropout | nn.Dropout2d, value: Number) -> Number:  # noqa: ARG001

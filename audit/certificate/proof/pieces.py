@@ -1,17 +1,19 @@
 """A layer of a piecewise-linear network, traced: rigorous values and derivatives on its current affine piece."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from audit.adversary.passes import input_gradient
 from audit.certificate.proof.arithmetic import Constant, Derivatives, Enclosure
-from audit.certificate.proof.operations import FUNCTIONS, METHODS, MODULES, Unprovable
+from audit.certificate.proof.numbers import Number, Unprovable
+from audit.certificate.proof.operations import FUNCTIONS, METHODS, MODULES
+from audit.representation.hooks import HookPoint
 from audit.representation.layers import Representation
 from audit.types import Images
 
@@ -55,7 +57,7 @@ class TracedLayer:
         Raises Unprovable for unsupported operations.
         """
         layer = copy.deepcopy(representation).cpu()
-        traced = cls(layer, _trace(layer))
+        traced = cls(layer, trace_layer(layer, layer.point(image.cpu())))
         value, _ = traced.forward(Enclosure.of(image.cpu()))
         with torch.no_grad():
             expected = layer(image.cpu())
@@ -98,8 +100,11 @@ class TracedLayer:
         return torch.stack(rows)
 
 
-def _trace(representation: Representation) -> fx.GraphModule:
-    """Return the traced network up to the layer; raises Unprovable if tracing fails or the layer is not found."""
+def trace_layer(representation: Representation, point: HookPoint | None = None) -> fx.GraphModule:
+    """Return the traced network up to the layer; raises Unprovable if tracing fails or the layer is not found.
+
+    `point` is where the representation reads its layer; `penultimate` cannot be found without it.
+    """
     if representation.reduce != "flatten":
         raise Unprovable(f"features reduced by {representation.reduce!r} are not supported; legal: flatten")
     try:
@@ -107,32 +112,33 @@ def _trace(representation: Representation) -> fx.GraphModule:
     except Exception as error:  # tracing runs foreign code on proxies
         raise Unprovable(f"the network's forward pass cannot be traced: {str(error).splitlines()[0]}") from error
     output = next(node for node in traced.graph.nodes if node.op == "output")
-    output.args = (_layer_node(representation.layer, traced, output),)
+    output.args = (_layer_node(representation.layer, traced, output, point),)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
 
 
-def _layer_node(layer: str, traced: fx.GraphModule, output: fx.Node) -> fx.Node:
+def _layer_node(layer: str, traced: fx.GraphModule, output: fx.Node, point: HookPoint | None) -> fx.Node:
     if layer == "logits":
         return output.args[0]  # type: ignore[return-value]
     nodes = [node for node in traced.graph.nodes if node.op == "call_module"]
-    if layer == "penultimate":
-        heads = [node for node in nodes if _is_head(traced.get_submodule(str(node.target)))]
-        if heads:
-            return heads[-1].all_input_nodes[0]
+    if layer == "penultimate" and point is not None:
+        calls = [node for node in nodes if node.target == point.module][point.call :]
+        if calls:
+            return calls[0].all_input_nodes[0] if point.is_input else calls[0]
     found = [node for node in nodes if str(node.target).removeprefix("network.") == layer]
     if len(found) != 1:
         raise Unprovable(f"layer {layer!r} is not the output of one module that is called once")
     return found[0]
 
 
-def _is_head(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
-
-
-class _Interpreter(fx.Interpreter):
+class LayerInterpreter(fx.Interpreter):
     """Evaluation of the traced network on one kind of numbers, node by node."""
+
+    modules: ClassVar[Mapping[Any, Callable[..., Any]]] = MODULES
+    functions: ClassVar[Mapping[Any, Callable[..., Any]]] = FUNCTIONS
+    methods: ClassVar[Mapping[Any, Callable[..., Any]]] = METHODS
+    supported: ClassVar[str] = "piecewise-linear operation"
 
     def __init__(self, traced: fx.GraphModule, constants: dict[str, tuple[Constant, ...]]) -> None:
         super().__init__(traced)
@@ -140,6 +146,7 @@ class _Interpreter(fx.Interpreter):
         self._constants, self._node = constants, ""
 
     def relu(self, value: Any) -> Any:
+        """Return max(value, 0)."""
         raise NotImplementedError
 
     def maximum(self, windows: Any) -> Any:
@@ -147,12 +154,14 @@ class _Interpreter(fx.Interpreter):
         raise NotImplementedError
 
     def features(self, value: Any) -> Any:
+        """Return the layer's features (N, D) of the numbers of images (N, C, H, W)."""
         found = self.run(value)
-        if not isinstance(found, Enclosure | Derivatives):
+        if not isinstance(found, Number):
             raise Unprovable("the layer does not depend on the image")
         return found.rearrange(lambda part: part.flatten(1))
 
     def run_node(self, n: fx.Node) -> Any:
+        """Evaluate one node, and remember its name."""
         self._node = n.name
         return super().run_node(n)
 
@@ -163,28 +172,31 @@ class _Interpreter(fx.Interpreter):
         return self._constants[self._node]
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Apply the rule of a module; raises Unprovable for unsupported ones."""
         module = self.fetch_attr(target)
-        rule = MODULES.get(type(module))
-        if rule is None or kwargs or len(args) != 1 or not isinstance(args[0], Enclosure | Derivatives):
-            raise Unprovable(f"{type(module).__name__} {target!r} is not a supported piecewise-linear operation")
+        rule = self.modules.get(type(module))
+        if rule is None or kwargs or len(args) != 1 or not isinstance(args[0], Number):
+            raise Unprovable(f"{type(module).__name__} {target!r} is not a supported {self.supported}")
         return rule(self, module, args[0])
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._apply(FUNCTIONS.get(target), getattr(target, "__name__", str(target)), args, kwargs)
+        """Apply the rule of a function; raises Unprovable for unsupported ones."""
+        return self._apply(self.functions.get(target), getattr(target, "__name__", str(target)), args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._apply(METHODS.get(target), target, args, kwargs)
+        """Apply the rule of a method; raises Unprovable for unsupported ones."""
+        return self._apply(self.methods.get(target), target, args, kwargs)
 
     def _apply(self, rule: Callable[..., Any] | None, name: str, args: Any, kwargs: Any) -> Any:
         if rule is None:
-            raise Unprovable(f"the function {name!r} is not a supported piecewise-linear operation")
+            raise Unprovable(f"the function {name!r} is not a supported {self.supported}")
         try:
             return rule(self, *args, **kwargs)
         except TypeError as error:
             raise Unprovable(f"the function {name!r} is called with unsupported arguments: {error}") from error
 
 
-class _ValueInterpreter(_Interpreter):
+class _ValueInterpreter(LayerInterpreter):
     """Evaluation on enclosed values, which records the decision of every ReLU and maximum."""
 
     def __init__(self, traced: fx.GraphModule, constants: dict[str, tuple[Constant, ...]]) -> None:
@@ -206,7 +218,7 @@ class _ValueInterpreter(_Interpreter):
         return best.rearrange(lambda part: part.squeeze(2))
 
 
-class _DerivativeInterpreter(_Interpreter):
+class _DerivativeInterpreter(LayerInterpreter):
     """Evaluation on derivatives, with the decisions of a given activation pattern."""
 
     def __init__(

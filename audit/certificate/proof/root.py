@@ -1,7 +1,7 @@
 """Rigorous proof of collisions: near every witness lies an image whose features equal the target in real arithmetic.
 
 Claim, for a piecewise-linear network whose parameters and normalisation are taken as exact real numbers: there is a
-real image x + d, every pixel within eps of the clean one and within the pixel range, whose exact features equal the
+real image x + d, inside the ball of the clean one and the pixel range, whose exact features equal the
 float64 target z. Images with one target therefore collide exactly. The claim is about the network as a function, not
 about the rounding of a forward pass in float32.
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from audit.adversary.threat import ThreatModel
 from audit.certificate.collisions import Collisions
 from audit.certificate.proof.arithmetic import Derivatives, Enclosure
-from audit.certificate.proof.operations import Unprovable
+from audit.certificate.proof.numbers import Unprovable
 from audit.certificate.proof.pieces import TracedLayer
 from audit.errors import InvalidModelError
 from audit.representation.layers import Representation
@@ -103,7 +103,10 @@ def _has_root(layer: TracedLayer, witness: _Witness, threat: ThreatModel) -> boo
     if bool((residual[~movable] > 0).any()) or bool((derivatives.norm()[0, ~movable] > 0).any()):
         return False
     radius = _root_radius(derivatives, movable, residual)
-    if radius is None or bool((inverse.norm(dim=1) * radius * _UP > slack).any()):
+    if radius is None:
+        return False
+    changes = inverse.norm(dim=1) * radius * _UP  # of each pixel
+    if bool((changes > slack).any()) or not _stays_in_ball(changes, witness, threat):
         return False
     return pattern.is_constant_within(radius, slopes)
 
@@ -119,12 +122,24 @@ def _root_radius(derivatives: Derivatives, movable: Tensor, residual: Tensor) ->
 
 
 def _slack(witness: _Witness, threat: ThreatModel) -> Tensor:
-    """Return a lower bound (P,) on how far each pixel may move in both directions; negative if it is outside."""
+    """Return a lower bound (P,) on how far each pixel may move in both directions; negative if it is outside.
+
+    The ball limits single pixels in l-inf only; for the other norms see `_stays_in_ball`.
+    """
     low, high = threat.pixel_range
     ball = threat.eps - (witness.moved - witness.clean).abs() - _PIXEL_ROUNDING
     # differences from the ends of the range have exact signs; their size only matters where a pixel moves
     ends = torch.minimum(witness.moved - low, high - witness.moved) / _UP
     return torch.minimum(ball, ends).flatten()
+
+
+def _stays_in_ball(changes: Tensor, witness: _Witness, threat: ThreatModel) -> bool:
+    """Return whether the ball contains every image whose pixels differ from the witness by at most `changes` (P,)."""
+    if threat.norm == "linf":
+        return True  # the slack of every pixel covers it
+    pixels = (witness.moved - witness.clean).abs().flatten() + _PIXEL_ROUNDING + changes
+    length = pixels.sum() if threat.norm == "l1" else pixels.norm()
+    return bool(length * _UP <= threat.eps)
 
 
 def _right_inverse(jacobian: Tensor) -> Tensor | None:

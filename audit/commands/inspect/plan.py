@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ def plan_command(config: Path, out: Path | None, as_json: bool, sources: SourceO
     """
     from audit.config.yaml_source import read_config
     from audit.records import RecordStore
+    from audit.run.evidence.kept import finished
     from audit.run.upkeep.progress import cell_statuses, counts
     from model_zoo.lookup import expand_ref
 
-    benchmark = read_config(config)
-    statuses = cell_statuses(benchmark, RecordStore(out or Path("runs") / benchmark.name), expand_ref)
+    benchmark, sources = read_config(config), replace(sources, base=config.parent.resolve())
+    store = RecordStore(out or Path("runs") / benchmark.name)
+    known = finished(store.folder, store.present(), keep=benchmark.keep_images)
+    statuses = cell_statuses(benchmark, known, expand_ref)
     from audit.commands.display import Display
     from audit.commands.resolve import run_options
     from audit.run.upkeep.model_forecasts import estimator_rates, model_forecasts

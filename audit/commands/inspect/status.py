@@ -15,6 +15,7 @@ def status_command(run: Path, as_json: bool) -> int:
     """Count the done, failed and unfinished cells of the run folder RUN; exit code 1 where one failed."""
     from audit.run.upkeep.progress import FAILED, counts, run_statuses
     from model_zoo.lookup import expand_ref
+    from reports.tables.leftovers import leftover_sentences
     from reports.text import format_eps, plain_text
 
     found = run_statuses(run, expand_ref)
@@ -26,4 +27,6 @@ def status_command(run: Path, as_json: bool) -> int:
         if each.state == FAILED:
             click.echo(plain_text(f"failed: {each.model}, {each.layer}, {format_eps(each.eps)}: {each.reason}"))
     click.echo(f"{len(found)} cells: " + ", ".join(f"{count} {state}" for state, count in numbers.items()))
+    for sentence in leftover_sentences([run]):
+        click.echo(sentence)
     return 1 if numbers[FAILED] else 0

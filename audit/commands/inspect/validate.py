@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -31,9 +32,15 @@ def validate_command(config: Path, schema: bool, as_json: bool, sources: SourceO
         from audit.commands.resolve import run_options
         from audit.run.upkeep.trial import try_model
 
-        yield from try_model(request, run_options(sources))
+        yield from try_model(request, run_options(replace(sources, base=config.parent.resolve())))
 
-    verdict = validate(config, Lookups(check_model, check_dataset, None if schema else attempt))
+    def model(ref: str) -> None:
+        check_model(ref, config.parent)
+
+    def dataset(ref: str) -> None:
+        check_dataset(ref, config.parent)
+
+    verdict = validate(config, Lookups(model, dataset, None if schema else attempt))
     if as_json:
         click.echo(json.dumps(to_rows(verdict)))
         return verdict.exit_code

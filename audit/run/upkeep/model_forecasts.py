@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from audit.adversary.threat import Linf
 from audit.config.benchmark import BenchmarkConfig
-from audit.run.loading import RunOptions, batch_bytes, open_images, open_model
+from audit.run.cell import input_rules
+from audit.run.loading import RunOptions, batch_bytes, open_images, open_images_for, open_model
 from audit.run.upkeep import forecast
 from audit.run.upkeep.forecast import CalibrationSet, Forecast, Rates, Work
 from audit.run.upkeep.progress import DONE, CellStatus
@@ -60,18 +61,19 @@ def model_forecasts(
     found: list[ModelForecast] = []
     for (ref, dataset), unfinished in groups.items():
         watch(f"timing {ref}", len(found))
-        cost = _model_cost(unfinished, len(config.seeds), rates, options)
+        cost = _model_cost(unfinished, config, rates, options)
         found.append(ModelForecast(ref, dataset, len(unfinished), cost))
     return found
 
 
 def _model_cost(
-    unfinished: Sequence[CellStatus], seeds: int, rates: Mapping[str, Rates], options: RunOptions
+    unfinished: Sequence[CellStatus], config: BenchmarkConfig, rates: Mapping[str, Rates], options: RunOptions
 ) -> Forecast:
     first = unfinished[0]
-    images = open_images(first.dataset, options, options.request(first.images))
+    asked = options.request(first.images)
+    images = open_images_for(first.model, first.dataset, options, asked, input_rules(config))
     network = open_model(first.model, images, options, min_images=1).network
     attacks = len({(each.norm, each.eps) for each in unfinished})
-    work = Work(len(images.images), seeds, attacks, tuple(rates[each.estimator] for each in unfinished))
+    work = Work(len(images.images), len(config.seeds), attacks, tuple(rates[each.estimator] for each in unfinished))
     pixels = images.images[:64]
     return forecast.forecast(work, forecast.seconds_per_pass(network, pixels), batch_bytes(network, pixels, _BATCH))

@@ -8,6 +8,7 @@ from audit.config.benchmark import BenchmarkConfig, Planned
 from audit.config.yaml_source import read_config
 from audit.errors import EnvironmentFault
 from audit.records import AuditRecord, RecordStore
+from audit.run.evidence.kept import finished
 
 DONE, FAILED, TO_DO = "done", "failed", "to do"
 Key = tuple[str, str, str, str, float, str]
@@ -62,7 +63,9 @@ def run_statuses(folder: Path, expand: Callable[[str], list[str]]) -> list[CellS
     copy = Path(folder) / "benchmark.yaml"
     if not copy.is_file():
         raise EnvironmentFault(f"{folder} is no run folder: it has no benchmark.yaml")
-    return cell_statuses(read_config(copy), RecordStore(folder), expand)
+    config = read_config(copy)
+    known = finished(Path(folder), RecordStore(folder).present(), keep=config.keep_images)
+    return cell_statuses(config, known, expand)
 
 
 def record_key(record: AuditRecord) -> Key:

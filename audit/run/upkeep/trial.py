@@ -6,9 +6,13 @@ from dataclasses import replace
 from audit.config.validation import Finding, Request
 from audit.errors import AuditError, UsageError
 from audit.representation.layers import Representation
+from audit.run.cell import InputRules
 from audit.run.loading import RunOptions, open_images, open_model
+from model_zoo.fitting import for_outputs
 from model_zoo.images.datasets import ImageSet
+from model_zoo.load import locate
 from model_zoo.lookup import expand_ref
+from model_zoo.model_types import LocatedModel
 
 
 def try_model(request: Request, options: RunOptions) -> Iterator[Finding]:
@@ -19,27 +23,48 @@ def try_model(request: Request, options: RunOptions) -> Iterator[Finding]:
         yield Finding("ref", error)
         return
     options = replace(options, device="cpu")
-    try:
-        images = _images(request.dataset, request.images, options)
-    except AuditError as error:
-        yield Finding("images" if _only_the_count_is_wrong(request, options) else "dataset", error)
-        return
     seen: set[str] = set()
     for ref in refs:
-        for finding in _try_layers(ref, request, images, options):
+        for finding in _try_one(ref, request, options):
             if (key := f"{finding.part} {finding.error}") not in seen:
                 seen.add(key)
                 yield finding
 
 
-def _images(dataset: str, count: int | None, options: RunOptions) -> ImageSet:
-    return open_images(dataset, options, options.request(count))
+def _try_one(ref: str, request: Request, options: RunOptions) -> Iterator[Finding]:
+    try:
+        model = locate(ref, options.sources)
+    except Exception as error:  # a third-party library may raise anything
+        yield Finding("ref", _as_audit_error(error))
+        model = None
+    try:
+        images = _images(model, request, request.images, options)
+    except AuditError as error:
+        yield Finding("images" if _only_the_count_is_wrong(model, request, options) else "dataset", error)
+        return
+    if model is None:
+        return
+    try:
+        images = for_outputs(images, model, options.sources, restrict=request.restrict_classes)
+    except Exception as error:  # a third-party network may raise anything
+        yield Finding("ref", _as_audit_error(error))
+        return
+    yield from _try_layers(ref, request, images, options)
 
 
-def _only_the_count_is_wrong(request: Request, options: RunOptions) -> bool:
+def _rules(request: Request) -> InputRules:
+    return InputRules(preprocess=request.preprocess == "model", restrict_classes=request.restrict_classes)
+
+
+def _images(model: LocatedModel | None, request: Request, count: int | None, options: RunOptions) -> ImageSet:
+    chosen = model.preprocessing if model and _rules(request).preprocess else None
+    return open_images(request.dataset, options, replace(options.request(count), preprocessing=chosen))
+
+
+def _only_the_count_is_wrong(model: LocatedModel | None, request: Request, options: RunOptions) -> bool:
     """Return whether one image of the data set can be loaded, so that the requested number is at fault."""
     try:
-        _images(request.dataset, 1, options)
+        _images(model, request, 1, options)
     except AuditError:
         return False
     return request.images is not None

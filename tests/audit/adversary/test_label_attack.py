@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from audit.adversary.label_attack import cross_entropy_objective, margin, margin_objective, shrinking_ball_search
-from audit.adversary.pgd import PGD, minimise
+from audit.adversary.label_attack import cross_entropy_objective, margin, margin_objective
+from audit.adversary.pgd import PGD, minimise, shrinking_ball_search
 from audit.adversary.threat import L1, L2, Linf
 from audit.random_keys import keyed_generator
 from audit.types import ObjectiveValue

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from audit.adversary.accuracy import measure_accuracy, measure_randomised
-from audit.adversary.label_attack import LabelAttack, Stage, margin, margin_objective, without_early_stopping
+from audit.adversary.label_attack import LabelAttack, Stage, margin, margin_objective
 from audit.adversary.passes import DRAWS, MajorityVote, MeanOfDraws, seeded_noise
-from audit.adversary.pgd import PGD, minimise
+from audit.adversary.pgd import PGD, minimise, without_early_stopping
 from audit.adversary.robustness import TargetModel, evaluate_robustness
 from audit.adversary.threat import L2, Linf, threat_model
 from audit.errors import InvalidModelError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from audit.adversary.threat import L2, Linf
+from audit.adversary.threat import L1, L2, THREATS, Linf
 from audit.certificate.certificate import bound_at_frozen_hubs, certify, certify_held_out, freeze_hubs
 from audit.certificate.collision_search import SearchEffort
 from audit.certificate.dual_precision import DualPrecisionLayer
@@ -16,6 +16,7 @@ from audit.certificate.results import Certificate, NotApplicable
 from audit.certificate.settings import CertificateSettings
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
 from audit.random_keys import keyed_generator
+from audit.representation.layers import Representation
 
 PAIRS_ONLY = CertificateSettings(effort=SearchEffort(hubs=0, neighbours=1000))
 
@@ -30,11 +31,15 @@ def linear(weight, bias=0.0):
     )
 
 
-def network(key=0):
+def classifier(key=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key)
         net = nn.Sequential(nn.Flatten(), nn.Linear(36, 40), nn.ReLU(), nn.Linear(40, 4))
-    return DualPrecisionLayer.of(net.eval().requires_grad_(False))
+    return net.eval().requires_grad_(False)
+
+
+def network(key=0):
+    return DualPrecisionLayer.of(classifier(key))
 
 
 def best_of_all(labels, edges):
@@ -62,6 +67,35 @@ def test_two_classes_on_a_linear_layer_against_enumeration(eps):
     assert certificate.bound.kind == "matching"
     with_hubs = certify(linear(weight), clean, labels, Linf(eps), CertificateSettings())
     assert with_hubs.bound.kept >= certificate.bound.kept  # there are no other collisions
+
+
+@pytest.mark.parametrize("threat", [L2(0.02), L2(0.1), L1(0.05), L1(0.2)])
+def test_balls_of_other_norms_on_a_linear_layer_against_the_dual_norm(threat):
+    """Features of two images meet where their distance is at most eps times twice the dual norm of the weights."""
+    clean, labels, weight = drawn(11, 1, 3, 3), torch.arange(11) % 2, drawn(1, 9, low=-1, high=1, key=1)
+    dual = weight.norm() if threat.norm == "l2" else weight.abs().max()
+    values, reach = (clean.flatten(1) @ weight.T)[:, 0], 2 * threat.eps * float(dual)
+    gaps = {(i, j): float((values[i] - values[j]).abs()) for i, j in combinations(range(11), 2) if (i - j) % 2}
+    certificate = certify(linear(weight), clean, labels, threat, PAIRS_ONLY)
+    found = {tuple(sorted(pair)) for pair in certificate.collisions.members.view(-1, 2).tolist()}
+    assert found <= {pair for pair, gap in gaps.items() if gap <= reach * (1 + 1e-6)}
+    assert found >= {pair for pair, gap in gaps.items() if gap <= 0.9 * reach}
+    assert found
+    distance = threat.distance(certificate.collisions.moved, clean[certificate.collisions.members].double())
+    assert bool((distance <= threat.eps).all())
+
+
+@pytest.mark.parametrize("tier", ["proved", "bit-identical at float32"])
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_bounds_in_other_norms_fall_with_eps_and_hold_at_every_tier(norm, tier):
+    clean, labels = drawn(40, 1, 6, 6, low=0, high=1), torch.arange(40) % 4
+    layer = DualPrecisionLayer.of(Representation(classifier(), "logits"))
+    bounds = [
+        certify(layer, clean, labels, THREATS[norm](eps), CertificateSettings(tier)).bound.kept
+        for eps in {"l2": (0.05, 0.3, 0.6), "l1": (0.1, 0.8, 2.4)}[norm]
+    ]
+    assert bounds[0] >= bounds[1] >= bounds[2]
+    assert bounds[2] < 20
 
 
 def test_a_constant_layer_is_bounded_by_the_largest_class():
@@ -222,10 +256,10 @@ class _OtherImages(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "threat", "reason"),
     [
-        (linear(torch.ones(1, 9)), L2(0.1), "must be linf, not l2"),
+        (linear(torch.ones(10, 9)), L2(0.1), "10 features but the image only 9 pixels"),
         (linear(torch.ones(10, 9)), Linf(0.1), "10 features but the image only 9 pixels"),
         (DualPrecisionLayer.of(_Random()), Linf(0.1), "features are random"),
-        (DualPrecisionLayer.of(_OtherImages()), Linf(0.1), "depend on the other images"),
+        (DualPrecisionLayer.of(_OtherImages()), L1(0.1), "depend on the other images"),
     ],
 )
 @pytest.mark.parametrize("function", [certify, certify_held_out])

@@ -11,17 +11,17 @@ from audit.adversary.label_attack import TIERS as ATTACKS
 from audit.adversary.threat import L2, Linf
 from audit.certificate import layers as module
 from audit.certificate.collision_search import SearchEffort
+from audit.certificate.contradictions import correct_on_witnesses
 from audit.certificate.layers import (
     CertificationInputs,
     CertificationSettings,
     HeadTrainingData,
     certify_layers,
-    correct_on_witnesses,
 )
 from audit.certificate.results import Certificate
 from audit.certificate.settings import CertificateSettings
 from audit.errors import UnknownNameError
-from audit.information.settings import ProbeTraining
+from audit.information.probing.settings import ProbeTraining
 from audit.random_keys import keyed_generator
 from audit.training.heads import HeadTraining
 
@@ -65,7 +65,7 @@ def outcomes():
 def test_a_row_for_every_layer_and_radius(outcomes):
     found, reports = outcomes
     assert list(found) == [("1", 0.03), ("1", 0.1), ("logits", 0.03), ("logits", 0.1)]
-    for (layer, eps), (row, threat, certificate) in found.items():
+    for (layer, eps), (row, threat, certificate, _) in found.items():
         assert (threat, row.images, row.dimension) == (Linf(eps), 30, 3 if layer == "logits" else 20)
         assert row.certified_bound == certificate.bound.certified
         assert row.certified_bound <= row.certified_bound_randomised <= row.certified_bound_population
@@ -75,7 +75,7 @@ def test_a_row_for_every_layer_and_radius(outcomes):
 
 
 def test_measured_heads_stay_below_the_bound(outcomes):
-    for row, _, _ in outcomes[0].values():
+    for row, *_ in outcomes[0].values():
         assert set(row.heads) == {"own", "slf", "mlp", "alf"}
         assert row.best_head_accuracy == max(row.heads.values()) == row.heads[row.best_head]
         assert row.best_head_accuracy <= row.certified_bound
@@ -90,7 +90,7 @@ def test_bounds_fall_with_eps_and_along_the_layers(outcomes):
 
 
 def test_rows_are_plain_json(outcomes):
-    for row, _, _ in outcomes[0].values():
+    for row, *_ in outcomes[0].values():
         data = json.loads(json.dumps(row.to_dict(), allow_nan=False))
         assert data["delta_curve"][0]["bound"] <= data["certified_bound"]
         assert {"certified_bound_population", "best_head", "best_head_accuracy", "passes", "reason"} <= set(data)
@@ -143,9 +143,12 @@ def test_a_head_contradicts_a_false_certificate(monkeypatch):
 def test_correct_on_witnesses_counts_images_that_are_correct_everywhere(outcomes):
     subject, certificate = inputs(), outcomes[0]["logits", 0.1].certificate
     assert isinstance(certificate, Certificate)
-    assert correct_on_witnesses(subject.network, certificate.collisions, subject) <= certificate.bound.kept
+    assert (
+        correct_on_witnesses(subject.network, certificate.collisions, (subject.clean, subject.labels))
+        <= certificate.bound.kept
+    )
     nothing = certificate.collisions.select(torch.zeros(len(certificate.collisions.members), dtype=torch.bool))
-    assert correct_on_witnesses(subject.network, nothing, subject) == 30
+    assert correct_on_witnesses(subject.network, nothing, (subject.clean, subject.labels)) == 30
 
 
 def test_a_headless_encoder_has_no_head_of_its_own():
@@ -170,11 +173,22 @@ def test_a_head_that_bypasses_the_layer_is_not_measured():
     assert outcome.row.heads == {}
 
 
+class _Wide(nn.Module):
+    """A layer with more features than pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.head = nn.Linear(36, 40), nn.Linear(40, 3)
+
+    def forward(self, images):
+        return self.head(torch.relu(self.wide(images.flatten(1))))
+
+
 def test_without_a_certificate_the_reason_is_given_and_heads_are_measured():
-    (outcome,) = certify_layers(inputs(training_data=None), ["logits"], [L2(0.5)], QUICK)
+    (outcome,) = certify_layers(inputs(network=_Wide(), training_data=None), ["wide"], [L2(0.5)], QUICK)
     assert outcome.certificate is None
     assert outcome.row.certified_bound is outcome.row.certified_bound_population is None
-    assert outcome.row.reason.startswith("not applicable: the search constrains each pixel to its own interval")
+    assert outcome.row.reason.startswith("not applicable: the layer has 40 features but the image only 36 pixels")
     assert outcome.row.best_head == "own"
     assert outcome.row.delta_curve == ()
 

@@ -37,6 +37,15 @@ def test_a_checkpoint_becomes_safetensors(tmp_path: Path, capsys: pytest.Capture
     assert "c.safetensors exists: choose another name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("key", "value"), [("", 2.0), ("model", 1.0), ("model_ema", 2.0), ("model.teacher", 3.0)])
+def test_the_entry_or_prefix_to_convert_can_be_chosen(tmp_path: Path, key: str, value: float) -> None:
+    raw = {"w": torch.ones(2), "teacher.w": torch.full((2,), 3.0)}
+    torch.save({"model": raw, "model_ema": {"w": torch.full((2,), 2.0)}}, tmp_path / "c.pth")
+    out = tmp_path / "c.safetensors"
+    assert main(["convert", str(tmp_path / "c.pth"), str(out), *(["--key", key] if key else [])]) == 0
+    assert safetensors.torch.load_file(out)["w"].tolist() == [value, value]
+
+
 class _Canary:
     def __init__(self, path: str) -> None:
         self.path = path

@@ -25,7 +25,18 @@ FLOORS = InformationFloors(2.0, 1.0)
         ((2.5, 0.1), (0.5, 0.1), ["contradicted: worst_nats 0.50 is below its measured floor 1.00 by 0.50 nats"]),
         ((2.5, 0.1), (2.8, 0.1), []),
         ((2.5, 0.1), (3.0, 0.1), ["contradicted: worst_nats 3.00 is above normal_nats 2.50"]),
-        ((3.9, 0.1), (1.5, 0.1), ["saturated: normal_nats 3.90 is at its ceiling ln(images) = 4.00"]),
+        ((3.9, 0.1), (1.5, 0.1), ["few_images: normal_nats 3.90 is at its ceiling ln(images) = 4.00"]),
+        (
+            (3.95, 0.1),
+            (3.91, 0.1),
+            [
+                # terms equal to u: 4 - ln(1 + 53.6 e^-u) is 3.91 at u = 6.34, and ln(1 + e^u / (n - 1)) is 0.5 at 878
+                "saturated: worst_nats 3.91 is within 0.1 of its ceiling ln(images) = 4.00: it would take about 880 "
+                "images",
+                "few_images: normal_nats 3.95 is at its ceiling ln(images) = 4.00",
+            ],
+        ),
+        ((3.95, 0.1), (3.89, 0.1), ["few_images: normal_nats 3.95 is at its ceiling ln(images) = 4.00"]),
         (
             (0.5, 0.0),
             (-0.3, 0.1),

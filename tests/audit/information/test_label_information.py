@@ -1,6 +1,5 @@
-"""Label information by probes: closed forms, bounds, attacks, and rejected inputs."""
+"""Label information by a panel: closed forms, bounds, candidates of the worst case, and rejected inputs."""
 
-from dataclasses import replace
 from math import log
 
 import pytest
@@ -10,13 +9,14 @@ from audit.adversary.threat import Linf
 from audit.calibration.catalogue import all_channels
 from audit.calibration.closed_forms import two_points
 from audit.errors import InvalidModelError, UsageError
-from audit.information.estimator import EstimatorInputs
+from audit.information.estimator import ATTACKED, EstimatorInputs, WarmStart
 from audit.information.floors import empirical_entropy
 from audit.information.label_information import LabelInformation
-from audit.information.probes import ProbeTraining
+from audit.information.probing.settings import PanelSettings, ProbeTraining
 from audit.types import Encoded
 
-ESTIMATOR = LabelInformation(steps=8)
+ESTIMATOR = LabelInformation(rounds=4)
+QUICK = LabelInformation(ProbeTraining(folds=3, steps=40), PanelSettings(trees=20), rounds=2, steps=5)
 
 
 def seeded(seed=0):
@@ -47,9 +47,8 @@ def three_classes(values):
 
 @pytest.mark.parametrize(("sigma", "shift"), [(0.5, 0.5), (1.0, 0.25)])
 def test_labelled_gaussians_match_their_closed_form(sigma, shift):
-    (channel,) = [
-        c for c in all_channels() if c.target == "label" and c.parameters == f"sigma {sigma:g}, shift {shift:g}"
-    ]
+    name, parameters = "labels of two Gaussians", f"sigma {sigma:g}, shift {shift:g}"
+    (channel,) = [each for each in all_channels() if (each.name, each.parameters) == (name, parameters)]
     found = LabelInformation().vulnerability(
         EstimatorInputs(channel.noisy_encoder(0), *channel.sample(1500, 0)), Linf(channel.eps), 0
     )
@@ -91,14 +90,53 @@ def test_worst_case_decreases_with_eps():
     assert strong.worst.nats < weak.worst.nats < weak.normal.nats
 
 
-def test_log_probs_add_two_attacks():
+def test_a_larger_ball_never_reports_more_than_a_smaller_one_within_it():
     images = pixels(200)
     labels = (images.flatten(1)[:, 0] > 0.5).long()
-    quick = replace(ESTIMATOR, steps=3, probes=ProbeTraining(folds=2, hidden=4, steps=20))
-    own = network(lambda values: torch.stack([0.5 - values[:, 0], values[:, 0] - 0.5], 1))
-    with_head = quick.vulnerability(EstimatorInputs(own, images, labels), Linf(0.1), 0)
-    without = quick.vulnerability(EstimatorInputs(without_log_probs, images, labels), Linf(0.1), 0)
-    assert with_head.passes - without.passes == 2 * (3 + 0.5) * 200  # two more attacks, each with its reading
+    inputs = EstimatorInputs(without_log_probs, images, labels)
+    found = [QUICK.vulnerability(inputs, Linf(0.02), 0)]
+    for eps in (0.03, 0.05, 0.08, 0.12):
+        found.append(QUICK.vulnerability(inputs, Linf(eps), 0, WarmStart(images=found[-1].adversarial)))
+    values = [each.worst.nats for each in found]
+    assert values == sorted(values, reverse=True)
+
+
+def test_images_of_the_attack_on_the_label_are_a_candidate():
+    images = pixels(200)
+    labels = (images.flatten(1)[:, 0] > 0.5).long()
+    at_the_boundary = images.clone()
+    at_the_boundary[:, :, 0, 0] = 0.5
+
+    def first_pixel(batch):  # without a gradient that a search could follow
+        return Encoded((batch.flatten(1)[:, :1] > 0.5).float() + 0 * batch.flatten(1)[:, :1], batch.new_empty(len(batch), 0))
+
+    inputs = EstimatorInputs(first_pixel, images, labels)
+    found = QUICK.vulnerability(inputs, Linf(0.6), 0, WarmStart(attacked=at_the_boundary))
+    assert found.origin == ATTACKED
+    assert found.worst.nats < 0.01 < 0.6 < found.normal.nats
+
+
+def test_bounds_rest_on_the_upper_end_of_the_interval():
+    images = pixels(300)
+    labels = (images.flatten(1)[:, 0] + 0.3 * torch.rand(300, generator=seeded(2)) > 0.65).long()
+    found = QUICK.normal(EstimatorInputs(without_log_probs, images, labels), 0)
+    assert found.upper == pytest.approx(found.nats + 1.96 * found.stderr, abs=1e-4)
+    assert found.upper <= found.ceiling
+    assert found.accuracy.low < found.accuracy.value < found.accuracy.high
+
+
+def test_the_networks_own_output_is_read_on_classes_that_occur():
+    images = pixels(200)
+    labels = 3 * (images.flatten(1)[:, 0] > 0.5).long() + 2  # classes 2 and 5 of seven
+
+    def own(values):
+        scores = torch.full((len(values), 7), 9.0)  # other classes win, which says nothing of these two
+        scores[:, 2], scores[:, 5] = 8 * (0.5 - values[:, 0]), 8 * (values[:, 0] - 0.5)
+        return scores
+
+    found = QUICK.normal(EstimatorInputs(network(own, lambda batch: torch.zeros(len(batch), 1)), images, labels), 0)
+    assert found.parts["linear"] < 0.01
+    assert found.nats == found.parts["own"] > 0.6
 
 
 def test_rejects_a_network_without_gradient():

@@ -134,11 +134,12 @@ def test_ten_dimensions_match_the_closed_form():
     assert found.nats - 0.1 < found.parts["plug_in_upper"] < found.nats + 0.2
 
 
-def test_scale_is_the_root_mean_square_deviation_over_features():
+def test_a_fixed_noise_is_relative_to_the_root_mean_square_deviation_over_features():
     features = torch.tensor([[0.0, 0.0], [2.0, 6.0]]).repeat(50, 1)  # deviations 1 and 3
-    assert Sandwich(noise=0.5).scale(features) == pytest.approx(0.5 * sqrt(5))
-    assert Sandwich(noise=0.5).scale(1e4 + features) == pytest.approx(0.5 * sqrt(5), rel=1e-4)
-    assert Sandwich(noise=0.5, absolute=True).scale(features) == 0.5
+    assert Sandwich(noise=0.5).smoothing(features).unit.tolist() == pytest.approx([0.5 * sqrt(5)] * 2)
+    assert Sandwich(noise=0.5).smoothing(1e4 + features).noise == pytest.approx(0.5 * sqrt(5), rel=1e-4)
+    assert Sandwich(noise=0.5, absolute=True).smoothing(features).noise == 0.5
+    assert Sandwich(absolute=True).smoothing(features).unit.tolist() == [0.5, 0.5]
 
 
 def constant(value, rounding=0.0):

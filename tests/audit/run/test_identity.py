@@ -13,19 +13,25 @@ from audit.adversary.threat import Linf
 from audit.config.benchmark import BenchmarkConfig
 from audit.config.estimators import ESTIMATOR_SECTIONS, Section, nested_section
 from audit.config.settings import AuditSettings
-from audit.information.settings import CriticShape, CriticTraining, ProbeTraining, WorstCaseSearch
-from audit.run.cell import Cell, cells
+from audit.information.probing.settings import ProbeTraining
+from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
+from audit.run.cell import Cell, InputRules, cells
 from audit.run.identity import cell_identity
 from audit.run.loading import RunOptions
 from audit.storage import digest
 from model_zoo.entries import ModelEntry
+from model_zoo.fitting import applied
+from model_zoo.images.classes import ClassMap
 from model_zoo.images.datasets import ImageRequest, ImageSet
+from model_zoo.images.preprocessing import Preprocessing
 from model_zoo.model_types import SourceSettings
 
 # Dataclasses that are no sections: which fields are part of a cell's identity, and which are not.
 CLASSES: dict[type, tuple[set[str], set[str]]] = {
-    Cell: ({"ref", "dataset", "images", "layer", "threat", "settings", "after"}, {"name"}),
-    AuditSettings: ({"estimator", "attack", "seeds", "reduce", "certificate"}, set()),
+    Cell: ({"ref", "dataset", "images", "layer", "threat", "settings", "after", "rules"}, {"name"}),
+    InputRules: ({"preprocess", "restrict_classes"}, set()),
+    Preprocessing: ({known.name for known in fields(Preprocessing)}, set()),
+    AuditSettings: ({"estimator", "attack", "seeds", "reduce", "certificate", "ledger"}, set()),
     Linf: ({"eps"}, {"pixel_range"}),  # the range is the same for all images
     LabelAttack: ({"stages", "noise", "queries", "borrowed", "version"}, {"fast"}),
     Stage: ({"loss", "pgd", "targets"}, set()),
@@ -36,12 +42,13 @@ CLASSES: dict[type, tuple[set[str], set[str]]] = {
     ProbeTraining: ({known.name for known in fields(ProbeTraining)}, set()),
     RunOptions: (set(), {"sources", "data_dir", "device"}),
     SourceSettings: (set(), {"trust_code", "offline", "cache_dir", "model_dir"}),
-    ImageRequest: (set(), {"count", "split", "data_dir", "offline", "balanced"}),  # through the hash of the images
+    # through the hash of the images
+    ImageRequest: (set(), {"count", "split", "data_dir", "offline", "balanced", "preprocessing"}),
 }
 VALUES: dict[str, Any] = {
     "name": "other", "dataset": "mnist", "images": 77, "layers": ["input"], "seeds": [9], "reduce": "mean",
     "estimators": ["label-level"], "certificate": True, "attack": "smoke", "models": ["bundled:digits-mlp-robust"],
-    "threats": {"norm": "l2", "eps": 0.1},
+    "threats": {"norm": "l2", "eps": 0.1}, "preprocess": "none", "restrict_classes": True,
 }  # fmt: skip
 ENTRY = ModelEntry(ref="bundled:x", name="x", source="bundled", weights_sha256="1" * 64)
 BASE: dict[str, Any] = {
@@ -54,9 +61,18 @@ def images(dataset: str, count: int | None) -> ImageSet:
     return ImageSet(torch.zeros(1), torch.zeros(1), ("0", "1"), dataset, "test", (0,), digest([dataset, count]))
 
 
+def fitted(cell: Cell) -> ImageSet:
+    """Return the images of a cell as a model with preprocessing and more outputs than classes receives them."""
+    chosen = Preprocessing(resize=(4,)) if cell.rules.preprocess else None
+    class_map = ClassMap((5, 3), "name", restricted=cell.rules.restrict_classes)
+    return replace(images(cell.dataset, cell.images), preprocessing=chosen, class_map=class_map)
+
+
 def ids(values: dict[str, Any], entry: ModelEntry = ENTRY) -> list[str]:
     found = cells(BenchmarkConfig.model_validate(values))
-    return [digest(cell_identity(cell, entry, images(cell.dataset, cell.images).sha256)) for cell in found]
+    sets = [fitted(cell) for cell in found]
+    made = zip(found, sets, strict=True)
+    return [digest(cell_identity(cell, entry, each.sha256, None, applied(each))) for cell, each in made]
 
 
 @pytest.mark.parametrize("made", CLASSES, ids=lambda made: made.__name__)
@@ -140,6 +156,31 @@ def test_images_change_ids_through_their_hash_only() -> None:
     assert cell_identity(cell, ENTRY, "0")["data_sha256"] == "0"
     elsewhere = replace(cell, dataset="folder:x", images=7)
     assert cell_identity(elsewhere, ENTRY, "0") == cell_identity(cell, ENTRY, "0")
+
+
+def test_images_and_classes_taken_as_they_are_leave_ids_as_they_were() -> None:
+    """Rows without preprocessing and with all outputs competing keep the ids of earlier versions."""
+    (cell,) = cells(BenchmarkConfig.model_validate(BASE))
+    plain = images("digits", None)
+    for class_map in (None, ClassMap((0, 1), "order"), ClassMap((5, 3), "wnid")):
+        assert applied(replace(plain, class_map=class_map)) == {}
+    assert set(cell_identity(cell, ENTRY, plain.sha256)) == {
+        "version", "network", "architecture", "code_sha256", "weights_sha256", "data_sha256", "layer", "norm", "eps",
+        "settings",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"resize": (8,)}, {"crop": (4, 4)}, {"interpolation": "bicubic"}, {"channels": 1}, {"fit": "exact"}],
+)
+def test_every_step_of_the_preprocessing_changes_ids(other: dict[str, Any]) -> None:
+    (cell,) = cells(BenchmarkConfig.model_validate(BASE))
+    base = Preprocessing(resize=(4, 4), crop=(2, 2), fit="cover")
+    plain = images("digits", None)
+    two = [applied(replace(plain, preprocessing=chosen)) for chosen in (base, replace(base, **other))]
+    first, second = (digest(cell_identity(cell, ENTRY, plain.sha256, None, each)) for each in two)
+    assert first != second
 
 
 def test_a_weights_file_changes_ids_through_its_options_not_its_path() -> None:

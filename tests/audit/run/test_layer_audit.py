@@ -262,7 +262,8 @@ def test_a_ceiling_of_ln_k_is_not_flagged_as_saturation(network, held_out, monke
         (planted(2.3, 2.5), "contradicted: worst_nats 2.50 is above normal_nats 2.30"),
         # at zero nats exact Fano leaves the largest class: 26 of the 200 images
         (planted(2.3, 0.0), "contradicted: the bound 0.130 is below the measured adversarial accuracy's"),
-        (planted(3.95, 2.0), "saturated: normal_nats 3.95 is at its ceiling"),
+        (planted(3.95, 2.0), "few_images: normal_nats 3.95 is at its ceiling"),
+        (planted(4.08, 4.04), "saturated: worst_nats 4.04 is within 0.1 of its ceiling"),
         (planted(2.3, -0.5), "negative: worst_nats -0.50 is below zero"),
         (planted(2.3, 2.0, flags=("not_converged: x",)), "not_converged: x"),
     ],
@@ -308,8 +309,8 @@ class ToldOfNoise(Told):
     bounds_heads = False
     floor_kind = "smoothed"
 
-    def normal(self, inputs, seed):
-        return MIEstimate(0.5, 0.01, 20, 3.0, 0.5, parts={"noise": 1000.0})
+    def noisy(self, clean, features, generator):
+        return features + 1000 * torch.randn(features.shape, generator=generator)
 
 
 def test_estimator_properties_choose_floors_and_bounds(network, held_out):

@@ -203,7 +203,7 @@ def broken() -> list[Hostile]:
         Hostile("nan", _changed(**{name: nan}), INVALID, "not finite"),
         Hostile("infinite", _changed(**{name: inf}), INVALID, "not finite"),
         Hostile("overflow", _changed(**{name: tensor.double() * 1e300}), INVALID, "not finite"),
-        Hostile("wrong-keys", lambda p, _: torch.save({f"other.{k}": v for k, v in good().items()}, p), USAGE, "fit"),
+        Hostile("wrong-keys", lambda p, _: torch.save({f"{k}.other": v for k, v in good().items()}, p), USAGE, "fit"),
         Hostile("extra-key", _changed(stranger=torch.zeros(3)), USAGE, "stranger"),
         Hostile("hostile-key", _changed(**{hostile_name: torch.zeros(3)}), USAGE, "a?[2J??bbb"),
         Hostile("classes", _changed(**more), USAGE, "the checkpoint has 20 outputs, the network 10"),

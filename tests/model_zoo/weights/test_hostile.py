@@ -275,6 +275,10 @@ CONFIGS = {
     "mean": ({"pretrained_cfg": {"mean": [0.5] * 10**4, "std": [1] * 10**4}}, UsageError, "mean"),
     "std": ({"pretrained_cfg": {"std": [0, 0, 0]}}, UsageError, "std"),
     "infinite": ({"num_classes": 1e400}, UsageError, "wrong kind"),
+    "crop": ({"pretrained_cfg": {"crop_pct": 1e-9}}, UsageError, "crop_pct 1e-09 is not the share"),
+    "crop-kind": ({"pretrained_cfg": {"crop_pct": "all"}}, UsageError, "wrong kind"),
+    "crop-mode": ({"pretrained_cfg": {"crop_mode": ["center"]}}, UsageError, "wrong kind"),
+    "interpolation": ({"pretrained_cfg": {"interpolation": "random"}}, UsageError, "interpolation 'random'"),
     "width": ({"model_args": {"embed_dim": 2**16, "depth": 40}}, UnsafeError, "far larger than its weights"),
     "unknown": ({"model_args": {"act_layer": "no\x1b[2Jsuch"}}, UsageError, "timm cannot build"),
 }

@@ -11,7 +11,6 @@ from audit.certificate.proof.arithmetic import (
     Constant,
     Derivatives,
     Enclosure,
-    concatenate_numbers,
     inverse_square_root,
 )
 from audit.errors import InvalidModelError
@@ -100,7 +99,7 @@ def test_sums_differences_and_rearrangements():
     wide = Enclosure.of(one.view(1, 1, 5, 6)).pad([1, 0, 0, 0], -2.0)
     assert wide.high[0, 0, 0, 0] == -2
     assert wide.error.max() == 0
-    both = concatenate_numbers([total, total], 1)
+    both = total.concatenate([total], 1)
     assert both.shape == (1, 60)
 
 
@@ -111,7 +110,7 @@ def test_derivatives_change_under_maps_and_not_under_constants():
     assert torch.allclose(slope.norm(), (columns @ weight.T).norm(dim=0, keepdim=True), rtol=1e-7)
     assert bool((slope.norm() >= (columns @ weight.T).norm(dim=0, keepdim=True)).all())
     assert slope.pad([2, 0], 7.0).parts.high[:, :2].abs().max() == 0
-    assert isinstance(concatenate_numbers([slope, slope], 1), Derivatives)
+    assert isinstance(slope.concatenate([slope], 1), Derivatives)
 
 
 @pytest.mark.parametrize("value", [1e-150, 1e150, float("inf"), float("nan")])

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from audit.calibration.closed_forms import two_points
 from audit.errors import UsageError
-from audit.information import probes
+from audit.information.probing import probes
 from audit.information.floors import empirical_entropy
-from audit.information.probes import FITS, fit_hidden, fit_linear, label_terms
-from audit.information.settings import ProbeTraining
+from audit.information.probing.probes import FITS, fit_hidden, fit_linear, label_terms
+from audit.information.probing.settings import ProbeTraining
 
 KINDS = pytest.mark.parametrize("kind", sorted(FITS))
 QUICK = ProbeTraining(steps=60)

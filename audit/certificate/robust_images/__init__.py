@@ -1,0 +1,1 @@
+"""Images that a network provably keeps: bounds of its logits over a ball, and the ledger of images."""

@@ -1,0 +1,149 @@
+"""Worst-case search of label information: a repeated game between images and probes (fictitious play).
+
+A round fits probes on the present images and moves the images against the probes of the last rounds. Information is
+convex in the distribution of the moved images, so images that each stand where a random one of several rounds left
+them carry at most the mean information of these rounds: such mixtures end oscillations between two strategies.
+
+Source: Brown 1951, "Iterative Solution of Games by Fictitious Play".
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from audit.information.estimator import CLEAN, Origin
+from audit.information.probing.opponents import KINDS, Field, Opponent, ProbeDescent, fit_opponent
+from audit.information.probing.panel import Panel
+from audit.information.probing.positions import Position, PositionReader, mixed
+from audit.information.probing.settings import LabelInformationSettings
+from audit.random_keys import Purpose, keyed_generator
+from audit.types import Encoded, Images
+
+PUSHED = Origin("pushed")
+_FEWEST_ROUNDS = 4  # before the search may end because it stalls
+_JOINING = 2  # opponents that a round adds
+_SLOWING = 0.3  # the first step of round r is 1 / (1 + 0.3 r) of the first round's
+_SHORTEST = 0.03  # least share of a step that an image takes in every second round
+_MIXED_ROUNDS = (2, 4, 8)  # last rounds that images are mixed from
+
+
+class Found(NamedTuple):
+    """The best position, the passes spent, and the least value in nats after so many passes an image, by round.
+
+    `slope` is what the second half of the search brought, in nats; the search has `converged` if that is small.
+    """
+
+    best: Position
+    passes: float
+    curve: tuple[tuple[int, float], ...]
+    slope: float
+    converged: bool
+
+
+class ProbeGame:
+    """One search over one encoder, sample and ball.
+
+    Labels are 0 to K - 1, and the encoder's log-probabilities, if there are any, are (N, K).
+    """
+
+    def __init__(self, settings: LabelInformationSettings, field: Field, panel: Panel, seed: int) -> None:
+        self.settings, self.field, self.panel, self.seed = settings, field, panel, seed
+        self.reader = PositionReader(
+            field.encoder, field.labels, panel._replace(quick=True), seed, settings.batch_size
+        )
+        self.moves = 0
+
+    @property
+    def passes(self) -> float:
+        """Forward+backward passes of single images so far."""
+        return self.reader.passes + self.moves
+
+    def search(self, clean: Encoded, starts: Mapping[Origin, Images]) -> Found:
+        """Return the best position found from clean images, from `starts`, and from images pushed past a linear probe."""
+        best = self.reader.read(self.field.clean, clean, CLEAN)
+        for origin, images in starts.items():
+            best = _better(best, self.reader.at(images, origin))
+        if not self._nothing_left(best.nats):
+            best = _better(best, self._pushed(clean))
+        curve = [self._point(best)]
+        if not self._nothing_left(best.nats):
+            best = self._play(best, curve)
+        slope = self._slope(curve)
+        converged = slope <= max(self.settings.tolerance, best.reading.stderr)
+        return Found(best, self.passes, tuple(curve), slope, converged)
+
+    def _play(self, best: Position, curve: list[tuple[int, float]]) -> Position:
+        position, rounds, opponents = best, [best], list[Opponent]()
+        for number in range(self.settings.rounds):
+            opponents = [*opponents, *self._joining(position)][-self.settings.memory :]
+            position = self._round(position.images, opponents, number)
+            rounds = [*rounds, position][-max(_MIXED_ROUNDS) :]
+            position = _better(position, self._mixture(rounds, best, number))
+            best = _better(best, position)
+            curve.append(self._point(best))
+            if self._ended(curve, best.reading.stderr):
+                break
+        return best
+
+    def _joining(self, position: Position) -> list[Opponent]:
+        """Return the opponents that read most of the position, fitted on it."""
+        parts = position.reading.parts
+        kinds = sorted((kind for kind in KINDS if kind in parts), key=parts.__getitem__, reverse=True)
+        return [self._opponent(kind, position.encoded) for kind in kinds[:_JOINING]]
+
+    def _opponent(self, kind: str, encoded: Encoded) -> Opponent:
+        return fit_opponent(kind, encoded, self.field.labels, self.panel.readers)
+
+    def _round(self, start: Images, opponents: Sequence[Opponent], number: int) -> Position:
+        share = None
+        if number % 2:
+            # images that take steps of different lengths leave a boundary in no order that tells their class
+            generator = keyed_generator(self.seed, Purpose.PROBE_STRIDES, number)
+            share = _SHORTEST ** torch.rand(len(start), generator=generator)
+        images = self._descended(ProbeDescent(self.field, opponents), start, number, share)
+        return self.reader.at(images, Origin("game", number + 1))
+
+    def _descended(
+        self, descent: ProbeDescent, start: Images, number: int, share: torch.Tensor | None = None
+    ) -> Images:
+        settings = self.settings
+        first = self.field.threat.eps * settings.relative_step / (1 + _SLOWING * number)
+        self.moves += settings.steps * len(start)
+        sizes = [first * (1 - 0.9 * step / max(1, settings.steps - 1)) for step in range(settings.steps)]
+        return descent.run(start, sizes, share)
+
+    def _mixture(self, rounds: Sequence[Position], best: Position, number: int) -> Position:
+        """Return the mixture of rounds of which neighbours read least."""
+        generator = keyed_generator(self.seed, Purpose.PROBE_MIXES, number)
+        groups = [rounds[-count:] for count in _MIXED_ROUNDS if count <= len(rounds)]
+        groups += [[best, rounds[-1]], [best, best, best, rounds[-1]]]
+        mixtures = [mixed(group, generator) for group in groups]
+        images, encoded = min(mixtures, key=lambda mixture: self.reader.quickly(mixture[1]))
+        return self.reader.read(images, encoded, Origin("game", number + 1))
+
+    def _pushed(self, clean: Encoded) -> Position:
+        """Return images pushed past the boundaries of a linear probe."""
+        descent = ProbeDescent(self.field, [self._opponent("linear", clean)], hinge=False)
+        return self.reader.at(self._descended(descent, self.field.clean, 0), PUSHED)
+
+    def _point(self, best: Position) -> tuple[int, float]:
+        return round(self.passes / len(best.images)), best.nats
+
+    def _nothing_left(self, nats: float) -> bool:
+        return nats <= self.settings.gain / 2
+
+    def _ended(self, curve: Sequence[tuple[int, float]], stderr: float) -> bool:
+        if self._nothing_left(curve[-1][1]):
+            return True
+        stalled = len(curve) > _FEWEST_ROUNDS and curve[-3][1] - curve[-1][1] <= self.settings.gain
+        return stalled and self._slope(curve) <= max(self.settings.tolerance, stderr)
+
+    def _slope(self, curve: Sequence[tuple[int, float]]) -> float:
+        """Return what the second half of the rounds brought in nats, or all that is left if that is less."""
+        left = curve[-1][1]
+        return min(left, curve[(len(curve) - 1) // 2][1] - left)
+
+
+def _better(one: Position, other: Position) -> Position:
+    return other if other.nats < one.nats else one

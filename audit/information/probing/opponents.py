@@ -1,0 +1,82 @@
+"""Probes as opponents of images: descent of images on what several probes read of their labels."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from audit.adversary.passes import Batches, input_gradient
+from audit.adversary.threat import ThreatModel
+from audit.information.probing.members import Readers
+from audit.information.probing.neighbours import NeighbourProbe
+from audit.information.probing.probes import fit_hidden, fit_linear
+from audit.types import Encoded, Encoder, Images, Labels
+
+Opponent = Callable[[Encoded], Tensor]
+"""Maps the encoding of images to log-probabilities (N, K)."""
+
+KINDS = ("linear", "hidden", "neighbours", "own")
+"""The members of the panel that have gradients."""
+
+
+def fit_opponent(kind: str, encoded: Encoded, labels: Labels, readers: Readers) -> Opponent:
+    """Return an opponent of a kind, fitted on an encoding with labels 0 to K - 1."""
+    features, classes = encoded.features, int(labels.max()) + 1
+    if kind == "own":
+        return lambda images: images.log_probs
+    if kind == "neighbours":
+        neighbours = NeighbourProbe(features, labels, classes, neighbours=readers.panel.neighbours)
+        return lambda images: neighbours(images.features)
+    probe = {"linear": fit_linear, "hidden": fit_hidden}[kind](features, labels, classes, readers.probes)
+    return lambda images: probe(images.features).log_softmax(1)
+
+
+class Field(NamedTuple):
+    """Where images may move: the encoder, clean images (N, C, H, W), labels (N,) from 0 to K - 1, ball, batch size."""
+
+    encoder: Encoder
+    clean: Images
+    labels: Labels
+    threat: ThreatModel
+    batch_size: int
+
+
+class ProbeDescent(NamedTuple):
+    """Descent of images on the mean of max(0, ln p(y | z) - ln p(y)) over opponents.
+
+    The hinge stops images where the posterior is the prior. Beyond that they would tell their class again, by being
+    where it is unlikely.
+    """
+
+    field: Field
+    opponents: Sequence[Opponent]
+    hinge: bool = True
+
+    def run(self, start: Images, sizes: Sequence[float], share: Tensor | None = None) -> Images:
+        """Return images (N, C, H, W) after projected steps of these sizes, of which each image takes a share (N,)."""
+        clean, threat = self.field.clean, self.field.threat
+        images, buffer = start.clone(), torch.empty_like(start)
+        index, bounds = torch.arange(len(start), device=start.device), threat.step_bounds(clean)
+        batches = Batches(self.field.batch_size)
+        for size in sizes:
+            batches.run(partial(self._step, size), images, buffer, index, *bounds)
+            if share is not None:
+                # a ball is convex: part of the way from one legal image to another is legal, up to rounding
+                buffer = threat.project(torch.lerp(images, buffer, share.to(images)[:, None, None, None]), clean)
+            images, buffer = buffer, images
+        return images
+
+    def _step(self, size: float, images: Images, buffer: Images, index: Tensor, *bounds: Tensor) -> Tensor:
+        leaf = images.detach().requires_grad_()
+        gradient = input_gradient(self.value(self.field.encoder(leaf), index).sum(), leaf)
+        self.field.threat.step_into(buffer, images, (gradient, size), *bounds)
+        return index
+
+    def value(self, encoded: Encoded, index: Tensor) -> Tensor:
+        """Return the value (N,) of images with these indices, in nats."""
+        labels = self.field.labels
+        shares = labels.bincount()[labels[index]].to(encoded.features) / len(labels)
+        told = [opponent(encoded).gather(1, labels[index][:, None])[:, 0] - shares.log() for opponent in self.opponents]
+        return torch.stack([each.clamp_min(0) if self.hinge else each for each in told]).mean(0)

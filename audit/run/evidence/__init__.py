@@ -1,0 +1,1 @@
+"""Images kept beside records: stored, read back by `rvaudit verify`, exported."""

@@ -1,0 +1,1 @@
+"""Single sanity checks that are more than a comparison of two numbers."""
