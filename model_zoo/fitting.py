@@ -4,7 +4,7 @@ from typing import Any
 
 from audit.errors import MismatchError
 from model_zoo.images.classes import Outputs
-from model_zoo.images.datasets import ImageSet, with_outputs
+from model_zoo.images.datasets import ImageSet, check_shape, with_outputs
 from model_zoo.model_types import LoadedModel, LocatedModel, SourceSettings
 
 
@@ -14,8 +14,8 @@ def for_outputs(
     """Return images with labels that number a model's outputs; as they are for a model without a classifier.
 
     With `restrict` the labels keep the data set's numbers, for a network reduced to these outputs. Raises
-    MismatchError for classes that the outputs do not tell, and before that what loading the model raises: its
-    reference may state a wrong number of outputs.
+    MismatchError for classes that the outputs do not tell, and before that what loading the model and `check_shape`
+    raise: the model's reference may state a wrong number of outputs, or the data set may be for another model.
     """
     if model.num_classes == 0:
         return images
@@ -25,7 +25,7 @@ def for_outputs(
     except MismatchError:
         from model_zoo.load import load_model  # after the readers of images, which do not need it
 
-        load_model(model.entry.ref, sources)
+        check_shape(load_model(model.entry.ref, sources), images)
         raise
 
 

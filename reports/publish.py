@@ -6,6 +6,7 @@ from audit.records import read_records
 from audit.storage import write_atomically
 from reports.figures.all_figures import save_figures
 from reports.page.html import render_report
+from reports.page.origin import of_folder
 from reports.tables.calibration import calibration_of
 from reports.tables.leftovers import leftover_sentences
 from reports.tables.ranking import leaderboard, write_leaderboard
@@ -31,5 +32,5 @@ def write_html(folder: Path) -> Path:
     """Write report.html into a run folder and return its path."""
     path = Path(folder) / "report.html"
     calibration, left = calibration_of([Path(folder)]), leftover_sentences([Path(folder)])
-    write_atomically(path, render_report(read_records(Path(folder)), calibration, left))
+    write_atomically(path, render_report(read_records(Path(folder)), calibration, left, of_folder(Path(folder))))
     return path

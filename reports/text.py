@@ -12,6 +12,7 @@ _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _FORMULA_STARTS = ("=", "+", "-", "@")
 _FILES = ("file", "folder", "npz", "parquet")
 _SCHEMES = (*_FILES, "bundled", "timm", "torchvision", "robustbench", "hf-hub")
+_ENDS = {"input": 0, "penultimate": 2, "logits": 3}
 _NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
 
 
@@ -81,6 +82,16 @@ def format_norm(norm: str) -> str:
     'ℓ∞'
     """
     return _NORMS.get(norm.lower(), plain_text(norm))
+
+
+def layer_place(layer: str) -> tuple[int, list[tuple[int, str]]]:
+    """Return the sort key of a layer: the input first, penultimate and logits last, numbers in names by size.
+
+    >>> sorted(["logits", "features.10", "features.2", "input"], key=layer_place)
+    ['input', 'features.2', 'features.10', 'logits']
+    """
+    pieces = re.findall(r"\d+|\D+", layer)
+    return _ENDS.get(layer, 1), [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
 
 
 def plural(count: int, noun: str) -> str:

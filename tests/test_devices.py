@@ -31,7 +31,7 @@ from audit.information.estimator import EstimatorInputs
 from audit.information.label_entropy import LabelEntropy
 from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
-from audit.information.probing.settings import ProbeTraining
+from audit.information.probing.settings import PanelSettings, ProbeTraining
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
 from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
@@ -202,7 +202,9 @@ TRAINING = CriticTraining(steps=4, every=2, batch_size=30)
 ESTIMATORS = {
     "sandwich": Sandwich(steps=4, start_steps=3, quantisers=(2,)),
     "label-level": LabelEntropy(steps=4),
-    "label-information": LabelInformation(ProbeTraining(folds=2, steps=5), steps=3),
+    "label-information": LabelInformation(
+        ProbeTraining(folds=2, steps=5), PanelSettings(trees=5, boosts=2), rounds=2, steps=3
+    ),
     "mine": Mine(TRAINING, WorstCaseSearch(collapse_steps=2, rounds=2, critic_steps=1)),
     "mine, every pair": Mine(
         replace(TRAINING, shape=CriticShape("concatenated", width=16)), WorstCaseSearch(1, 1, critic_steps=1)

@@ -117,6 +117,18 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits.log_softmax(1)
 
 
+def deviations(samples: Tensor, correction: int = 1) -> Tensor:
+    """Return the standard deviation of each feature (D,) of samples (N, D).
+
+    Where float32 has no room for its square, it is computed in float64.
+    """
+    spread = samples.std(0, correction=correction)
+    fits = spread.isfinite() & ((spread > 1e-18) | (samples == samples[:1]).all(0))
+    return (
+        spread if fits.all() else torch.where(fits, spread, samples.double().std(0, correction=correction).to(spread))
+    )
+
+
 def row_lengths(rows: Tensor) -> Tensor:
     """Return the Euclidean length of each row (N, D), as (N, 1), also where float32 has no room for its square."""
     lengths = rows.norm(dim=1, keepdim=True)

@@ -73,9 +73,10 @@ def _atom_channel(atoms: _Atoms, number: int) -> Channel:
     assert abs(low - high) < 1e-3, f"{atoms.name}: {low:.4f} and {high:.4f} within the margin of eps"
 
     def draw(count: int, generator: torch.Generator) -> ChannelSample:
-        classes = torch.arange(count) % len(points)
-        random = torch.randint(len(points), (count,), generator=generator)
-        labels = torch.where(torch.rand(count, generator=generator) < noise, random, classes)
+        number, classes = torch.arange(count) // len(points), torch.arange(count) % len(points)
+        # every class gets its share of random labels, and each label equally often among them
+        random = (number * noise).long() % len(points)
+        labels = torch.where(((number + 1) * noise).long() > (number * noise).long(), random, classes)
         jitter = _JITTER * (2 * torch.rand(count, points.shape[1], generator=generator) - 1)
         return shuffled(ChannelSample(_row_images(0.5 + points[classes] + jitter), labels), generator)
 

@@ -8,6 +8,7 @@ the network, close what is left.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -37,9 +38,9 @@ class SearchEffort:
 
     `sign_steps` and `pair_steps` are signed gradient steps towards a hub and within a pair; `newton_steps` the maximum
     number of Jacobians of a group; `relative_step` the first signed step in units of eps; `hubs` the maximum number of
-    hubs; `neighbours` the number of partners tried for each remaining image; `pair_passes` the forward+backward passes
-    an image of all images after which no further pairs are tried; `memory_mib` the memory for the Jacobians of one
-    batch.
+    hubs; `neighbours` the number of partners tried for each remaining image; `memory_mib` the memory for the Jacobians
+    of one batch. A finite `pair_passes` limits the forward+backward passes per image that are spent on pairs, which are
+    then tried in rounds, until one finds nothing. If none of `probe` images reaches a hub, no other image tries it.
     """
 
     sign_steps: int = 4
@@ -48,7 +49,8 @@ class SearchEffort:
     relative_step: float = 0.2
     hubs: int = 2
     neighbours: int = 8
-    pair_passes: float = 40.0
+    pair_passes: float = inf
+    probe: int = 0
     memory_mib: int = 256
 
 

@@ -7,6 +7,7 @@ Source: Bhagoji, Cullina & Zhao, fixed feature extractors (AdvML-Frontiers 2023)
 """
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from audit.random_keys import Purpose, keyed_generator
 from audit.types import Features, Labels
 
 _RIDGE = 1e-3
-_PROBE = 16  # images that try a hub before the others do
 _ROUND = 32  # pairs tried at once; a round without a collision is the last, for nearer pairs are tried first
 
 
@@ -60,8 +60,7 @@ def choose_hub(search: CollisionSearch, among: Tensor, seed: int) -> HubTarget:
 def find_hubs(search: CollisionSearch, tolerance: float, seed: int) -> tuple[tuple[HubTarget, ...], Collisions]:
     """Return hubs and the collisions at them; each hub is chosen for the images that reached none of the earlier ones.
 
-    An image has reached a hub if its features are within `tolerance`, in feature units. A few images try a hub before
-    the others: if none of them reaches it, no other image tries.
+    An image has reached a hub if its features are within `tolerance`, in feature units.
     """
     hubs: list[HubTarget] = []
     found = [_no_collisions(search)]
@@ -77,11 +76,12 @@ def find_hubs(search: CollisionSearch, tolerance: float, seed: int) -> tuple[tup
 
 
 def _probed(search: CollisionSearch, hub: HubTarget, images: Tensor, tolerance: float) -> tuple[Collisions, Tensor]:
-    """Return what `_collide_at` does, after a trial of a few images if there are many."""
-    if len(images) <= 2 * _PROBE:
+    """Return what `_collide_at` does, after a trial of the search's probe if there are more images."""
+    probe = search.effort.probe
+    if probe == 0 or len(images) <= 2 * probe:
         return _collide_at(search, hub, images, tolerance)
     is_probe = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    is_probe[torch.linspace(0, len(images) - 1, _PROBE).long()] = True
+    is_probe[torch.linspace(0, len(images) - 1, probe).long()] = True
     first, missed = _collide_at(search, hub, images[is_probe], tolerance)
     if len(first.members) == 0:
         return first, images
@@ -135,14 +135,16 @@ def candidate_pairs(features: Features, labels: Labels, among: Tensor, neighbour
 def find_pairs(search: CollisionSearch, labels: Labels, among: Tensor, tolerance: float) -> Collisions:
     """Return the collisions of two images of different classes among the images with indices `among` (A,).
 
-    Pairs are tried by the distance of their clean features, until a round of them finds no collision or the budget of
-    passes is spent; each image of a pair has to come within `tolerance` of their common target, in feature units.
+    Pairs are tried by the distance of their clean features, all or as many as the budget of passes allows; each image
+    of a pair has to come within `tolerance` of their common target, in feature units.
     """
     features = search.encoded
     metric = inverse_covariance(features)
     whitened = (features - features.mean(0)).double() @ torch.linalg.cholesky(metric)
     pairs = candidate_pairs(whitened, labels, among, search.effort.neighbours)
     hub = HubTarget(features.mean(0), metric)  # a pair may collide anywhere: the target only sets the scale
+    if search.effort.pair_passes == inf and len(pairs):
+        return _collide_pairs(search, pairs, hub, tolerance)
     found, allowed = [_no_collisions(search)], search.log.passes + search.effort.pair_passes * len(search.clean)
     collided = torch.zeros(len(search.clean), dtype=torch.bool, device=among.device)
     while len(pairs) and search.log.passes < allowed:

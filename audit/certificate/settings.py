@@ -6,7 +6,7 @@ from audit.certificate.collision_search import SearchEffort
 from audit.certificate.equality import EqualityTier, find_tier
 from audit.errors import UsageError
 
-CERTIFICATE_VERSION = 4  # raised when the same settings may find other collisions or train other heads
+CERTIFICATE_VERSION = 3  # raised when the same settings may find other collisions or train other heads
 LEDGER_VERSION = 1  # raised when the same settings may prove other images
 
 

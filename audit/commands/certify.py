@@ -55,6 +55,7 @@ class CertifyOptions:
     tier: str
     hubs: int
     pairs: bool
+    pair_passes: float
     held_out: bool
     head_images: int
     train_dataset: str | None
@@ -83,6 +84,13 @@ class CertifyOptions:
     click.option("--tier", default="float32", show_default=True, help="proved, float32, float16, bfloat16 or noise."),
     click.option("--hubs", type=click.IntRange(0), default=2, show_default=True, help="Maximum number of hubs."),
     click.option("--pairs/--hubs-only", default=True, help="Search for pairs among images outside large hubs. [pairs]"),
+    click.option(
+        "--pair-passes",
+        type=click.FloatRange(0),
+        default=12.0,
+        show_default=True,
+        help="Limit on passes per image spent on pairs; inf tries every pair and every hub.",
+    ),
     click.option("--held-out", is_flag=True, help="Add a population bound from hubs chosen on half of the images."),
     click.option(
         "--head-images",
@@ -160,6 +168,7 @@ def _certified_rows(
         tier=_SHORT_TIERS.get(chosen.tier, chosen.tier),
         hubs=chosen.hubs,
         pairs=chosen.pairs,
+        pair_passes=chosen.pair_passes,
         confidence=chosen.confidence,
         held_out=chosen.held_out,
         attack=chosen.attack,
@@ -215,8 +224,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     )
     if ledger:
         click.echo(
-            "`proved`: the network provably keeps these images; `broken`: an adversarial image is stored; the network's "
-            "adversarial accuracy lies between the share proved and the share not broken."
+            "`proved`: the network provably keeps these images; `broken`: an adversarial image is known; "
+            "the network's adversarial accuracy lies between the share proved and the share not broken."
         )
     for row in rows:
         place = plain(f"{row['layer']}, eps {format_eps(row['eps'])}")

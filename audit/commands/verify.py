@@ -58,8 +58,9 @@ def verify_command(subject: Path, chosen: VerifyOptions, as_json: bool, sources:
 
     RUN: checks the id of every record against its identity, published numbers against seeds and theory, and
     leaderboard.csv against the records; --replay recomputes cells. Images that a run has kept are read again: they
-    must have the recorded hash, lie in the ball, and give the recorded accuracies and nats. WITNESS: checks every claim with one forward pass;
-    needs --model and --dataset.
+    must have the recorded hash, lie in the ball, and give the recorded accuracies and nats (those of `mine` and `ref-*`
+    need a new fit: their images are checked without it). WITNESS: checks every claim with one forward pass; needs
+    --model and --dataset.
 
     Exit code 5 if anything disagrees.
     """

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.adversary.passes import input_gradient
+from audit.adversary.passes import deviations, input_gradient
 from audit.adversary.threat import ThreatModel
 from audit.information.bounds import BOUNDS
 from audit.information.critic_training import critic_optimiser, critic_step, fit_critic
-from audit.information.encoding import EncodedSplits, Splits, deviations, encode
+from audit.information.encoding import EncodedSplits, Splits, encode
 from audit.information.estimator import CARRIED, CLEAN, COLD_START, MIEstimate, Origin, Vulnerability, WarmStart
 from audit.information.feature_merging import BatchGradient, Descent, step_sizes
 from audit.information.settings import CriticTraining, WorstCaseSearch

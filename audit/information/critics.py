@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from audit.information.encoding import deviations
+from audit.adversary.passes import deviations
 from audit.information.settings import CriticShape
 from audit.types import Features, Images, Scores
 

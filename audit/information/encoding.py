@@ -99,18 +99,6 @@ def encode_splits(encoder: Encoder, images: Splits, batch_size: int) -> EncodedS
     return EncodedSplits(*(encode(encoder, part, batch_size) for part in images))
 
 
-def deviations(samples: Tensor, correction: int = 1) -> Tensor:
-    """Return the standard deviation of each feature (D,) of samples (N, D).
-
-    Where float32 has no room for its square, it is computed in float64.
-    """
-    spread = samples.std(0, correction=correction)
-    fits = spread.isfinite() & ((spread > 1e-18) | (samples == samples[:1]).all(0))
-    return (
-        spread if fits.all() else torch.where(fits, spread, samples.double().std(0, correction=correction).to(spread))
-    )
-
-
 def label_surprise(log_probs: Tensor) -> Tensor:
     """Return -ln of the frequency of each image's predicted class (N,); the mean is their entropy H(argmax) in nats.
 

@@ -69,7 +69,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
         game = self._game(inputs, clean, threat, seed)
         given = {CARRIED: warm_start.images, ATTACKED: warm_start.attacked}
         starts = {origin: images for origin, images in given.items() if images is not None}
-        found = game.search(_restricted(clean, inputs.labels), starts)
+        found = game.search(_restricted(clean, inputs.labels), starts, warm_start.origin)
         candidates = {found.best.origin: found.best.images}
         if CARRIED in starts:
             # compared by the reported value too, so that no larger ball reports more than a smaller one within it
@@ -134,5 +134,3 @@ def _restricted(encoded: Encoded, labels: Tensor) -> Encoded:
     if encoded.log_probs.shape[1] == 0:
         return encoded
     return Encoded(encoded.features, encoded.log_probs[:, labels.unique()].log_softmax(1))
-
-

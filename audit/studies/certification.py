@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from model_zoo.images.datasets import ImageRequest, ImageSet, load_at_most, load
 from model_zoo.load import LoadedModel
 from model_zoo.lookup import WITH_TRAINING_SPLIT
 
+_PROBE = 16  # images that try a hub before the others, if the budget is limited
+
 
 @dataclass(frozen=True, kw_only=True)
 class CertificationRequest:
@@ -39,7 +42,8 @@ class CertificationRequest:
 
     `images` limits the certified images (None: all); `balanced` takes equally many of each class. `head_images` is the
     number of images that heads are trained on: of `train_dataset`, else of the training split of a named data set,
-    else those after the certified ones. `pairs` also searches pairs of images outside large hubs; `held_out` adds the
+    else those after the certified ones. `pairs` also searches pairs of images outside large hubs, with at most
+    `pair_passes` forward+backward passes per image (infinite: every hub and pair is tried); `held_out` adds the
     held-out population bound. `attack` is the name of an attack tier, `heads` are the heads that it measures, and
     `ledger` adds the ledger of images that the network provably keeps. Raises UnknownNameError for an unknown attack
     or head.
@@ -56,6 +60,7 @@ class CertificationRequest:
     tier: str = "bit-identical at float32"
     hubs: int = 2
     pairs: bool = True
+    pair_passes: float = 12.0
     confidence: float = 0.95
     held_out: bool = False
     attack: str = "smoke"
@@ -74,7 +79,8 @@ class CertificationRequest:
     @property
     def settings(self) -> CertificationSettings:
         """The settings of the certificates. Raises UnknownNameError, UsageError for an illegal tier or confidence."""
-        effort = SearchEffort(hubs=self.hubs) if self.pairs else SearchEffort(hubs=self.hubs, neighbours=0)
+        neighbours, probe = SearchEffort.neighbours if self.pairs else 0, 0 if self.pair_passes == inf else _PROBE
+        effort = SearchEffort(hubs=self.hubs, neighbours=neighbours, pair_passes=self.pair_passes, probe=probe)
         certificate = CertificateSettings(find_tier(self.tier), effort, self.confidence, seed=self.seed)
         return CertificationSettings(
             certificate, TIERS[self.attack], held_out=self.held_out, measured=self.heads, ledger=self.ledger

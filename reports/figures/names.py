@@ -23,9 +23,9 @@ _HEIGHT = 1.3 * _SIZE
 _MARK = 4.0  # a marker reaches so far around its centre
 _GAP = 1.5
 _ANGLES = np.radians((0, 180, 45, 135, 315, 225, 90, 270))  # in the order in which equal places are preferred
-_ACROSS, _UP = 14.0, 6.0  # steps of the grid of places
+_ACROSS, _UP = 7.0, 4.0  # steps of the grid of places
 _LINE_FROM = 8.0  # a line joins a name and a point farther apart
-_ON_A_BAR, _OVER_A_MARK, _OVER_A_LINE, _AT_ANOTHER = 12.0, 60.0, 45.0, 60.0  # what a place costs beside its distance
+_ON_A_BAR, _OVER_A_MARK, _OVER_A_LINE, _AT_ANOTHER = 12.0, 60.0, 20.0, 60.0  # what a place costs beside its distance
 _SHARES = np.linspace(0, 1, 20)  # of a line, where it is looked at
 
 

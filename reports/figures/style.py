@@ -47,10 +47,11 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "h", "*")
 # the palette's yellow and light grey vanish on white paper
 _COLOURS = tuple(sns.color_palette("colorblind").as_hex()[i] for i in (0, 1, 2, 3, 4, 5, 9))
 _LINE_INCHES = 0.142
-_LETTER_INCHES = 0.0477  # of a caption, on average
+_LETTER_INCHES = 0.0505  # of a caption, on average
 _KEY_INCHES = 0.147
 _KEY_ABOVE, _KEY_BETWEEN, _KEY_LEFT = 0.12, 0.05, 0.1
 _RIGHT = 0.2  # inches beside a plot, half of a tick's label
+_HINTING = 1.08  # letters fitted to pixels take up to so much more room than their outlines
 _ROUNDING = 1e-9
 
 FILL_LABELS = {
@@ -214,7 +215,7 @@ def place_key(figure: Figure, families: Sequence[Line2D], rest: Sequence[Line2D]
 def text_inches(text: str, points: float) -> float:
     """Return the width in inches of a line of text in the figures' font, its size in points."""
     font = FontProperties(family=_RC["font.family"], size=points)
-    return float(TextPath((0, 0), text or " ", prop=font).get_extents().width) / 72
+    return _HINTING * float(TextPath((0, 0), text, prop=font).get_extents().width) / 72 if text.strip() else 0.0
 
 
 def _key_columns(handles: Sequence[Line2D], width: float) -> int:

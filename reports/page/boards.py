@@ -15,7 +15,7 @@ from reports.statistics.gap_statistics import correlations
 from reports.statistics.sentences import describe, panel_caption
 from reports.tables.calibration import calibration_sentence, channel_name, errors, failed_calibration, verdict
 from reports.tables.table import Panel, contradicted, panels
-from reports.text import plain_text, short_name
+from reports.text import layer_place, plain_text, short_name
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,14 @@ class Board:
 
 @dataclass(frozen=True)
 class Setting:
-    """The estimators of one data set, layer and threat, the default for ranking first, and its name as a view."""
+    """The estimators of one data set, layer and threat, the default for ranking first.
+
+    `view` is its name as a view of the page; the `leading` one is shown first.
+    """
 
     title: str
     view: str
+    leading: bool
     boards: Sequence[Board]
 
 
@@ -64,11 +68,18 @@ class Trial:
 def settings(frame: pd.DataFrame, calibration: Sequence[CalibrationRow]) -> list[Setting]:
     """Return the boards of a leaderboard, by setting."""
     heads, alone = headers_of(frame), frame["model"].nunique() == 1
-    grouped = groupby(panels(frame), key=lambda panel: panel.setting)
+    grouped = [(title, list(group)) for title, group in groupby(panels(frame), key=lambda panel: panel.setting)]
+    leading = max(range(len(grouped)), key=lambda i: _importance(grouped[i][1]), default=0)
     return [
-        Setting(title, f"view-{i}", [_board(panel, calibration, heads, alone=alone) for panel in group])
-        for i, (title, group) in enumerate(grouped, start=1)
+        Setting(title, f"view-{i}", i == leading, [_board(panel, calibration, heads, alone=alone) for panel in group])
+        for i, (title, group) in enumerate(grouped)
     ]
+
+
+def _importance(group: Sequence[Panel]) -> tuple[int, tuple[int, object], float]:
+    """Return the sort key of a setting: that of most models leads, then the layer nearest to the output."""
+    first = group[0].rows.iloc[0]
+    return max(panel.rows["model"].nunique() for panel in group), layer_place(first["layer"]), float(first["eps"])
 
 
 def concords(frame: pd.DataFrame) -> list[Concord]:

@@ -117,7 +117,7 @@ NO_CLAIM = "This estimator does not claim to rank models: its values are shown f
 def unranked_reason(row: Row) -> str:
     """Return why a row is not ranked, with the figures by which it is contradicted; "" for one that is.
 
-    >>> row = {"rank": "unranked", "status": "valid", "flags": "contradicted: 0.3 under 0.5; saturated", "ranks": True}
+    >>> row = {"rank": "unranked", "status": "valid", "flags": "contradicted: 0.3 under 0.5; unpinned", "ranks": True}
     >>> unranked_reason(row), unranked_reason({**row, "rank": "1"})
     ('contradicted: 0.3 under 0.5; saturated', '')
     """
@@ -135,7 +135,7 @@ def _rank(row: Row) -> Cell:
 
 def _model(row: Row) -> Cell:
     name = short_name(row["model"])
-    return Cell(name, name.lower(), plain_text(row["model"]))
+    return Cell(name, name.lower(), plain_text(row["model"]), note=f"{plain_text(row['family'])}, {training_text(row)}")
 
 
 def _words(text: str) -> Cell:
@@ -214,8 +214,8 @@ HEADERS = (
     _certificate("no head exceeds, all images of their kind", "certified_bound_population", on_demand=True),
     Header("passes", _passes, "count", needs="passes"),
     Header("flags", _flags),
-    Header("training", lambda row: _words(training_text(row))),
-    Header("family", lambda row: _words(plain_text(row["family"]))),
+    Header("training", lambda row: _words(training_text(row)), on_demand=True),
+    Header("family", lambda row: _words(plain_text(row["family"])), on_demand=True),
     estimate("adversarial accuracy bound", "adversarial_accuracy_bound", on_demand=True),
     estimate("floor of the MI", "floor_nats", on_demand=True),
 )

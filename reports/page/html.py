@@ -1,8 +1,8 @@
 """The report: one self-contained HTML file that opens offline and runs nothing but its own script."""
 
 import base64
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 
@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 from audit.flags import FlagCode
 from audit.records import AuditRecord, CalibrationRow
 from reports.estimators import place
-from reports.figures.all_figures import agreement_figure, calibration_figure, figure1, figure2, figure_bytes
+from reports.figures.all_figures import agreement_figure, calibration_figure
 from reports.page.boards import concords, settings, trials
-from reports.page.cells import HEADERS
+from reports.page.cells import headers_of
 from reports.page.drawings import spark
 from reports.page.explanations import explain, flag_name
 from reports.page.model_pages import anchors, model_pages
+from reports.page.origin import versions
+from reports.page.pictures import Picture, picture, pictures
 from reports.statistics.sentences import family_order, summary
 from reports.tables.calibration import calibration_sentence, failed_calibration
 from reports.tables.ranking import leaderboard
@@ -27,41 +29,36 @@ from reports.text import plain_text, short_name, shorten
 
 _TEMPLATE = "report.html.j2"
 _PARTS = (_TEMPLATE, "models.html.j2")
-_ONE_PANEL = 6.0  # inches
 _LONGEST = 2000  # characters of one value of a record
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure as a data address, with what it shows in words, and whether it is wide: more than one panel."""
-
-    title: str
-    source: str
-    words: str
-    wide: bool
-
-
 def render_report(
-    records: Sequence[AuditRecord], calibration: Sequence[CalibrationRow] = (), left: Sequence[str] = ()
+    records: Sequence[AuditRecord],
+    calibration: Sequence[CalibrationRow] = (),
+    left: Sequence[str] = (),
+    origin: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return the HTML report of records and of their estimators' calibration; the same ones give the same bytes.
 
-    `left` are sentences about what else lies in the run folder.
+    `left` are sentences about what else lies in the run folder, `origin` facts about the run for the head of the page.
     """
     frame = leaderboard(to_frame(records))
     css, js = _asset("report.css"), _asset("report.js")
     template = _environment().get_template(_TEMPLATE)
-    pages = model_pages(records, frame)
+    pages, boards = model_pages(records, frame), settings(frame, calibration)
+    links, views = anchors(pages), {board.title: board.view for board in boards}
     return template.render(
         policy=_policy(css, js),
         css=css,
         js=js,
-        headers=HEADERS,
+        headers=headers_of(frame),
+        alone=len(pages) == 1,
+        origin=[*origin, *versions(records)],
         summary=summary(frame),
         notices=[*_notices(records), *_uncalibrated(frame, calibration), *left],
-        settings=settings(frame, calibration),
+        settings=boards,
         order=family_order(frame).to_dict(orient="records"),
-        pictures=_pictures(frame),
+        pictures=pictures(frame, links, views),
         concords=concords(frame),
         agreement=_optional("Agreement of estimators", agreement_figure(frame), _AGREEMENT),
         trials=trials(calibration),
@@ -70,7 +67,8 @@ def render_report(
         failures=_failures(frame),
         attacks=sorted({plain_text(attack) for attack in frame["attack"]}),
         models=pages,
-        links=anchors(pages),
+        links=links,
+        views=views,
         certified=any(record.certified_bound is not None for record in records),
     )
 
@@ -83,7 +81,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(plain=_plain, spark=spark)
+    environment.filters.update(plain=_plain, spark=spark, anchor=_anchor)
     return environment
 
 
@@ -132,46 +130,29 @@ _CALIBRATION = (
 )
 
 
-def _pictures(frame: pd.DataFrame) -> list[Picture]:
-    return [
-        _picture(
-            "Figure 1. Representation vulnerability against adversarial gap",
-            figure1(frame),
-            "RV is an estimate, the gap measured. What each panel shows stands under its leaderboard.",
-        ),
-        _picture(
-            "Figure 2. Information against accuracy, normal and worst case",
-            figure2(frame),
-            "Small markers: normal-case information and natural accuracy; large ones: worst case and adversarial "
-            "accuracy. Solid: exact Fano, under label information. Dashed: Theorem 3.4 as printed. Both are estimated "
-            "bounds because the information is an estimate. Smoothed information and label-level entropy have no "
-            "place here.",
-        ),
-    ]
-
-
 def _uncalibrated(frame: pd.DataFrame, calibration: Sequence[CalibrationRow]) -> list[str]:
     failed = [name for name in sorted(set(frame["estimator"]), key=place) if failed_calibration(calibration, name)]
     return [f"{plain_text(name)}: {calibration_sentence(calibration, name)}." for name in failed]
 
 
 def _optional(title: str, figure: Figure | None, words: str) -> Picture | None:
-    return None if figure is None else _picture(title, figure, words)
-
-
-def _picture(title: str, figure: Figure, words: str) -> Picture:
-    data = base64.b64encode(figure_bytes(figure, "svg")).decode()
-    return Picture(title, f"data:image/svg+xml;base64,{data}", words, figure.get_figwidth() > _ONE_PANEL)
+    return None if figure is None else picture(title, figure, words)
 
 
 def _flags(frame: pd.DataFrame) -> list[tuple[str, str]]:
-    return sorted({(flag_name(flag), explain(flag)) for cell in frame["flags"] for flag in split_flags(cell)})
+    told = {flag_name(flag): explain(flag) for cell in frame["flags"] for flag in split_flags(cell)}
+    return sorted(told.items())
 
 
 def _failures(frame: pd.DataFrame) -> list[tuple[str, str]]:
     failed = frame[~frame["status"].eq("valid")]
     pairs = zip(failed["model"], failed["status"], strict=True)
     return [(plain_text(model), plain_text(status).removeprefix("failed: ")) for model, status in pairs]
+
+
+def _anchor(code: str) -> str:
+    """Return a flag's code as part of an identifier; those of other programs may hold anything."""
+    return re.sub(r"[^a-z0-9_]+", "-", code.lower())
 
 
 def _plain(value: object) -> str:

@@ -1,7 +1,6 @@
 """Limits against accuracy, and RV layer by layer, of one model: rows of values and where they stand on a strip."""
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +10,7 @@ from reports.estimators import place as estimator_place
 from reports.page.cells import MISSING, with_error, with_interval
 from reports.page.drawings import Strip, place, strip
 from reports.tables.check_rows import CheckRow, check_rows
-from reports.text import format_eps, format_norm, plain_text, short_name
-
-_ENDS = {"input": 0, "penultimate": 2, "logits": 3}
+from reports.text import format_eps, format_norm, layer_place, plain_text, short_name
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Profile:
 
 def places(records: Sequence[AuditRecord], titles: Mapping[str, str]) -> list[Place]:
     """Return the accuracies, limits (fractions) and checks of one model, a place each; `titles` go by cell."""
-    ordered = sorted(records, key=lambda record: (record.dataset, _layer_order(record), record.norm, record.eps))
+    ordered = sorted(records, key=lambda record: (record.dataset, layer_place(record.layer), record.norm, record.eps))
     settings = _grouped(ordered, lambda record: titles[record.cell_id])
     found = [Place(title, _limits(group), check_rows(group)) for title, group in settings]
     return [place for place in found if place.limits or place.checks]
@@ -138,7 +135,7 @@ def _profile(records: Sequence[AuditRecord]) -> Profile | None:
         return None
     spread = [number(record.rv) + sign * (record.rv_se or 0.0) for record in valid for sign in (-1, 1)]
     ends = (min(0.0, *spread), max(spread))
-    rows = [_layer_row(record, ends) for record in sorted(valid, key=_layer_order)]
+    rows = [_layer_row(record, ends) for record in sorted(valid, key=lambda record: layer_place(record.layer))]
     return Profile(_threat(records[0]), rows)
 
 
@@ -150,9 +147,3 @@ def _layer_row(record: AuditRecord, ends: tuple[float, float]) -> LayerRow:
         plain_text(record.layer), str(record.dimension or MISSING), with_error(rv, record.rv_se), drawn,
         with_error(number(record.worst_nats), record.worst_nats_se), *bounds,
     )  # fmt: skip
-
-
-def _layer_order(record: AuditRecord) -> tuple[int, list[tuple[int, str]]]:
-    """Input first, penultimate and logits last; names between them, their numbers by size."""
-    pieces = re.findall(r"\d+|\D+", record.layer)
-    return _ENDS.get(record.layer, 1), [(int(p), "") if p.isdecimal() else (-1, p) for p in pieces]

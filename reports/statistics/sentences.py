@@ -26,7 +26,8 @@ def caption(frame: pd.DataFrame) -> str:
 def summary(frame: pd.DataFrame) -> list[str]:
     """Return the opening of a report: how many audits, how many refuted or failed, the order, the correlations.
 
-    The last two are those of the default estimator; a leaderboard with its ranks is expected.
+    The last two are those of the default estimator, and left out where there is one model; a leaderboard with its
+    ranks is expected.
     """
     refuted, failed = int(contradicted(frame).sum()), int(frame["status"].ne("valid").sum())
     counts = f"{plural(len(frame), 'audit')} of {plural(frame['model'].nunique(), 'model')}: "
@@ -34,6 +35,8 @@ def summary(frame: pd.DataFrame) -> list[str]:
     silent = int((~frame["ranks"]).sum())
     counts += f"; {silent} by an estimator that does not claim to rank." if silent else "."
     names = sorted(set(frame[frame["ranks"]]["estimator"] if frame["ranks"].any() else frame["estimator"]), key=place)
+    if frame["model"].nunique() == 1:
+        return [counts]
     leading = frame[frame["estimator"].isin(names[:1])]
     by = f"By {plain_text(names[0])}: " if frame["estimator"].nunique() > 1 else ""
     return [counts, by + order_sentence(leading), by + caption(leading)]

@@ -31,8 +31,8 @@ def claims(records: Iterable[AuditRecord]) -> list[Claim]:
     found: dict[tuple[object, ...], AuditRecord] = {}
     for record in records:
         if record.valid:
-            key = (record.model, record.dataset, record.norm, record.eps, record.weights_sha256, record.attack)
-            key = (*key, record.details.get("data_sha256"))
+            hashes = (record.weights_sha256, record.details.get("data_sha256"))
+            key = (record.model, record.dataset, record.norm, record.eps, record.attack, *hashes)
             if key not in found or _rank(record) < _rank(found[key]):
                 found[key] = record
     chosen = list(found.values())

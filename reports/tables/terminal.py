@@ -56,7 +56,8 @@ def _particulars(row: Row) -> str:
 def _shown(header: Header, row: Row) -> str:
     if header.title != "flags":
         cell = header.cell(row)
-        return shorten(f"{cell.text} {cell.note}".strip(), _WIDEST)
+        # family and training, the second line of a model's name in the page, are columns of their own here
+        return shorten(cell.text if header.title == "model" else f"{cell.text} {cell.note}".strip(), _WIDEST)
     # the names fit in a table; the particulars follow under it
     failure = [] if row["status"] == "valid" else ["failed"]
     return shorten("; ".join([*failure, *map(flag_name, split_flags(row["flags"]))]) or "none", 24)

@@ -124,3 +124,32 @@ def test_preprocessing_of_ten_photographs_is_the_librarys(library: str) -> None:
     with torch.no_grad():
         decided, wanted = (network((images - 0.498) / 0.502).argmax(1) for images in (found, expected))
     assert torch.equal(decided, wanted)
+
+
+@pytest.mark.parametrize(("name", "factory", "normalisation"), [row[:3] for row in (MODELS[2], MODELS[3], MODELS[5])])
+def test_images_stored_turned_have_the_accuracy_of_upright_ones(
+    name: str, factory: str, normalisation: str, tmp_path: Path
+) -> None:
+    """200 images stored a quarter turn round, with the orientation that a camera writes beside them."""
+    import io
+
+    from PIL import Image
+
+    upright, rows = _images("cifar"), []
+    for image in (upright.images[:200] * 255).round().byte().permute(0, 2, 3, 1).numpy():
+        exif, buffer = Image.Exif(), io.BytesIO()
+        exif[274] = 6  # to be turned a quarter clockwise
+        Image.fromarray(image).rotate(90, expand=True).save(buffer, "PNG", exif=exif)
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": rows, "label": upright.labels[:200].tolist()}), tmp_path / "a.parquet")
+    turned = load_images(f"parquet:{tmp_path / 'a.parquet'}")
+    nets = ROOT / "tests" / "third_party_nets.py"
+    ref = f"file:{FOLDER}/checkpoints/{name}?arch={nets}:{factory}&num_classes=10{normalisation}"
+    network = load_model(ref, SourceSettings(trust_code=True)).network
+    with torch.no_grad():
+        wanted, found, as_stored = (
+            (network(images).argmax(1) == upright.labels[:200]).float().mean().item()
+            for images in (upright.images[:200], turned.images, turned.images.rot90(1, (2, 3)))
+        )
+    assert found == wanted
+    assert as_stored < wanted - 0.2

@@ -12,15 +12,16 @@ from typing import NamedTuple
 
 import torch
 
-from audit.information.estimator import CLEAN, Origin
+from audit.information.estimator import CARRIED, CLEAN, Origin
 from audit.information.probing.opponents import KINDS, Field, Opponent, ProbeDescent, fit_opponent
-from audit.information.probing.panel import Panel
+from audit.information.probing.panel import ALL_MEMBERS, Panel
 from audit.information.probing.positions import Position, PositionReader, mixed
 from audit.information.probing.settings import LabelInformationSettings
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Images
 
-PUSHED = Origin("pushed")
+PUSHED, PLAYED = Origin("pushed"), Origin("game")
+_CHOOSING = tuple(name for name in ALL_MEMBERS if name != "boosted")  # which is slow, and like the forest
 _FEWEST_ROUNDS = 4  # before the search may end because it stalls
 _JOINING = 2  # opponents that a round adds
 _SLOWING = 0.3  # the first step of round r is 1 / (1 + 0.3 r) of the first round's
@@ -49,9 +50,8 @@ class ProbeGame:
 
     def __init__(self, settings: LabelInformationSettings, field: Field, panel: Panel, seed: int) -> None:
         self.settings, self.field, self.panel, self.seed = settings, field, panel, seed
-        self.reader = PositionReader(
-            field.encoder, field.labels, panel._replace(quick=True), seed, settings.batch_size
-        )
+        choosing = panel._replace(members=_CHOOSING, quick=True)
+        self.reader = PositionReader(field.encoder, field.labels, choosing, seed, settings.batch_size)
         self.moves = 0
 
     @property
@@ -59,15 +59,20 @@ class ProbeGame:
         """Forward+backward passes of single images so far."""
         return self.reader.passes + self.moves
 
-    def search(self, clean: Encoded, starts: Mapping[Origin, Images]) -> Found:
-        """Return the best position found from clean images, from `starts`, and from images pushed past a linear probe."""
+    def search(self, clean: Encoded, starts: Mapping[Origin, Images], only: Origin | None = None) -> Found:
+        """Return the best position found from clean images, `starts`, and images pushed past a linear probe.
+
+        A start carried over from another search replaces the push. `only` is the origin of another seed's worst case:
+        of the push and the game, only the one that found it is repeated.
+        """
         best = self.reader.read(self.field.clean, clean, CLEAN)
         for origin, images in starts.items():
             best = _better(best, self.reader.at(images, origin))
-        if not self._nothing_left(best.nats):
+        pushes, plays = CARRIED not in starts and only != PLAYED, only in (None, CARRIED, PLAYED)
+        if pushes and not self._nothing_left(best.nats):
             best = _better(best, self._pushed(clean))
         curve = [self._point(best)]
-        if not self._nothing_left(best.nats):
+        if plays and not self._nothing_left(best.nats):
             best = self._play(best, curve)
         slope = self._slope(curve)
         converged = slope <= max(self.settings.tolerance, best.reading.stderr)
@@ -102,7 +107,7 @@ class ProbeGame:
             generator = keyed_generator(self.seed, Purpose.PROBE_STRIDES, number)
             share = _SHORTEST ** torch.rand(len(start), generator=generator)
         images = self._descended(ProbeDescent(self.field, opponents), start, number, share)
-        return self.reader.at(images, Origin("game", number + 1))
+        return self.reader.at(images, PLAYED)
 
     def _descended(
         self, descent: ProbeDescent, start: Images, number: int, share: torch.Tensor | None = None
@@ -120,7 +125,7 @@ class ProbeGame:
         groups += [[best, rounds[-1]], [best, best, best, rounds[-1]]]
         mixtures = [mixed(group, generator) for group in groups]
         images, encoded = min(mixtures, key=lambda mixture: self.reader.quickly(mixture[1]))
-        return self.reader.read(images, encoded, Origin("game", number + 1))
+        return self.reader.read(images, encoded, PLAYED)
 
     def _pushed(self, clean: Encoded) -> Position:
         """Return images pushed past the boundaries of a linear probe."""

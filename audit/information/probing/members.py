@@ -147,9 +147,7 @@ def _boosted(sample: Sample, training: Tensor, readers: Readers, seed: int) -> F
 def _forest(sample: Sample, training: Tensor, readers: Readers, seed: int) -> Fitted:
     from sklearn.ensemble import RandomForestClassifier
 
-    model = RandomForestClassifier(
-        readers.panel.trees, min_samples_leaf=3, oob_score=True, random_state=seed, n_jobs=1
-    )
+    model = RandomForestClassifier(readers.panel.trees, min_samples_leaf=3, oob_score=True, random_state=seed, n_jobs=1)
     _fit_trees(model, sample, training)
     honest = _all_classes(model.classes_, np.nan_to_num(model.oob_decision_function_), sample.classes)
     return Fitted(lambda index: _tree_log_probs(model, sample, index), honest)

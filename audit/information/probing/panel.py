@@ -15,6 +15,7 @@ from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Features, Labels
 
 ALL_MEMBERS = tuple(MEMBERS)
+_QUICK_FOLDS = 3
 _SHARPEST = 4.0  # largest factor of log-likelihood ratios
 _PRIOR_SHARE = 0.02  # mixed into every answer: a leaf of one class is no certainty
 _CELL_OFFSET = 0.6180339  # of the grid that features are rounded to: no simple fraction, so points are not on edges
@@ -45,7 +46,7 @@ class _CrossFitted(NamedTuple):
 class Panel(NamedTuple):
     """A panel that reads label information: `members` by name, cross-fitted over the probes' folds.
 
-    `quick` saves time where candidates are compared: out-of-sample answers of all folds decide the temperature
+    `quick` saves time where candidates are compared: three folds, whose out-of-sample answers decide the temperature
     together, instead of nested ones inside each fold. `unit` (D,) is the scale of the features, by default their own
     standard deviation; of images under attack it is that of the clean ones.
     """
@@ -84,7 +85,8 @@ class Panel(NamedTuple):
 
     def _folds(self, labels: Labels, seed: int) -> tuple[Tensor, ...]:
         order = torch.randperm(len(labels), generator=keyed_generator(seed, Purpose.PROBE_FOLDS))
-        return order.to(labels.device).chunk(self.readers.probes.folds)
+        count = min(_QUICK_FOLDS, self.readers.probes.folds) if self.quick else self.readers.probes.folds
+        return order.to(labels.device).chunk(count)
 
     def _rounded(self, features: Features) -> Features:
         grain = self.readers.panel.grain

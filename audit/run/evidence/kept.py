@@ -1,6 +1,5 @@
 """The worst-case and adversarial images of a cell, kept as safetensors beside its record. Imports no torch."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -12,7 +11,7 @@ import safetensors.numpy
 
 from audit.errors import EnvironmentFault, IntegrityError
 from audit.records import AuditRecord
-from audit.storage import write_atomically
+from audit.storage import canonical_json, write_atomically
 
 FOLDER = "images"
 SCHEMA = "rvaudit.images/1"
@@ -53,8 +52,8 @@ class ImageKeeper:
         """
         if self._folder is None:
             return record
-        about = {"schema": SCHEMA, "cell_id": record.cell_id, "norm": record.norm, "eps": repr(record.eps)}
-        content = safetensors.numpy.save(_tensors(kept), about)
+        about = {"schema": SCHEMA, "cell_id": record.cell_id, "norm": record.norm, "eps": record.eps}
+        content = safetensors.numpy.save(_tensors(kept), _header(about))
         write_atomically(images_path(self._folder, record.cell_id), content)
         note = {"file": f"{FOLDER}/{record.cell_id}.safetensors", "sha256": sha256(content).hexdigest()}
         return replace(record, details={**record.details, "images": note})
@@ -106,7 +105,12 @@ def read_images(folder: Path, record: AuditRecord) -> KeptImages:
 def to_claim_file(kept: KeptImages, about: Mapping[str, Any]) -> bytes:
     """Return the file content of clean and adversarial images with their labels, described by JSON in the header."""
     arrays = {"clean": kept.clean, "adversarial": kept.adversarial, "labels": kept.labels}
-    return safetensors.numpy.save(arrays, {"claim": json.dumps(dict(about), sort_keys=True)})
+    return safetensors.numpy.save(arrays, _header(about))
+
+
+def _header(about: Mapping[str, Any]) -> dict[str, str]:
+    """Return the header of a file: one entry, since several are written in random order, which changes the hash."""
+    return {"rvaudit": canonical_json(dict(about))}
 
 
 def _tensors(kept: KeptImages) -> dict[str, np.ndarray]:

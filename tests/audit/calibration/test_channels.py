@@ -2,12 +2,14 @@
 
 from math import log
 
+import numpy as np
 import pytest
 import torch
 
 from audit.calibration.catalogue import all_channels
 from audit.calibration.channels import SPAN, as_images, as_values
 from audit.calibration.closed_forms import bits, gaussian, sign_of_gaussian, three_points, two_points, uniform
+from audit.information.smoothing.scale import fitted_unit
 from audit.theory import binary_entropy
 
 ALL = all_channels()
@@ -75,6 +77,23 @@ CLOSED_FORMS = {
 }
 
 
+def bit(distance, noise):
+    """Information of a fair bit at -distance and distance through noise, by Gauss-Hermite quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(150)
+    odds = -2 * distance * (distance + noise * nodes) / noise**2
+    return log(2) - float((weights / weights.sum()) @ np.logaddexp(0, odds))
+
+
+def at_noise(channel, noise):
+    """Normal and worst-case information of a channel with fitted noise, from the numbers of its name."""
+    words = channel.name.split()
+    if "Gaussian," in words:
+        return [int(words[0].removesuffix("-d")) / 2 * log(1 + noise**-2)] * 2
+    count, dimensions, (shift,) = int(words[0]), int(words[3]), numbers(channel)
+    copies = [sum(feature % count == one for feature in range(dimensions)) for one in range(count)]
+    return [sum(bit(distance, noise / each**0.5) for each in copies) for distance in (1, 1 - shift)]
+
+
 @EVERY
 def test_information_is_that_of_the_closed_forms(channel):
     if channel.name in CLOSED_FORMS:
@@ -83,6 +102,9 @@ def test_information_is_that_of_the_closed_forms(channel):
     elif channel.name == "sign of a Gaussian mixture":
         exact = sign_of_gaussian(*numbers(channel))
         assert (channel.normal_nats, channel.worst_nats) == (exact.normal, exact.worst)
+    elif channel.target == "smoothed image":
+        for noise in (0.3, 1.0, 4.0, 30.0):
+            assert channel.at_noise(noise) == pytest.approx(at_noise(channel, noise), rel=1e-6, abs=1e-9)
     elif channel.name.endswith("-d Gaussian"):
         dimension = int(channel.name.removesuffix("-d Gaussian"))
         assert channel.normal_nats == pytest.approx(dimension / 2 * log(1 + channel.sigma**-2), abs=1e-5)
@@ -182,3 +204,28 @@ def test_the_gradient_of_the_sign_is_straight_through():
     assert set(features.flatten().round(decimals=4).tolist()) == {-1.0, 1.0}
     (slope,) = torch.autograd.grad(features[:, 1].sum(), images)
     assert slope.flatten().tolist() == pytest.approx([SPAN] * 20)
+
+
+SMOOTHED = [channel for channel in ALL if channel.target == "smoothed image"]
+
+
+@pytest.mark.parametrize("channel", SMOOTHED, ids=lambda channel: f"{channel.name}, {channel.parameters}")
+def test_fitted_noise_holds_the_nominal_information_in_any_dimension(channel):
+    sample = channel.sample(500, 0)
+    features = channel.noiseless_encoder()(sample.images).features
+    exact = channel.at_noise(fitted_unit(features, channel.normal_nats).noise)
+    wanted = min(channel.normal_nats, 2 * log(2) if channel.name.startswith("2 bits") else channel.normal_nats)
+    assert exact.normal == pytest.approx(wanted, abs=0.05)
+    assert (channel.worst_nats is None) == (channel.eps == 0)
+
+
+def test_smoothed_channels_have_2_to_2000_dimensions_of_which_bits_are_partly_dead():
+    sizes = {channel.name: channel.features(channel.sample(8, 0).images) for channel in SMOOTHED}
+    assert {int(name.split("-d ")[0]) for name in sizes if "-d " in name} == {2, 10, 100, 1000, 2000}
+    bits = {int(name.split()[3]): features for name, features in sizes.items() if " bits " in name}
+    assert set(bits) == {2, 10, 100, 1000, 2000}
+    for dimensions, features in bits.items():
+        dead = int((features == features[:1]).all(0).sum())
+        assert dead / features.shape[1] == pytest.approx(0.3, abs=0.05)
+        largest = features.abs().amax(0).sort().values
+        assert float(largest[-1]) > 50 * float(largest[dimensions // 2])

@@ -1,6 +1,6 @@
 """Least label information of overlapping classes: closed forms, brute force, and monotony in the radius."""
 
-from itertools import product
+from itertools import pairwise, product
 from math import log
 
 import numpy as np
@@ -44,7 +44,7 @@ def test_boxes_that_meet_at_a_corner_only_in_both_axes():
 def test_never_rises_with_the_radius():
     points = [[0.0, 0.0], [1.0, 0.3], [1.4, 1.2], [0.2, 1.1], [2.0, 2.0]]
     found = [least_label_information(points, radius) for radius in np.linspace(0.1, 1.1, 11)]
-    assert all(later <= earlier + 1e-6 for earlier, later in zip(found, found[1:], strict=False))
+    assert all(later <= earlier + 1e-6 for earlier, later in pairwise(found))
     assert found[0] == pytest.approx(log(5))
     assert found[-1] == pytest.approx(0.0, abs=1e-6)
 

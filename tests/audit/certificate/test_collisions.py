@@ -1,6 +1,7 @@
 """The search for collisions, on layers where the possible collisions are known."""
 
 from itertools import combinations
+from math import inf
 
 import pytest
 import torch
@@ -221,3 +222,45 @@ def test_a_gradient_that_is_not_finite_is_refused():
     root = DualPrecisionLayer(lambda x: (x - x).flatten(1)[:, :2].sqrt(), lambda x: (x - x).flatten(1)[:, :2].sqrt())
     with pytest.raises(InvalidModelError, match="not finite for 5 of 5"):
         find_hubs(CollisionSearch(root, drawn(5, 1, 3, 3), Linf(0.1), SearchEffort(hubs=1)), TOLERANCE, seed=0)
+
+
+def test_a_budget_of_passes_tries_the_nearest_pairs_of_new_images_first():
+    layer = linear(torch.eye(9))
+    clean, labels = drawn(40, 1, 3, 3), torch.arange(40) % 2
+    found = {}
+    for passes in (3.0, 1e6, inf):
+        effort = SearchEffort(pair_passes=passes, neighbours=20)
+        search = CollisionSearch(layer, clean, Linf(0.15), effort)
+        collisions = find_pairs(search, labels, torch.arange(40), TOLERANCE)
+        found[passes] = found_pairs(collisions), search.log.passes
+    assert found[3.0][0] < found[1e6][0] <= found[inf][0]
+    assert found[3.0][1] < found[1e6][1]
+    touched = [image for pair in found[3.0][0] for image in pair]
+    assert len(set(touched)) == len(touched)  # disjoint pairs
+
+
+def test_a_hub_that_no_probe_reaches_is_given_up():
+    """Images of one half are near each other, the others far from everything: a probe of the latter reaches nothing."""
+    layer = linear(torch.eye(9))
+    clean = drawn(60, 1, 3, 3)
+    passes = {}
+    for probe in (0, 8):
+        search = CollisionSearch(layer, clean, Linf(0.02), SearchEffort(probe=probe))
+        hubs, collisions = find_hubs(search, TOLERANCE, 0)
+        assert (hubs, len(collisions.members)) == ((), 0)
+        passes[probe] = search.log.passes
+    assert passes[8] < passes[0]
+
+
+@pytest.mark.parametrize("probe", [8, 12])
+def test_a_probe_does_not_change_a_hub_that_is_reached(probe):
+    layer = linear(drawn(2, 9, low=-1, high=1, key=3))
+    clean, members = drawn(60, 1, 3, 3), []
+    for given in (0, probe):
+        search = CollisionSearch(layer, clean, Linf(0.2), SearchEffort(probe=given, hubs=1))
+        collisions = find_hubs(search, TOLERANCE, 0)[1]
+        members.append(collisions.members)
+        reached = search.features(collisions.moved, layer.precise)
+        assert bool(((reached - collisions.targets[0]).norm(dim=1) <= TOLERANCE).all())
+    assert torch.equal(*members)
+    assert len(members[0]) > 30

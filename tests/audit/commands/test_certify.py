@@ -158,9 +158,9 @@ def test_rows_and_figures_are_written(tmp_path: Path) -> None:
 def test_an_inapplicable_certificate_is_reported_with_exit_code_0(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["certify", REF, *QUICK, "--eps", "0.5", "--norm", "l2", "--out", str(tmp_path / "none")]
+    words = ["certify", REF, *QUICK, "--eps", "0.1", "--layer", "stages.0", "--out", str(tmp_path / "none")]
     assert main(words) == 0
-    assert "not applicable: the search constrains each pixel to its own interval" in capsys.readouterr().out
+    assert "not applicable: the layer has 1024 features but the image only 64 pixels" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     assert main([*words, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
@@ -177,6 +177,7 @@ def test_an_inapplicable_certificate_is_reported_with_exit_code_0(
         (("--eps", "0.1", "--norm", "linfty"), "unknown norm 'linfty'"),
         (("--eps", "0.1", "--tier", "float8"), "unknown tier 'float8'"),
         (("--eps", "0.1", "--attack", "hard"), "unknown attack 'hard'"),
+        (("--eps", "0.1", "--heads", "linear"), "unknown head 'linear'"),
         (("--eps", "0.1", "--confidence", "95"), "confidence 95.0 is not between 0 and 1"),
         (("--eps", "0.1", "--layer", "logit"), "unknown layer 'logit'"),
         (("--eps", "0.1", "--rows", "rows.txt"), "must end in .csv"),
@@ -207,7 +208,13 @@ def test_head_training_images_are_disjoint_from_the_certified_ones(
     dataset, options = f"npz:{tmp_path / 'set.npz'}", RunOptions(data_dir=tmp_path, device="cpu")
     np.savez(tmp_path / "set.npz", images=pixels, labels=np.arange(40) % 10)
     request = CertificationRequest(
-        model=REF, dataset=dataset, layers=("logits",), threats=(Linf(0.1),), images=20, head_images=15
+        model=REF,
+        dataset=dataset,
+        layers=("logits",),
+        threats=(Linf(0.1),),
+        images=20,
+        head_images=15,
+        heads=("own", "slf"),
     )
     _, inputs = load_inputs(request, options)
     assert [float(image[0, 0, 0]) for image in inputs.training_data.images] == [
@@ -218,8 +225,79 @@ def test_head_training_images_are_disjoint_from_the_certified_ones(
     _, split = load_inputs(replace(request, dataset="digits"), options)
     assert len(split.training_data.images) == 15
     words = ["--dataset", dataset, "--eps", "0.1", "--attack", "smoke", "--hubs-only", "--device", "cpu"]
-    assert main(["certify", REF, *words]) == 0
+    assert main(["certify", REF, *words, "--heads", "all"]) == 0
     assert "none is left to train heads on" in capsys.readouterr().err
+    assert main(["certify", REF, *words]) == 0  # the network's own head needs no training
+    assert capsys.readouterr().err == ""
+
+
+def test_heads_are_asked_for_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["certify", REF, *DATA, "--images", "20", "--head-images", "60", "--hubs", "1", "--eps", "0.3", "--json"]
+    measured = {}
+    for asked in ((), ("--heads", "none"), ("--heads", "slf"), ("--heads", "own", "--heads", "slf")):
+        assert main([*words, *asked]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        measured[asked] = set(row["heads"])
+        assert (row["attack_passes"] == 0) == (not row["heads"])
+    assert list(measured.values()) == [{"own"}, set(), {"slf"}, {"own", "slf"}]
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", "0.02"), ("l2", "0.1"), ("l1", "0.1")])
+def test_a_ledger_is_written_and_verified_in_every_norm(
+    norm: str, eps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, model = tmp_path / "w.safetensors", "bundled:digits-baseline-h-robust"
+    words = [model, *DATA, "--images", "12", "--hubs-only", "--norm", norm, "--eps", eps, "--ledger"]
+    assert main(["certify", *words, "--out", str(path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert 0 < row["proved"] <= row["heads"]["own"] <= 1 - row["broken"]
+    assert verdict(path, "--json", model=model) == 0
+    accepted = json.loads(capsys.readouterr().out)
+    assert (accepted["proved"], accepted["broken"]) == (round(12 * row["proved"]), round(12 * row["broken"]))
+    assert verdict(path, model=model) == 0
+    assert f"the network keeps {accepted['proved']} of 12 images" in capsys.readouterr().out
+
+
+def test_the_columns_of_a_ledger_are_shown_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["certify", REF, *DATA, "--images", "10", "--hubs-only", "--eps", "0.02", "--ledger"]) == 0
+    shown = capsys.readouterr().out
+    assert "proved  broken  undecided" in shown
+    assert "lies between the share proved and the share not broken" in shown
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", "0.3"), ("l2", "1.5"), ("l1", "6")])
+def test_a_witness_slightly_outside_its_ball_is_refused_in_every_norm(
+    norm: str, eps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "w.safetensors"
+    assert main(["certify", REF, *QUICK, "--norm", norm, "--eps", eps, "--out", str(path)]) == 0
+    assert verdict(path) == 0
+    radius = float(eps)
+
+    def outwards(tensors):
+        """Move one image in the direction in which it was moved, until it is 1e-4 outside its ball."""
+        from model_zoo.images.datasets import ImageRequest, load_images
+
+        clean = load_images("digits", ImageRequest(count=24)).images.double()
+        row = next(k for k, image in enumerate(tensors["moved"]) if bool(((image > 0.2) & (image < 0.8)).any()))
+        change = tensors["moved"][row] - clean[tensors["members"][row]]
+        inside = (tensors["moved"][row] > 0.1) & (tensors["moved"][row] < 0.9) & (change != 0)
+        single = torch.zeros_like(change)
+        first = inside.flatten().nonzero()[0]
+        single.view(-1)[first] = change.view(-1)[first].sign()
+        size = {"linf": lambda d: d.abs().max(), "l2": lambda d: d.norm(), "l1": lambda d: d.abs().sum()}[norm]
+        low, high = 0.0, radius + 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if size(change + middle * single) < radius + 1e-4 else (low, middle)
+        tensors["moved"][row] += high * single
+        return tensors
+
+    capsys.readouterr()
+    assert verdict(forged(path, tmp_path, outwards)) == 5
+    message = capsys.readouterr().err
+    assert f"is moved by {radius + 1e-4:.6g}" in message
+    assert f"in {norm}" in message
 
 
 def test_an_encoder_without_a_head(

@@ -108,7 +108,9 @@ def test_images_of_the_attack_on_the_label_are_a_candidate():
     at_the_boundary[:, :, 0, 0] = 0.5
 
     def first_pixel(batch):  # without a gradient that a search could follow
-        return Encoded((batch.flatten(1)[:, :1] > 0.5).float() + 0 * batch.flatten(1)[:, :1], batch.new_empty(len(batch), 0))
+        return Encoded(
+            (batch.flatten(1)[:, :1] > 0.5).float() + 0 * batch.flatten(1)[:, :1], batch.new_empty(len(batch), 0)
+        )
 
     inputs = EstimatorInputs(first_pixel, images, labels)
     found = QUICK.vulnerability(inputs, Linf(0.6), 0, WarmStart(attacked=at_the_boundary))

@@ -40,7 +40,7 @@ CLASSES: dict[type, tuple[set[str], set[str]]] = {
     CriticShape: ({known.name for known in fields(CriticShape)}, set()),
     WorstCaseSearch: ({known.name for known in fields(WorstCaseSearch)}, set()),
     ProbeTraining: ({known.name for known in fields(ProbeTraining)}, set()),
-    RunOptions: (set(), {"sources", "data_dir", "device"}),
+    RunOptions: (set(), {"sources", "data_dir", "device", "keep_images"}),
     SourceSettings: (set(), {"trust_code", "offline", "cache_dir", "model_dir"}),
     # through the hash of the images
     ImageRequest: (set(), {"count", "split", "data_dir", "offline", "balanced", "preprocessing"}),
@@ -49,6 +49,7 @@ VALUES: dict[str, Any] = {
     "name": "other", "dataset": "mnist", "images": 77, "layers": ["input"], "seeds": [9], "reduce": "mean",
     "estimators": ["label-level"], "certificate": True, "attack": "smoke", "models": ["bundled:digits-mlp-robust"],
     "threats": {"norm": "l2", "eps": 0.1}, "preprocess": "none", "restrict_classes": True,
+    "keep_images": True,
 }  # fmt: skip
 ENTRY = ModelEntry(ref="bundled:x", name="x", source="bundled", weights_sha256="1" * 64)
 BASE: dict[str, Any] = {
@@ -108,6 +109,8 @@ def test_section_fields_that_decide_numbers_change_ids(section: type[Section], u
 
 def other(default: Any, field: str) -> Any:
     """Return another legal value of a field."""
+    if default is None:
+        return {"noise": 0.5}[field]
     if isinstance(default, bool):
         return not default
     if isinstance(default, str):

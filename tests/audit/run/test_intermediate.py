@@ -43,7 +43,7 @@ CELLS = [replace(CELL, layer=layer, threat=threat) for layer in ("logits", "penu
 ESTIMATORS = (
     SMALL,
     LabelEntropy(steps=2),
-    LabelInformation(steps=2),
+    LabelInformation(steps=2, rounds=1),
     Mine(
         CriticTraining(steps=6, every=3, shape=CriticShape(width=8, embedding=4, channels=2)),
         WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1),

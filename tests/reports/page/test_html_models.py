@@ -166,10 +166,10 @@ def test_a_model_adds_a_bounded_number_of_bytes_however_long_its_record(zoo):
     curves = [{"seed": 0, "normal": {"validation": long, "training": long}, "worst": {"validation": long}}]
     details = {"curves": curves, "renames": ["a.weight -> b.weight"] * 5_000, "deep": {str(i): i for i in range(5_000)}}
     details |= {"numbers": list(range(5_000)), "note": "n" * 50_000}
-    few = [replace(zoo[0], cell_id=f"c{i}", model=f"m{i}", checks=(CHECK,) * 10, details=details) for i in range(3)]
-    one, three = render_report(few[:1]), render_report(few)
-    assert (len(three) - len(one)) / 2 < 30_000
-    assert "and 4900 more, in the record" in one
+    few = [replace(zoo[0], cell_id=f"c{i}", model=f"m{i}", checks=(CHECK,) * 10, details=details) for i in range(4)]
+    two, four = render_report(few[:2]), render_report(few)  # the page of a single model has other figures
+    assert (len(four) - len(two)) / 2 < 30_000
+    assert "and 4900 more, in the record" in two
 
 
 def test_deep_settings_are_shown_to_the_last_number(zoo):

@@ -103,11 +103,11 @@ def test_seed_decides_and_nothing_global_changes():
 
 
 def test_a_mixture_takes_each_image_from_one_of_its_positions():
-    positions = [
-        Position(torch.full((50, 1, 1, 1), float(number)), Encoded(torch.full((50, 2), float(number)), torch.empty(50, 0)),
-                 None, CLEAN)
-        for number in range(3)
-    ]  # fmt: skip
+    def position(value):
+        encoded = Encoded(torch.full((50, 2), value), torch.empty(50, 0))
+        return Position(torch.full((50, 1, 1, 1), value), encoded, None, CLEAN)
+
+    positions = [position(value) for value in (0.0, 1.0, 2.0)]
     images, encoded = mixed(positions, seeded())
     assert images.flatten().equal(encoded.features[:, 0])
     assert images.unique().tolist() == [0.0, 1.0, 2.0]
