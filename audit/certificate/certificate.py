@@ -60,8 +60,8 @@ def certify(
 ) -> Certificate | NotApplicable:
     """Return a certified upper bound on the adversarial accuracy of any head on a layer, or why there is none.
 
-    Searches collisions of clean images (N, C, H, W) in [0, 1] with labels (N,), where image i may move to any x' with
-    |x' - x_i|_inf <= eps in pixel units; keeps those that hold at the tier of the settings; and returns
+    Searches collisions of clean images (N, C, H, W) in [0, 1] with labels (N,), where image i may move to any legal x'
+    in its ball (l-inf, l2 or l1, in pixel units); keeps those that hold at the tier of the settings; and returns
 
         max over labels y_t of the collision targets t of #{i : y_t = label of i at every target t of image i},
 

@@ -222,14 +222,19 @@ def _parse_layer(model: nn.Module, layer: str) -> LayerSpec:
         find_module(model, path)
     elif call is not None or (index is not None and path != "logits"):
         raise UsageError(f"layer {layer!r}: {path} is a single tensor, leave out @ and #")
-    return LayerSpec(layer, path, path if _inner_network(model) is model else f"network.{path}", call, index)
+    return LayerSpec(layer, path, _wrapper_prefix(model) + path, call, index)
 
 
 def _inner_network(model: nn.Module) -> nn.Module:
-    """Return the network inside a wrapper, such as a normalisation, whose only child is called `network`."""
+    """Return the network inside wrappers, such as a normalisation, whose only child is called `network`."""
+    return model.get_submodule(_wrapper_prefix(model).rstrip("."))
+
+
+def _wrapper_prefix(model: nn.Module) -> str:
+    """Return the dotted prefix of the wrapped network's layers, empty if there is no wrapper."""
     children = dict(model.named_children())
     # a model with further children beside `network` is no wrapper
-    return children["network"] if children.keys() == {"network"} else model
+    return "network." + _wrapper_prefix(children["network"]) if children.keys() == {"network"} else ""
 
 
 def _without_log_probs(features: Features) -> Encoded:

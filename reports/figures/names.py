@@ -26,7 +26,8 @@ _ANGLES = np.radians((0, 180, 45, 135, 315, 225, 90, 270))  # in the order in wh
 _ACROSS, _UP = 7.0, 4.0  # steps of the grid of places
 _LINE_FROM = 8.0  # a line joins a name and a point farther apart
 _ON_A_BAR, _OVER_A_MARK, _OVER_A_LINE, _AT_ANOTHER = 12.0, 60.0, 20.0, 60.0  # what a place costs beside its distance
-_SHARES = np.linspace(0, 1, 20)  # of a line, where it is looked at
+_NO_ROOM = 1e4
+_NOTHING = 1e-9
 
 
 class Named(NamedTuple):
@@ -42,16 +43,33 @@ def name_points(ax: Axes, points: Sequence[Named]) -> int:
 
     Names overlap no other name, no point and no line of another name, and stay inside the axes.
     """
+    if not points:
+        return 0
     scale = 72 / ax.figure.dpi
-    spots: Floats = ax.transData.transform([(p.x, p.y) for p in points]).reshape(-1, 2) * scale
-    sheet = _Sheet(np.array(ax.bbox.extents) * scale, np.hstack([spots - _MARK, spots + _MARK]), _bars(ax))
+    spots: Floats = ax.transData.transform([(p.x, p.y) for p in points]) * scale
+    texts = [label(point.name, _LONGEST) for point in points]
+    widths = [72 * text_inches(text, _SIZE) + 2 * _GAP for text in texts]
+    made = (np.array(ax.bbox.extents) * scale, np.hstack([spots - _MARK, spots + _MARK]), _bars(ax))
+    best = min((_arranged(_Sheet(*made), spots, widths, order) for order in _orders(spots)), key=lambda tried: tried[0])
+    for i, place in best[1].items():
+        _write(ax, points[i], texts[i], (spots[i], place))
+    return len(points) - len(best[1])
+
+
+def _orders(spots: Floats) -> list[list[int]]:
+    """Return orders in which names are placed: the most crowded first, and from every side."""
     crowd = [int((np.linalg.norm(spots - spot, axis=1) < 40).sum()) for spot in spots]
-    for i in sorted(range(len(points)), key=lambda i: (-crowd[i], tuple(spots[i]))):
-        text = label(points[i].name, _LONGEST)
-        found = sheet.room(spots[i], 72 * text_inches(text, _SIZE) + 2 * _GAP)
-        if found is not None:
-            _write(ax, points[i], text, (spots[i], found))
-    return len(points) - len(sheet.names)
+    numbers = range(len(spots))
+    first = sorted(numbers, key=lambda i: (-crowd[i], tuple(spots[i])))
+    return [first, *(sorted(numbers, key=lambda i: (sign * spots[i][axis], i)) for axis in (0, 1) for sign in (1, -1))]
+
+
+def _arranged(
+    sheet: "_Sheet", spots: Floats, widths: Sequence[float], order: Sequence[int]
+) -> tuple[float, dict[int, "Place"]]:
+    """Return what an arrangement costs, the names without room above all, and the places by point."""
+    found = {i: place for i in order if (place := sheet.room(spots[i], widths[i])) is not None}
+    return _NO_ROOM * (len(spots) - len(found)) + sheet.cost, found
 
 
 def without_shared_start(names: Sequence[str]) -> list[str]:
@@ -69,37 +87,47 @@ def without_shared_start(names: Sequence[str]) -> list[str]:
     return ["-".join(parts[shared:]) for parts in words]
 
 
+class Place(NamedTuple):
+    """Where a name stands (left, bottom, right, top) and the end of the line to it."""
+
+    box: Floats
+    end: Floats
+
+
 class _Sheet:
     """What lies inside an axes already: boxes (left, bottom, right, top) of markers, error bars and names, and lines."""
 
     def __init__(self, frame: Floats, marks: Floats, bars: Floats) -> None:
         self.frame, self.marks, self.bars = frame, marks, bars
         self.names: Floats = np.empty((0, 4))
-        self.lines: Floats = np.empty((0, len(_SHARES), 2))  # points along the lines
+        self.lines: Floats = np.empty((0, 2, 2))
+        self.cost = 0.0
 
-    def room(self, spot: Floats, width: float) -> Floats | None:
+    def room(self, spot: Floats, width: float) -> Place | None:
         """Take the cheapest place for a name of a width and return it; None where there is none."""
         boxes = _places(self.frame, spot, width)
-        boxes = boxes[~_meet(boxes, np.vstack([self.marks, self.names])).any(1) & ~_hold(boxes, self.lines.reshape(-1, 2)).any(1)]
-        paths = _paths(spot, boxes)
-        free = ~_hold_any(self.names, paths).any(1)
-        boxes, paths = boxes[free], paths[free]
+        boxes = boxes[~_meet(boxes, np.vstack([self.marks, self.names])).any(1)]
+        boxes = boxes[~_through(self.lines[:, 0], self.lines[:, 1], boxes).any(0)]
+        boxes, ends = _ends(spot, boxes)
+        free = ~_through(spot, ends, self.names).any(1)
+        boxes, ends = boxes[free], ends[free]
         if not len(boxes):
             return None
-        best = int(np.argmin(self._costs(spot, boxes, paths)))
+        costs = self._costs(spot, boxes, ends)
+        best = int(np.argmin(costs))
+        self.cost += float(costs[best])
         self.names = np.vstack([self.names, boxes[best]])
-        self.lines = np.concatenate([self.lines, paths[best : best + 1]])
-        return boxes[best]
+        self.lines = np.concatenate([self.lines, np.stack([spot, ends[best]])[None]])
+        return Place(boxes[best], ends[best])
 
-    def _costs(self, spot: Floats, boxes: Floats, paths: Floats) -> Floats:
+    def _costs(self, spot: Floats, boxes: Floats, ends: Floats) -> Floats:
         others = self.marks[~_meet(self.marks, np.array([[*(spot - _MARK), *(spot + _MARK)]]))[:, 0]]
-        apart = np.linalg.norm(paths[:, -1] - spot, axis=1)
         wide = boxes + np.array([-_MARK, -_MARK, _MARK, _MARK])
         costs: Floats = (
-            apart
+            np.linalg.norm(ends - spot, axis=1)
             + _ON_A_BAR * _meet(boxes, self.bars).any(1)
-            + _OVER_A_MARK * _hold_any(others, paths).sum(1)
-            + _OVER_A_LINE * _cross(spot, paths[:, -1], self.lines).sum(1)
+            + _OVER_A_MARK * _through(spot, ends, others).sum(1)
+            + _OVER_A_LINE * _cross(spot, ends, self.lines).sum(1)
             + _AT_ANOTHER * _meet(wide, others).any(1)
         )
         return costs
@@ -120,11 +148,11 @@ def _places(frame: Floats, spot: Floats, width: float) -> Floats:
     return boxes[inside]
 
 
-def _paths(spot: Floats, boxes: Floats) -> Floats:
-    """Return points (n, steps, 2) along the line from a point to each box."""
-    ends = np.clip(spot, boxes[:, :2], boxes[:, 2:])
-    paths: Floats = spot + (ends - spot)[:, None] * _SHARES[:, None]
-    return paths
+def _ends(spot: Floats, boxes: Floats) -> tuple[Floats, Floats]:
+    """Return every box (n, 4) with each end that a line to it may have: its nearest point, and the middle of a side."""
+    middle = (boxes[:, 1] + boxes[:, 3]) / 2
+    sides = [np.stack([boxes[:, side], middle], 1) for side in (0, 2)]
+    return np.tile(boxes, (3, 1)), np.vstack([np.clip(spot, boxes[:, :2], boxes[:, 2:]), *sides])
 
 
 def _meet(some: Floats, others: Floats) -> Marks:
@@ -134,22 +162,20 @@ def _meet(some: Floats, others: Floats) -> Marks:
     return overlap
 
 
-def _hold(boxes: Floats, points: Floats) -> Marks:
-    """Return which boxes (n, 4) hold which points (m, 2)."""
-    inside: Marks = ((boxes[:, None, :2] < points) & (points < boxes[:, None, 2:])).all(-1)
-    return inside
-
-
-def _hold_any(boxes: Floats, paths: Floats) -> Marks:
-    """Return which paths (n, steps, 2) run through which boxes (n, m)."""
-    steps = paths[:, :, None]
-    through: Marks = ((boxes[:, :2] < steps) & (steps < boxes[:, 2:])).all(-1).any(1)
+def _through(starts: Floats, ends: Floats, boxes: Floats) -> Marks:
+    """Return which lines (n) run through which boxes (n, m)."""
+    along = (ends - starts)[:, None]
+    along = np.where(np.abs(along) < _NOTHING, _NOTHING, along)
+    start = np.broadcast_to(starts, ends.shape)[:, None]
+    enter, leave = (boxes[:, :2] - start) / along, (boxes[:, 2:] - start) / along
+    first, last = np.minimum(enter, leave).max(-1), np.maximum(enter, leave).min(-1)
+    through: Marks = (first < last) & (last > 0) & (first < 1 - _NOTHING)
     return through
 
 
 def _cross(spot: Floats, ends: Floats, lines: Floats) -> Marks:
-    """Return which lines from a spot to ends (n, 2) cross which lines between points (m, steps, 2)."""
-    first, last = lines[:, 0], lines[:, -1]
+    """Return which lines from a spot to ends (n, 2) cross which lines (m, 2, 2)."""
+    first, last = lines[:, 0], lines[:, 1]
     apart = _turn(spot, ends[:, None], first) * _turn(spot, ends[:, None], last)
     crossing: Marks = (apart < 0) & (_turn(first, last, spot) * _turn(first, last, ends[:, None]) < 0)
     return crossing
@@ -172,15 +198,15 @@ def _bars(ax: Axes) -> Floats:
     return np.array(found).reshape(-1, 4)
 
 
-def _write(ax: Axes, point: Named, text: str, place: tuple[Floats, Floats]) -> None:
-    spot, box = place
-    end = np.clip(spot, box[:2], box[2:]) - spot
+def _write(ax: Axes, point: Named, text: str, placed: tuple[Floats, Place]) -> None:
+    spot, (box, end) = placed
+    reach = end - spot
     ax.annotate(
         text, (point.x, point.y), (box[0] + _GAP - spot[0], (box[1] + box[3]) / 2 - spot[1]),
         textcoords="offset points", ha="left", va="center", fontsize=_SIZE, color="#333333", zorder=5, gid="name",
     )  # fmt: skip
-    if math.hypot(*end) > _LINE_FROM:
+    if math.hypot(*reach) > _LINE_FROM:
         ax.annotate(
-            "", (point.x, point.y), tuple(end), textcoords="offset points", zorder=2.2,
+            "", (point.x, point.y), tuple(reach), textcoords="offset points", zorder=2.2,
             arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#777777", "shrinkA": 0, "shrinkB": _MARK},
         )  # fmt: skip

@@ -119,7 +119,7 @@ def unranked_reason(row: Row) -> str:
 
     >>> row = {"rank": "unranked", "status": "valid", "flags": "contradicted: 0.3 under 0.5; unpinned", "ranks": True}
     >>> unranked_reason(row), unranked_reason({**row, "rank": "1"})
-    ('contradicted: 0.3 under 0.5; saturated', '')
+    ('contradicted: 0.3 under 0.5', '')
     """
     if row["rank"] != "unranked":
         return ""

@@ -332,3 +332,13 @@ def test_a_child_called_network_beside_others_is_no_wrapper(images):
 
     assert layer_names(Whole())[3:] == ["network", "head"]
     assert Representation(Whole(), "head")(images).shape == (2, 2)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_names_of_layers_do_not_depend_on_the_number_of_wrappers(depth):
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    images, wrapped = torch.rand(5, 1, 2, 2), inner
+    for _ in range(depth):
+        wrapped = Wrapper(wrapped)
+    assert layer_names(wrapped) == layer_names(inner)
+    assert Representation(wrapped, "1")(images).equal(Representation(inner, "1")(images))

@@ -28,7 +28,7 @@ THIRD_PARTY = (
 def check(network, images, labels, threat):
     """Attack after the ledger was kept without an attack: every image is bounded, and no proved one may fall."""
     precise = copy.deepcopy(network).double()
-    effort = BoundEffort(passes=30, slope_steps=5)
+    effort = BoundEffort(passes=20, slope_steps=3)
     ledger = keep_ledger(LedgerInputs(network, precise, images, labels), threat, images, effort)
     proved = proved_rows(ledger, precise, (images, labels), threat)
     robust = measure_accuracy(network, images, labels, threat, TIERS["audit"], 0).robust
@@ -38,12 +38,14 @@ def check(network, images, labels, threat):
     return ledger.proved
 
 
-@pytest.mark.parametrize("name", bundled_names())
-def test_no_bundled_network_loses_a_proved_image(name):
+@pytest.mark.parametrize(("place", "name"), tuple(enumerate(bundled_names())))
+def test_no_bundled_network_loses_a_proved_image(place, name):
+    """The three norms take turns."""
     network = load_model(f"bundled:{name}", SourceSettings(offline=True)).network.eval().requires_grad_(False)
-    data = load_images("digits", ImageRequest(count=6))
-    proved = [check(network, data.images, data.labels, threat) for threat in (Linf(0.005), L2(0.03), L1(0.05))]
-    assert max(proved) > 0 or "robust" not in name
+    data = load_images("digits", ImageRequest(count=4))
+    threat = (Linf(0.004), L2(0.02), L1(0.04))[place % 3]
+    proved = check(network, data.images, data.labels, threat)
+    assert proved > 0 or "standard" in name
 
 
 @pytest.mark.third_party
