@@ -42,10 +42,10 @@ MEANINGS: dict[FlagCode, str] = {
     "hides the others",
     FlagCode.NEGATIVE: "the estimate is negative, which mutual information cannot be: read it as zero within its error",
     FlagCode.NOT_CONVERGED: "the critic was not at its best when training stopped: the estimate is likely too small",
-    FlagCode.SEARCH_NOT_CONVERGED: "the worst-case search still made progress when it ended: the worst-case information "
-    "is likely too large by the order of the figure given",
-    FlagCode.CERTIFICATE_TIGHTER: "the certified bound on any head is tighter than the estimated one on the same images, so "
-    "the worst-case search missed what the certificate found: use the certified bound",
+    FlagCode.SEARCH_NOT_CONVERGED: "the worst-case search still made progress when it ended: the worst-case "
+    "information is likely too large by the order of the figure given",
+    FlagCode.CERTIFICATE_TIGHTER: "the certified bound on any head is tighter than the estimated one on the same "
+    "images, so the worst-case search missed what the certificate found: use the certified bound",
     FlagCode.OVER_FITTED: "the critic fits its training or validation images better than held-out ones: the estimate "
     "is likely off",
     FlagCode.WEAK_ATTACK: "a second attack found more errors than the named one: the adversarial accuracy is too high",

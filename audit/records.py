@@ -14,7 +14,7 @@ from audit.errors import EnvironmentFault, IntegrityError
 from audit.flags import FlagCode, code_of
 from audit.storage import write_atomically
 
-VERSION = 5  # of the method: increment when a change of the code changes numbers
+VERSION = 6  # of the method: increment when a change of the code changes numbers
 SCHEMA = "rvaudit.record/1"
 CALIBRATION_SCHEMA = "rvaudit.calibration/1"
 PLAN_SCHEMA = "rvaudit.plan/1"

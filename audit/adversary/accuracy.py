@@ -131,10 +131,13 @@ def _run(staged: "_StagedAttack") -> Accuracy:
     attack, labels = staged.attack, staged.labels
     if staged.threat.eps > 0:
         with frozen_parameters(staged.network):
-            for number, stage in enumerate(attack.stages_in(staged.threat.norm)):
+            for number, stage in enumerate(attack.stages):
                 staged.search(number, stage)
             staged.add_noise()
-            staged.run_external()
+            staged.run_external(attack.gradient_free_name(staged.threat.norm))
+            for stage in attack.thorough_in(staged.threat.norm):
+                staged.search(staged.names.index(stage.name), stage)
+            staged.run_external(*attack.borrowed)
     outcome, count = staged.outcome, len(labels)
     return Accuracy(
         natural=wilson(int(outcome.correct.sum()), count),
@@ -212,14 +215,14 @@ class _StagedAttack:
                 return
             clean = self.images[index]
             vertices = self.threat.step(clean, directions[index], clean, self.threat.eps)
-            self._evaluate(index, vertices, len(self.attack.stages_in(self.threat.norm)))
+            self._evaluate(index, vertices, len(self.attack.stages))
 
-    def run_external(self) -> None:
-        """Run the gradient-free attack, then those of other packages, on the survivors."""
+    def run_external(self, *chosen: str) -> None:
+        """Run the gradient-free attack or those of other packages, by name, on the survivors."""
         gradient_free = self.attack.gradient_free_name(self.threat.norm)
         for number, name in enumerate(self.names):
             index = self.survivors
-            if name not in (gradient_free, *self.attack.borrowed) or len(index) == 0:
+            if name not in chosen or len(index) == 0:
                 continue
             from audit.adversary.external import external_attack, gradient_free_attack
 

@@ -143,9 +143,9 @@ class LabelAttack:
 
     After the gradient-based `stages` come `noise` random vertices of the ball, then a gradient-free attack with
     `queries` queries an image: Square in l-inf, `finite_differences` in other norms. Images that only these break are
-    a sign of gradient masking. Last come the attacks `borrowed` from other packages, named as in `external`. `fast`
-    runs searches on a fused copy of the network; images are always evaluated on the network itself, so that it affects
-    cost only. Raises UsageError for negative counts, or for an attack with no search.
+    a sign of gradient masking. Then come thorough searches in l2 and l1, and last the attacks `borrowed` from other
+    packages, named as in `external`. `fast` runs searches on a fused copy of the network; images are always evaluated
+    on the network itself, so that it affects cost only. Raises UsageError for negative counts, or for an attack with no search.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -177,11 +177,15 @@ class LabelAttack:
         """Return the names of all stages in a norm, in the order in which they run."""
         noise = [f"noise-{self.noise}"] if self.noise else []
         gradient_free = [self.gradient_free_name(norm)] if self.queries else []
-        return (*(stage.name for stage in self.stages_in(norm)), *noise, *gradient_free, *self.borrowed)
+        thorough = [stage.name for stage in self.thorough_in(norm)]
+        return (*(stage.name for stage in self.stages), *noise, *gradient_free, *thorough, *self.borrowed)
 
-    def stages_in(self, norm: str) -> tuple[Stage, ...]:
-        """Return the gradient-based stages in a norm: in l2 and l1, attacks with queries search more thoroughly."""
-        return self.stages + (_THOROUGH if self.stages and self.queries and norm != "linf" else ())
+    def thorough_in(self, norm: str) -> tuple[Stage, ...]:
+        """Return the stages of attacks with queries in l2 and l1 that follow the gradient-free attack.
+
+        They come after it because their random starts also break images of networks whose gradients are masked.
+        """
+        return _THOROUGH if self.stages and self.queries and norm != "linf" else ()
 
     def gradient_free_name(self, norm: str) -> str:
         """Return the name of the gradient-free attack in a norm, such as `square-300`; empty if there is none."""
@@ -190,7 +194,7 @@ class LabelAttack:
     def version_in(self, norm: str) -> int:
         """Return the version of the attack in a norm, which increases when results in that norm change."""
         raised = bool(self.queries and norm != "linf") + bool(self.stages and norm == "l1")
-        return self.version + raised + (self.stages_in(norm) != self.stages)
+        return self.version + raised + bool(self.thorough_in(norm))
 
     @property
     def batch_size(self) -> int:

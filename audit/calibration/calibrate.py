@@ -21,6 +21,7 @@ BRIEF_CHANNELS = (
     "sign of a Gaussian mixture",
     "2 noiseless bits",
     "labels of two Gaussians",
+    "labels by the mean of 16 pixels",
     "8 bits on 100 features, fitted noise",
 )
 ChannelProgress = Callable[[str, int], None]
@@ -46,14 +47,15 @@ def applicable_channels(estimator: Estimator, *, brief: bool = False) -> list[Ch
 
 
 def settings_key(estimator: Estimator) -> str:
-    """Return a key of an estimator's settings and the version: equal keys have equal calibrations."""
-    return f"{estimator.name}-{digest({'version': VERSION, **asdict(estimator)})[:12]}"
+    """Return a key of an estimator's settings and the versions: equal keys have equal calibrations."""
+    versions = {"version": VERSION, "estimator_version": estimator.version}
+    return f"{estimator.name}-{digest({**versions, **asdict(estimator)})[:12]}"
 
 
 def _brief(candidates: Sequence[Channel]) -> Iterator[Channel]:
     seen: set[str] = set()
     for channel in candidates:
-        medium_radius = channel.eps == 0 or "shift 0.5" in channel.parameters
+        medium_radius = channel.eps == 0 or any(radius in channel.parameters for radius in ("shift 0.5", "eps 2 x"))
         if channel.name in BRIEF_CHANNELS and channel.name not in seen and medium_radius and channel.sigma <= 0.5:
             seen.add(channel.name)
             yield channel

@@ -1,6 +1,7 @@
 """Channels whose worst-case information about the label is known, and on which short or one-sided searches fail."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from math import cos, log, pi, sin
 from typing import NamedTuple
 
@@ -20,9 +21,10 @@ _CONDITION = 2.5  # of the random linear maps
 Points = Sequence[Sequence[float]]
 
 
-def label_channels() -> list[Channel]:
+@cache
+def label_channels() -> tuple[Channel, ...]:
     """Return all channels of this module."""
-    return [*_means(), *_atoms(), _comb(), *_trained()]
+    return (*_means(), *_atoms(), _comb(), *_trained())
 
 
 class _Atoms(NamedTuple):

@@ -60,7 +60,7 @@ PLANS: dict[str, CalibrationPlan] = {
     ),
     "mine": CalibrationPlan(5000, 0.1, None, max_nats=2.0, max_dimensions=5),
     "label-level": CalibrationPlan(5000, 0.01, 0.01, applies=_is_about_answers),
-    "label-information": CalibrationPlan(1200, 0.05, 0.05, applies=lambda channel: channel.target == "label"),
+    "label-information": CalibrationPlan(2000, 0.05, 0.05, applies=lambda channel: channel.target == "label"),
     "ref-local": _RELEASED,
     "ref-mean": _RELEASED,
 }

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from audit.adversary.passes import input_gradient
 from audit.adversary.threat import ThreatModel
-from audit.certificate.ball_steps import step_in_ball
 from audit.certificate.dual_precision import DualPrecisionLayer
-from audit.certificate.gauss_newton import LinearisedGroups
+from audit.certificate.gauss_newton import LinearisedGroups, step_in_ball
 from audit.types import FeatureMap, Features, Images
 
 _EPS_MARGIN = 1 - 1e-9  # the search ball is slightly smaller, so that rounding leaves no image outside the ball

@@ -124,8 +124,7 @@ class _Certification:
     ) -> None:
         inputs.network.eval().requires_grad_(False)
         self.inputs, self.settings, self.on_progress = inputs, settings, on_progress
-        self._own_heads: dict[ThreatModel, MeasuredHead] = {}
-        self._ledgers: dict[ThreatModel, Ledger] = {}
+        self._network = _NetworkResults(inputs, settings)
         self._layers: dict[str, _LayerHeads] = {}
         self._seconds: dict[_Place, float] = {}
 
@@ -179,7 +178,7 @@ class _Certification:
         best = max(heads, key=lambda head: heads[head].accuracy, default=None)
         if isinstance(found, Certificate):
             flags = contradictions(found, heads, (self.inputs.clean, self.inputs.labels), settings.attack.name)
-        ledger = self._ledger(name, threat) if settings.ledger else None
+        ledger = self._network.ledger(threat, lambda: self.on_progress(name, threat, "ledger", 0))
         bounds = self._bounds(name, threat, found)
         if ledger is not None:
             bounds |= ledger.columns(settings.certificate.confidence)
@@ -230,25 +229,34 @@ class _Certification:
         layer, heads, asked = self._layers[name], dict[str, MeasuredHead](), self.settings.measured
         decides = not self.inputs.headless and layer.representation.determines_logits(self.inputs.clean[:1])
         if "own" in asked and decides:
-            heads["own"] = self._own(threat)
+            heads["own"] = self._network.head(threat)
         trained = layer.trained(threat, asked).items()
         return heads | {head: _measure(network, self.inputs, threat, self.settings) for head, network in trained}
 
-    def _own(self, threat: ThreatModel) -> MeasuredHead:
-        if threat not in self._own_heads:
-            self._own_heads[threat] = _measure(self.inputs.network, self.inputs, threat, self.settings)
-        return self._own_heads[threat]
 
-    def _ledger(self, name: str, threat: ThreatModel) -> Ledger | None:
-        """Return the ledger of images of a threat model, which all layers share; None without a classifier."""
+class _NetworkResults:
+    """What all layers of a network share under a threat model: its own head's accuracy, and the ledger of images."""
+
+    def __init__(self, inputs: CertificationInputs, settings: CertificationSettings) -> None:
+        self.inputs, self.settings = inputs, settings
+        self._heads: dict[ThreatModel, MeasuredHead] = {}
+        self._ledgers: dict[ThreatModel, Ledger] = {}
+
+    def head(self, threat: ThreatModel) -> MeasuredHead:
+        if threat not in self._heads:
+            self._heads[threat] = _measure(self.inputs.network, self.inputs, threat, self.settings)
+        return self._heads[threat]
+
+    def ledger(self, threat: ThreatModel, on_start: Callable[[], None]) -> Ledger | None:
+        """Return the ledger of images; None without a classifier, or if none is asked for."""
         from audit.certificate.robust_images.ledger import LedgerInputs, keep_ledger
 
         inputs = self.inputs
-        if inputs.headless:
+        if inputs.headless or not self.settings.ledger:
             return None
         if threat not in self._ledgers:
-            candidates = self._own(threat).images
-            self.on_progress(name, threat, "ledger", len(inputs.clean))
+            candidates = self.head(threat).images
+            on_start()
             precise = copy.deepcopy(inputs.network).double()
             given = LedgerInputs(inputs.network, precise, inputs.clean, inputs.labels)
             self._ledgers[threat] = keep_ledger(given, threat, candidates)

@@ -56,8 +56,9 @@ def by_setting(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     if len(groups) < 2:
         return [("", frame)]
     found: dict[str, pd.DataFrame] = {}
-    for (dataset, layer, norm, eps), rows in groups:
-        words = f"{short_name(dataset)} {layer} {norm} {format_eps(eps)}".lower()
+    for _, rows in groups:
+        first = rows.iloc[0]
+        words = f"{short_name(first['dataset'])} {first['layer']} {first['norm']} {format_eps(first['eps'])}".lower()
         name = "-" + re.sub(r"[^a-z0-9.]+", "-", words).strip("-.")[:_LONGEST]
         found[name if name not in found else f"{name}-{len(found)}"] = rows
     return list(found.items())

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from audit.storage import write_atomically
 from reports.figures.all_figures import figure_bytes
 from reports.figures.marks import dress, named
-from reports.figures.style import Sheet, label, paper_style, place_key
+from reports.figures.style import Keys, Sheet, label, paper_style, place_key
 from reports.statistics.correlation import Vector
 from reports.text import format_eps, format_norm, plain_text, short_name
 
@@ -48,13 +48,14 @@ def feature_figure(frame: pd.DataFrame) -> Figure:
     lines = _lines(frame)
     with paper_style():
         captions = [text for group in groups for text in (_sentence(group), NOT_A_BOUND)]
-        sheet = Sheet(2 * len(groups), captions, plot_height=1.7, keys=(list(lines.values()), []), groups=[2] * len(groups))
+        keys: Keys = list(lines.values()), []
+        sheet = Sheet(2 * len(groups), captions, plot_height=1.7, keys=keys, groups=[2] * len(groups))
         figure, axes = sheet.draw()
         for i, group in enumerate(groups):
             for ax, (column, text) in zip(axes[2 * i : 2 * i + 2], _SIDES, strict=True):
                 _draw(ax, group, column, lines)
                 dress(ax, _title(group), text, "share of the features")
-        place_key(figure, list(lines.values()), [])
+        place_key(figure, *keys)
     return figure
 
 

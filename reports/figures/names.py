@@ -23,10 +23,11 @@ _HEIGHT = 1.3 * _SIZE
 _MARK = 4.0  # a marker reaches so far around its centre
 _GAP = 1.5
 _ANGLES = np.radians((0, 180, 45, 135, 315, 225, 90, 270))  # in the order in which equal places are preferred
-_ACROSS, _UP = 7.0, 4.0  # steps of the grid of places
+_ACROSS, _UP = 10.0, 5.0  # steps of the grid of places
 _LINE_FROM = 8.0  # a line joins a name and a point farther apart
 _ON_A_BAR, _OVER_A_MARK, _OVER_A_LINE, _AT_ANOTHER = 12.0, 60.0, 20.0, 60.0  # what a place costs beside its distance
 _NO_ROOM = 1e4
+_MANY = 40  # names of which only one order is tried
 _NOTHING = 1e-9
 
 
@@ -61,7 +62,10 @@ def _orders(spots: Floats) -> list[list[int]]:
     crowd = [int((np.linalg.norm(spots - spot, axis=1) < 40).sum()) for spot in spots]
     numbers = range(len(spots))
     first = sorted(numbers, key=lambda i: (-crowd[i], tuple(spots[i])))
-    return [first, *(sorted(numbers, key=lambda i: (sign * spots[i][axis], i)) for axis in (0, 1) for sign in (1, -1))]
+    if len(spots) > _MANY:
+        return [first]
+    sides = [(axis, sign) for axis in (0, 1) for sign in (1, -1)]
+    return [first, *(sorted(numbers, key=lambda i: (side[1] * spots[i][side[0]], i)) for side in sides)]
 
 
 def _arranged(
@@ -95,7 +99,7 @@ class Place(NamedTuple):
 
 
 class _Sheet:
-    """What lies inside an axes already: boxes (left, bottom, right, top) of markers, error bars and names, and lines."""
+    """What lies inside an axes: boxes (left, bottom, right, top) of markers, error bars and names, and lines."""
 
     def __init__(self, frame: Floats, marks: Floats, bars: Floats) -> None:
         self.frame, self.marks, self.bars = frame, marks, bars
@@ -144,7 +148,7 @@ def _places(frame: Floats, spot: Floats, width: float) -> Floats:
     middles = np.vstack([around, grid])
     half = np.array([width / 2, _HEIGHT / 2])
     boxes = np.hstack([middles - half, middles + half])
-    inside: Marks = (boxes[:, :2] >= frame[:2]).all(1) & (boxes[:, 2:] <= frame[2:]).all(1)
+    inside: Marks = np.all((boxes[:, :2] >= frame[:2]) & (boxes[:, 2:] <= frame[2:]), axis=1)
     return boxes[inside]
 
 
@@ -158,7 +162,7 @@ def _ends(spot: Floats, boxes: Floats) -> tuple[Floats, Floats]:
 def _meet(some: Floats, others: Floats) -> Marks:
     """Return which boxes overlap which (n, m)."""
     low, high = np.maximum(some[:, None, :2], others[:, :2]), np.minimum(some[:, None, 2:], others[:, 2:])
-    overlap: Marks = (low < high).all(-1)
+    overlap: Marks = np.all(low < high, axis=-1)
     return overlap
 
 
@@ -192,9 +196,11 @@ def _bars(ax: Axes) -> Floats:
     """Return the error bars of an axes: its lines of two points that run along an axis."""
     found = []
     for line in ax.lines:
-        ends = ax.transData.transform(line.get_xydata()) * 72 / ax.figure.dpi if len(line.get_xdata()) == 2 else []
-        if len(ends) and (abs(ends[0] - ends[1]) < 1e-6).any():
-            found.append([*(ends.min(0) - 0.5), *(ends.max(0) + 0.5)])
+        data: Floats = np.asarray(line.get_xydata(), dtype=np.float64)
+        if len(data) == 2:
+            ends: Floats = ax.transData.transform(data) * 72 / ax.figure.dpi
+            if (np.abs(ends[0] - ends[1]) < _NOTHING).any():
+                found.append([*(ends.min(0) - 0.5), *(ends.max(0) + 0.5)])
     return np.array(found).reshape(-1, 4)
 
 

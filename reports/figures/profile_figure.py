@@ -24,6 +24,7 @@ _LOOKS = (Look("#0173b2", "o"), Look("#d55e00", "s"), Look("#555555", "D"), Look
 _WIDTH, _HEIGHT = 4.8, 2.8
 _MOST = 12  # characters of a layer's name on the axis
 
+
 class Profile(NamedTuple):
     """A plot with its title and the rows that it shows."""
 

@@ -136,7 +136,8 @@ class Sheet:
         """Write a caption under the axis label, wrapped to the panel's width."""
         across = -0.9 * (self.left - _RIGHT) / (self.width - self.left - _RIGHT)
         axes.text(
-            across, -(self.foot + 0.05) / self.plot_height, "\n".join(_wrapped(text, self.width)), transform=axes.transAxes,
+            across, -(self.foot + 0.05) / self.plot_height, "\n".join(_wrapped(text, self.width)),
+            transform=axes.transAxes,
             va="top", ha="left", fontsize=6.8, linespacing=1.35, color="#333333",
         )  # fmt: skip
 

@@ -105,8 +105,7 @@ def _board(panel: Panel, calibration: Sequence[CalibrationRow], heads: Sequence[
         calibration=calibration_sentence(calibration, first["estimator"]),
         failed=failed_calibration(calibration, first["estimator"]),
         rows=[
-            ("unranked" if row["rank"] == "unranked" else "ranked", [head.cell(row) for head in heads])
-            for row in rows
+            ("unranked" if row["rank"] == "unranked" else "ranked", [head.cell(row) for head in heads]) for row in rows
         ],
         refuted=[_refuted(row) for row in refuted],
         caption=panel_caption(panel.rows) if ranks else "" if claims else NO_CLAIM,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -62,7 +63,8 @@ def pictures(frame: pd.DataFrame, links: Mapping[str, str], views: Mapping[str, 
         where = f"{panel.setting}, {panel.estimator}"
         if bool(rows["ranks"].any()) and not alone and _known(rows, ("rv", "adversarial_gap")):
             found.append(_group(f"{FIGURE1}: {where}", figure1(rows), (rows, links, view), _WORDS1))
-        if curve_of(rows["estimator"].iloc[0], rows["quantity"].iloc[0]) and _known(rows, ("worst_nats", "normal_nats")):
+        first = rows.iloc[0]
+        if curve_of(first["estimator"], first["quantity"]) and _known(rows, ("worst_nats", "normal_nats")):
             found.append(_group(f"{FIGURE2}: {where}", figure2(rows), (rows, links, view), _WORDS2))
     return found
 
@@ -85,15 +87,13 @@ def _known(rows: pd.DataFrame, names: Sequence[str]) -> bool:
     return bool(rows[list(names)].notna().all(axis=1).any())
 
 
-def _group(
-    title: str, figure: Figure, shown: tuple[pd.DataFrame, Mapping[str, str], str], words: str
-) -> Picture:
+def _group(title: str, figure: Figure, shown: tuple[pd.DataFrame, Mapping[str, str], str], words: str) -> Picture:
     rows, links, view = shown
-    by_cell = {row["cell_id"]: row for _, row in rows.iterrows()}
+    by_cell = {str(row["cell_id"]): row for row in rows.to_dict(orient="records")}
     return picture(title, figure, words, view, spots_of(figure, by_cell, links))
 
 
-def spots_of(figure: Figure, by_cell: Mapping[str, Mapping[str, Any]], links: Mapping[str, str]) -> list[Spot]:
+def spots_of(figure: Figure, by_cell: Mapping[str, Mapping[Any, Any]], links: Mapping[str, str]) -> list[Spot]:
     """Return a place for every marker of a figure that stands for a record."""
     scale, height = _POINTS / figure.dpi, _POINTS * figure.get_figheight()
     found = []
@@ -101,14 +101,14 @@ def spots_of(figure: Figure, by_cell: Mapping[str, Mapping[str, Any]], links: Ma
         for line in ax.lines:
             cell = str(line.get_gid() or "").removeprefix(SPOT)
             if cell in by_cell:
-                x, y = ax.transData.transform(line.get_xydata()[0]) * scale
+                x, y = ax.transData.transform(np.asarray(line.get_xydata(), dtype=np.float64)[0]) * scale
                 row = by_cell[cell]
                 anchor = links[plain_text(row["model"])]
                 found.append(Spot(f"{x:.1f}", f"{height - y:.1f}", anchor, _told(row)))
     return found
 
 
-def _told(row: Mapping[str, Any]) -> str:
+def _told(row: Mapping[Any, Any]) -> str:
     nats = f"normal {with_error(row['normal_nats'], None)}, worst {with_error(row['worst_nats'], None)} nats"
     accuracies = [with_error(row[f"{case}_accuracy"], None) for case in ("natural", "adversarial")]
     rv = with_error(row["rv"], row["rv_se"])

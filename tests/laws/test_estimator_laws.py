@@ -13,9 +13,9 @@ from audit.information.estimator import CARRIED, CLEAN, ESTIMATORS, EstimatorInp
 from audit.information.label_entropy import LabelEntropy
 from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
+from audit.information.probing.settings import PanelSettings, ProbeTraining
 from audit.information.released.estimator import Reference
 from audit.information.sandwich import Sandwich
-from audit.information.probing.settings import PanelSettings, ProbeTraining
 from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.representation.layers import Representation
 from audit.types import Encoded

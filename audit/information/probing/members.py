@@ -3,6 +3,7 @@
 Every member returns log-probabilities of classes; what the panel makes of them is in `panel`.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -148,7 +149,10 @@ def _forest(sample: Sample, training: Tensor, readers: Readers, seed: int) -> Fi
     from sklearn.ensemble import RandomForestClassifier
 
     model = RandomForestClassifier(readers.panel.trees, min_samples_leaf=3, oob_score=True, random_state=seed, n_jobs=1)
-    _fit_trees(model, sample, training)
+    with warnings.catch_warnings():
+        # a sample that every tree was fitted on has no vote, which leaves it to the class shares
+        warnings.filterwarnings("ignore", "Some inputs do not have OOB scores")
+        _fit_trees(model, sample, training)
     honest = _all_classes(model.classes_, np.nan_to_num(model.oob_decision_function_), sample.classes)
     return Fitted(lambda index: _tree_log_probs(model, sample, index), honest)
 

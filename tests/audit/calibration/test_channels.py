@@ -9,10 +9,13 @@ import torch
 from audit.calibration.catalogue import all_channels
 from audit.calibration.channels import SPAN, as_images, as_values
 from audit.calibration.closed_forms import bits, gaussian, sign_of_gaussian, three_points, two_points, uniform
+from audit.calibration.label_channels import label_channels
 from audit.information.smoothing.scale import fitted_unit
 from audit.theory import binary_entropy
 
-ALL = all_channels()
+# those of label_channels have tests of their own: their balls leave the pixel range, where classes do not meet
+LABELLED = {channel.name for channel in label_channels()}
+ALL = [channel for channel in all_channels() if channel.name not in LABELLED]
 EVERY = pytest.mark.parametrize("channel", ALL, ids=[f"{c.name}, {c.parameters}" for c in ALL])
 
 

@@ -30,7 +30,8 @@ def full(record, **changes):
 def test_what_a_reader_compares_stands_before_the_flags(zoo):
     assert heads([full(record) for record in zoo]) == [
         "rank", "model", "normal-case MI", "worst-case MI", "RV", "Fano accuracy bound", "natural accuracy",
-        "adversarial accuracy", "adversarial gap", "worst-case probe", "best head", "no head exceeds", "passes", "flags",
+        "adversarial accuracy", "adversarial gap", "worst-case probe", "best head", "no head exceeds", "passes",
+        "flags",
     ]  # fmt: skip
     two = [full(record) for record in zoo[:2]]
     assert set(heads(two, shown=False)) - set(heads(two)) == {
@@ -103,8 +104,13 @@ def test_a_run_of_one_model_opens_with_its_card_and_plots_along_layers_and_radii
     text = render_report(records)
     assert text.index('id="models"') < text.index('id="figures"') < text.index('id="leaderboard"')
     assert re.search(r'<details class="model" id="model-1" open>', text)
-    for title in ("Information against layer: digits, ℓ∞ 0.1, mine", "Information against radius: digits, logits, ℓ∞, mine",
-                  "Accuracy against layer: digits, ℓ∞ 0.2", "Accuracy against radius: digits, input, ℓ∞"):  # fmt: skip
+    titles = (
+        "Information against layer: digits, ℓ∞ 0.1, mine",
+        "Information against radius: digits, logits, ℓ∞, mine",
+        "Accuracy against layer: digits, ℓ∞ 0.2",
+        "Accuracy against radius: digits, input, ℓ∞",
+    )
+    for title in titles:
         assert f"<b>{title}.</b>" in text
     for word in ("Figure 1.", "Spearman", "Every correlation", "correlation of RV"):
         assert word not in text
@@ -117,4 +123,6 @@ def test_several_models_keep_the_leaderboard_first(zoo):
     assert text.index('id="leaderboard"') < text.index('id="figures"') < text.index('id="models"')
     assert "<select" not in text  # one setting needs no choice
     assert text.count('<a href="#model-') == 12 * 3  # the table and the points of two figures
-    assert 'data-tip="baseline-h-standard: RV 1.300 ± 0.060, normal 2.200, worst 0.900 nats (estimate); accuracy' in text
+    assert (
+        'data-tip="baseline-h-standard: RV 1.300 ± 0.060, normal 2.200, worst 0.900 nats (estimate); accuracy' in text
+    )

@@ -7,6 +7,7 @@ import pytest
 from reports.page.html import render_report
 from reports.page.verdicts import verdict
 
+START = "Under ℓ∞ 8/255, no head on these logits"
 KEPT = "its own answers keep 0.050 [0.035, 0.070] under attack (measured), 0.980 without attack."
 
 
@@ -19,12 +20,12 @@ def record(zoo):
 
 def test_a_certified_bound_comes_before_an_estimated_one(record):
     certified = replace(record, certified_bound=0.17, certified_tier="bit-identical at float32")
-    said = "Under ℓ∞ 8/255, no head on these logits can exceed 0.170 (certified, bit-identical at float32, 500 images); "
+    said = f"{START} can exceed 0.170 (certified, bit-identical at float32, 500 images); "
     assert verdict([record, certified]) == said + KEPT
 
 
 def test_an_estimated_bound_is_named_as_one(record):
-    said = "Under ℓ∞ 8/255, no head on these logits should exceed 0.420 (estimated bound, exact Fano, label-information); "
+    said = f"{START} should exceed 0.420 (estimated bound, exact Fano, label-information); "
     assert verdict([record]) == said + KEPT
     assert "no head on the layer features.3 should exceed" in verdict([replace(record, layer="features.3")])
 
@@ -40,7 +41,8 @@ def test_an_estimated_bound_is_named_as_one(record):
 )
 def test_a_bound_in_doubt_is_not_told(record, flag, why):
     said = verdict([replace(record, flags=(flag,))])
-    assert said == f"Under ℓ∞ 8/255, no bound on heads on these logits can be relied on: {why} (label-information); {KEPT}"
+    none = "no bound on heads on these logits can be relied on"
+    assert said == f"Under ℓ∞ 8/255, {none}: {why} (label-information); {KEPT}"
     sound = replace(record, cell_id="other", estimator="mine", quantity="I(X; g(X))", fano_accuracy_bound=0.5)
     assert "should exceed 0.500 (estimated bound, exact Fano, mine)" in verdict([replace(record, flags=(flag,)), sound])
 
@@ -61,7 +63,8 @@ def test_of_several_settings_the_certified_one_leads_then_the_output_then_the_la
     deep = replace(record, layer="features.3", eps=0.5)
     small = replace(record, eps=1 / 255)
     assert verdict([deep, small, record]).startswith("Under ℓ∞ 8/255, no head on these logits")
-    assert verdict([replace(deep, certified_bound=0.3), record]).startswith("Under ℓ∞ 0.5, no head on the layer features.3")
+    certified = replace(deep, certified_bound=0.3)
+    assert verdict([certified, record]).startswith("Under ℓ∞ 0.5, no head on the layer features.3")
 
 
 def test_a_failed_audit_has_no_verdict(record):
