@@ -157,14 +157,17 @@ def figures_command(path: Path, only: str | None) -> None:
 
 @cli.command("report")
 @click.argument("run", type=_RUN)
-def report_command(run: Path) -> None:
+@click.option(
+    "--compare", "other", metavar="OTHER", type=_RUN, help="Also write comparison.html: two runs side by side."
+)
+def report_command(run: Path, other: Path | None) -> None:
     """Rebuild the reports of a run.
 
     Writes leaderboard, figures and HTML report of a run folder from its records.
     """
-    from reports.publish import write_reports
+    from reports.publish import write_html, write_reports
 
-    _list_paths(write_reports(run))
+    _list_paths([*write_reports(run), *([write_html(run, other)] if other else [])])
 
 
 def _mounted_commands() -> dict[str, tuple[str, str]]:

@@ -7,6 +7,7 @@ from audit.storage import write_atomically
 from reports.figures.all_figures import save_figures
 from reports.page.html import render_report
 from reports.page.origin import of_folder
+from reports.page.side_by_side import Other
 from reports.tables.calibration import calibration_of
 from reports.tables.leftovers import leftover_sentences
 from reports.tables.ranking import leaderboard, write_leaderboard
@@ -28,9 +29,15 @@ def write_figures(folder: Path) -> list[Path]:
     return save_figures(table, Path(folder), calibration_of([Path(folder)]))
 
 
-def write_html(folder: Path) -> Path:
-    """Write report.html into a run folder and return its path."""
-    path = Path(folder) / "report.html"
-    calibration, left = calibration_of([Path(folder)]), leftover_sentences([Path(folder)])
-    write_atomically(path, render_report(read_records(Path(folder)), calibration, left, of_folder(Path(folder))))
+def write_html(folder: Path, other: Path | None = None) -> Path:
+    """Write report.html into a run folder and return its path.
+
+    With another run folder the page is comparison.html, and shows the cells that both have side by side first; raises
+    UsageError where they share none.
+    """
+    records, calibration = read_records(Path(folder)), calibration_of([Path(folder)])
+    beside = Other(Path(other).resolve().name, read_records(Path(other))) if other else None
+    page = render_report(records, calibration, leftover_sentences([Path(folder)]), of_folder(Path(folder)), beside)
+    path = Path(folder) / ("comparison.html" if other else "report.html")
+    write_atomically(path, page)
     return path

@@ -145,7 +145,8 @@ class LabelAttack:
     `queries` queries an image: Square in l-inf, `finite_differences` in other norms. Images that only these break are
     a sign of gradient masking. Then come thorough searches in l2 and l1, and last the attacks `borrowed` from other
     packages, named as in `external`. `fast` runs searches on a fused copy of the network; images are always evaluated
-    on the network itself, so that it affects cost only. Raises UsageError for negative counts, or for an attack with no search.
+    on the network itself, so that it affects cost only. Raises UsageError for negative counts, or for an attack with no
+    search.
     """
 
     stages: tuple[Stage, ...] = ()

@@ -7,7 +7,6 @@ from audit.adversary.threat import ThreatModel
 from audit.certificate.collisions import Collisions
 from audit.certificate.dual_precision import DualPrecisionLayer
 from audit.certificate.equality import PROBE_IMAGES, EqualityCriterion, EqualityTier, features_equal
-from audit.certificate.proof.root import prove_collisions, reason_unprovable
 from audit.errors import InvalidModelError, UsageError
 from audit.types import Features, Images, Labels
 
@@ -32,6 +31,8 @@ def valid_rows(
     if len(collisions.members) == 0:
         return torch.zeros(0, dtype=torch.bool, device=clean.device)
     if criterion.tier == "proved":
+        from audit.certificate.proof.root import prove_collisions
+
         return prove_collisions(layer.precise, clean, collisions, threat)
     features = torch.cat([layer.precise(batch) for batch in collisions.moved.split(_BATCH)])
     equal = features_equal(features, collisions.targets[collisions.at], criterion)
@@ -61,7 +62,11 @@ def reason_not_applicable(layer: DualPrecisionLayer, clean: Images, labels: Labe
     if _largest_distance(features, alone) > tolerance:
         return "the features of an image depend on the other images of its batch"
     _check_float64_copy(features, layer.working(clean[:PROBE_IMAGES]).double())
-    return reason_unprovable(layer.precise, clean) if tier == "proved" else None
+    if tier != "proved":
+        return None
+    from audit.certificate.proof.root import reason_unprovable
+
+    return reason_unprovable(layer.precise, clean)
 
 
 def _check_float64_copy(precise: Features, working: Features) -> None:

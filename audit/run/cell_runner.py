@@ -125,7 +125,9 @@ class CellRunner:
         if cell.settings.certificate:
             certificate = results.certificate(inputs, lambda: self._on_stage(cell, "certifying"))
         record = assemble(_parts(inputs, results, result, certificate, started))
-        return self._keeper.beside(record, kept_images(inputs, robustness, result.per_seed))
+        found = dict(zip(cell.settings.seeds, result.per_seed, strict=True))
+        kept = kept_images(inputs.images.images, inputs.images.labels, robustness, found)
+        return self._keeper.beside(record, kept)
 
     def _model(self, cell: Cell) -> ModelResults:
         return self._models.get(_network_of(cell), lambda: ModelResults.load(cell, self.inputs, self.intermediate))

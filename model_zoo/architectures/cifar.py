@@ -5,8 +5,6 @@ No weights are read from torchvision.
 
 from torch import Tensor, nn
 
-from model_zoo.libraries import torchvision_build
-
 _VGG16_CHANNELS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: max pooling
 
 
@@ -15,6 +13,8 @@ def cifar_resnet(image_shape: tuple[int, int, int], num_classes: int, depth: int
 
     Raises UnknownNameError for another depth. Source: He et al. 2016; the stem as usual for CIFAR.
     """
+    from model_zoo.libraries import torchvision_build
+
     network = torchvision_build(f"resnet{depth}", num_classes, None)
     network.conv1, network.maxpool = _stem(image_shape[0]), nn.Identity()
     return network
@@ -25,6 +25,8 @@ def cifar_densenet(image_shape: tuple[int, int, int], num_classes: int, depth: i
 
     Raises UnknownNameError for another depth. Source: Huang et al. 2017; the stem as usual for CIFAR.
     """
+    from model_zoo.libraries import torchvision_build
+
     network = torchvision_build(f"densenet{depth}", num_classes, None)
     features = network.get_submodule("features")
     features.conv0, features.pool0 = _stem(image_shape[0]), nn.Identity()

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from reports.figures.style import Sheet, label, paper_style
+from reports.figures.style import RIGHT, Sheet, label, paper_style
 from reports.statistics.agreement import Agreement, agreements
 
 _CELL = 0.62
@@ -14,8 +14,9 @@ _LABELS = 1.22
 _SHOWN_FROM = 0.62
 _CAPTION = (
     "Below the diagonal: Kendall's tau-b of two estimators' RVs over the models both cover, contradicted ones left "
-    "out. On it: median standard error of RV in nats. * does not claim to rank."
+    "out. On it: median standard error of RV in nats."
 )
+_NO_CLAIM = " * does not claim to rank."
 
 
 def agreement_figure(frame: pd.DataFrame) -> Figure | None:
@@ -26,8 +27,9 @@ def agreement_figure(frame: pd.DataFrame) -> Figure | None:
     largest = max(len(agreement.estimators) for agreement in found)
     size = max(3, largest) * _CELL
     with paper_style():
+        captions = [_caption(agreement) for agreement in found]
         sheet = Sheet(
-            len(found), [_CAPTION] * len(found), width=_LABELS + size + 0.14, plot_height=size, left=_LABELS,
+            len(found), captions, width=_LABELS + size + RIGHT, plot_height=size, left=_LABELS,
             head=0.48, foot=0.75,
         )  # fmt: skip
         figure, axes = sheet.draw()
@@ -36,6 +38,11 @@ def agreement_figure(frame: pd.DataFrame) -> Figure | None:
             title = ("Kendall's tau-b of RV (estimate)", label(agreement.title, 52))
             ax.set_title("\n".join(title), loc="left", pad=5, x=-(_LABELS - 0.14) / size)
     return figure
+
+
+def _caption(agreement: Agreement) -> str:
+    silent = not all(firm.ranks for firm in agreement.firmness.values())
+    return f"{_CAPTION}{_NO_CLAIM}" if silent else _CAPTION
 
 
 def _draw(ax: Axes, agreement: Agreement) -> None:

@@ -50,7 +50,7 @@ _LINE_INCHES = 0.142
 _LETTER_INCHES = 0.0505  # of a caption, on average
 _KEY_INCHES = 0.147
 _KEY_ABOVE, _KEY_BETWEEN, _KEY_LEFT = 0.12, 0.05, 0.1
-_RIGHT = 0.2  # inches beside a plot, half of a tick's label
+RIGHT = 0.2  # inches beside a plot, half of a tick's label
 _HINTING = 1.08  # letters fitted to pixels take up to so much more room than their outlines
 _ROUNDING = 1e-9
 
@@ -129,12 +129,12 @@ class Sheet:
     def _box(self, place: tuple[int, int], size: tuple[float, float]) -> tuple[float, float, float, float]:
         row, column = place
         left, top = self.width * column + self.left, size[1] - row * self._row_height - self.head
-        width, height = self.width - self.left - _RIGHT, self.plot_height
+        width, height = self.width - self.left - RIGHT, self.plot_height
         return left / size[0], (top - height) / size[1], width / size[0], height / size[1]
 
     def _caption(self, axes: Axes, text: str) -> None:
         """Write a caption under the axis label, wrapped to the panel's width."""
-        across = -0.9 * (self.left - _RIGHT) / (self.width - self.left - _RIGHT)
+        across = -0.9 * (self.left - RIGHT) / (self.width - self.left - RIGHT)
         axes.text(
             across, -(self.foot + 0.05) / self.plot_height, "\n".join(_wrapped(text, self.width)),
             transform=axes.transAxes,

@@ -21,6 +21,7 @@ from reports.page.explanations import explain, flag_name
 from reports.page.model_pages import anchors, model_pages
 from reports.page.origin import versions
 from reports.page.pictures import Picture, picture, pictures
+from reports.page.side_by_side import Other, side_by_side
 from reports.statistics.sentences import family_order, summary
 from reports.tables.calibration import calibration_sentence, failed_calibration
 from reports.tables.ranking import leaderboard
@@ -37,10 +38,12 @@ def render_report(
     calibration: Sequence[CalibrationRow] = (),
     left: Sequence[str] = (),
     origin: Sequence[tuple[str, str]] = (),
+    other: Other | None = None,
 ) -> str:
     """Return the HTML report of records and of their estimators' calibration; the same ones give the same bytes.
 
-    `left` are sentences about what else lies in the run folder, `origin` facts about the run for the head of the page.
+    `left` are sentences about what else lies in the run folder, `origin` facts about the run for the head of the page,
+    `other` another run to show beside this one; raises UsageError where the two share no cell.
     """
     frame = leaderboard(to_frame(records))
     css, js = _asset("report.css"), _asset("report.js")
@@ -69,6 +72,7 @@ def render_report(
         models=pages,
         links=links,
         views=views,
+        compared=side_by_side(records, other) if other else None,
         certified=any(record.certified_bound is not None for record in records),
     )
 

@@ -1,19 +1,19 @@
 """The images that an audit keeps: collected from its attack and its worst-case searches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from audit.adversary.robustness import Robustness
 from audit.information.estimator import Vulnerability
 from audit.run.evidence.kept import KeptImages
-from audit.run.loading import CellInputs
-from audit.types import Images
+from audit.types import Images, Labels
 
 
-def kept_images(inputs: CellInputs, robustness: Robustness, per_seed: Sequence[Vulnerability]) -> KeptImages:
-    """Return the images of a cell: clean and adversarial ones, and the worst case of each of its seeds."""
-    clean, seeds = inputs.images.images, inputs.cell.settings.seeds
-    worst = {seed: _all_images(clean, run) for seed, run in zip(seeds, per_seed, strict=True)}
-    return KeptImages(clean, inputs.images.labels, robustness.accuracy.outcome.images, worst)
+def kept_images(
+    clean: Images, labels: Labels, robustness: Robustness, per_seed: Mapping[int, Vulnerability]
+) -> KeptImages:
+    """Return the clean images (N, C, H, W) of a cell, the adversarial ones, and the worst case of each of its seeds."""
+    worst = {seed: _all_images(clean, run) for seed, run in per_seed.items()}
+    return KeptImages(clean, labels, robustness.accuracy.outcome.images, worst)
 
 
 def _all_images(clean: Images, run: Vulnerability) -> Images:

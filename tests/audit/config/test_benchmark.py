@@ -252,3 +252,22 @@ def test_no_name_leaves_the_run_folder(name: str) -> None:
     assert RecordStore(folder).path(identity).resolve().parent == (folder / "cells").resolve()
     legal = takes(BenchmarkConfig, name=name, dataset="d", models=["m"], threats={"eps": 0})
     assert not legal or (Path("runs") / name).resolve().parent == Path("runs").resolve()
+
+
+@pytest.mark.parametrize(
+    ("given", "certificate", "ledger"),
+    [(False, False, False), (True, True, False), ({"ledger": True}, True, True), ({"ledger": False}, True, False)],
+)
+def test_a_certificate_may_ask_for_the_ledger(given: Any, certificate: bool, ledger: bool) -> None:
+    made = BenchmarkConfig.model_validate(
+        {"name": "a", "dataset": "digits", "models": ["bundled:x"], "threats": {"eps": 0.1}, "certificate": given}
+    )
+    assert {(each.certificate, each.ledger) for each in made.settings()} == {(certificate, ledger)}
+
+
+def test_an_illegal_certificate_is_one_sentence() -> None:
+    rest = {"name": "a", "dataset": "digits", "models": ["bundled:x"], "threats": {"eps": 0.1}}
+    with pytest.raises(ValidationError, match="certificate 3 is not legal: write true, false, or") as caught:
+        BenchmarkConfig.model_validate({**rest, "certificate": 3})
+    assert caught.value.error_count() == 1
+    assert not takes(BenchmarkConfig, **rest, certificate={"ledge": True})

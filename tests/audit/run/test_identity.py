@@ -41,7 +41,7 @@ CLASSES: dict[type, tuple[set[str], set[str]]] = {
     WorstCaseSearch: ({known.name for known in fields(WorstCaseSearch)}, set()),
     ProbeTraining: ({known.name for known in fields(ProbeTraining)}, set()),
     RunOptions: (set(), {"sources", "data_dir", "device", "keep_images"}),
-    SourceSettings: (set(), {"trust_code", "offline", "cache_dir", "model_dir"}),
+    SourceSettings: (set(), {"trust_code", "offline", "cache_dir", "model_dir", "base"}),
     # through the hash of the images
     ImageRequest: (set(), {"count", "split", "data_dir", "offline", "balanced", "preprocessing"}),
 }

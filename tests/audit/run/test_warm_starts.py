@@ -160,7 +160,7 @@ def test_a_cell_whose_predecessor_fails_is_searched_from_scratch(ladder, monkeyp
         if self.representation.layer == "logits":
             next(calls)
             raise InvalidModelError("planted")
-        assert not starts
+        assert not starts.by_seed
         return real(self, threat, starts, cache)
 
     monkeypatch.setattr(LayerAudit, "searched", failing)

@@ -154,6 +154,34 @@ def test_nothing_in_a_figure_overlaps(mixed_zoo, suite, calibrated):
             assert not any(one.overlaps(other) for other in boxes[i + 1 :])
 
 
+def test_long_names_in_legends_and_channels_of_one_truth_stay_on_the_page(calibrated, suite):
+    rows = [
+        replace(row, channel=f"{row.channel} behind a map of 8x8 images") for row in calibrated("label-information")
+    ]
+    alone = [row for row in calibrated("sandwich", error=1e-16, channels=1) if row.normal_tolerance is not None]
+    exact = [replace(row, normal_tolerance=None, true_worst_nats=None, worst_nats=None) for row in alone]
+    for figure in (
+        calibration_figure([*rows, *exact]),
+        agreement_figure(to_frame(suite(3, ("sandwich", "mine-infonce")))),
+    ):
+        figure_bytes(figure, "svg")
+        boxes = [box.get_window_extent() for box in figure.legends] + [axes.get_tightbbox() for axes in figure.axes]
+        for i, box in enumerate(boxes):
+            assert figure.bbox.x0 <= box.x0 + 1
+            assert box.x1 <= figure.bbox.x1 + 1
+            assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+    lone = calibration_figure(exact).axes[0]
+    assert np.ptp(lone.get_ylim()) > 1e-3  # an error of rounding gets no axis of its own
+    assert np.ptp(lone.get_xlim()) == pytest.approx(0.2)
+
+
+def test_the_agreement_explains_the_star_only_where_one_is_drawn(suite):
+    with_star = texts(agreement_figure(to_frame(suite(3, ("sandwich", "ref-local")))))
+    without = texts(agreement_figure(to_frame(suite(3, ("sandwich", "mine-infonce")))))
+    assert ("ref-local *" in with_star, any("* does not" in text for text in with_star)) == (True, True)
+    assert not any("*" in text for text in without)
+
+
 def test_looks_are_distinct_and_do_not_depend_on_order():
     names = [f"family{i}" for i in range(10)]
     assert looks(names) == looks(names[::-1])

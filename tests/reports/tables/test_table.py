@@ -9,7 +9,7 @@ import pytest
 import reports
 from reports.estimators import curve_of
 from reports.page.html import render_report
-from reports.tables.columns import CERTIFICATE, NO_RESULT, UNITS, columns_csv
+from reports.tables.columns import NO_RESULT, OPTIONAL, PROBE, UNITS, columns_csv
 from reports.tables.ranking import leaderboard, to_csv, to_parquet
 from reports.tables.table import COLUMNS, KINDS, panels, ranked, sound, split_flags, to_frame, to_rows
 
@@ -135,7 +135,7 @@ def test_every_number_that_is_published_has_a_kind_and_a_unit(suite):
     described = {row["column"]: row for row in csv.DictReader(io.StringIO(columns_csv()))}
     assert list(described) == ["rank", *COLUMNS]
     assert set(table.columns) == set(described)
-    given = {"trained_eps", "eps", "num_classes", "seeds", "images", "ranks"}
+    given = {"trained_eps", "eps", "num_classes", "seeds", "images", "ranks", "passes"}
     for name in table.columns:
         numeric = pd.api.types.is_numeric_dtype(table[name]) or name in ("rank", "rv_by_seed")
         expected = {"estimate", "measured", "certified"} if numeric and name not in given else {NO_RESULT}
@@ -159,8 +159,18 @@ def test_only_estimates_that_limit_heads_have_a_curve(suite):
 
 
 def test_parquet_round_trip(mixed_zoo):
-    table = leaderboard(to_frame(mixed_zoo)).drop(columns=list(CERTIFICATE))
+    table = leaderboard(to_frame(mixed_zoo)).drop(columns=[name for names, _ in OPTIONAL for name in names])
     pd.testing.assert_frame_equal(pd.read_parquet(io.BytesIO(to_parquet(table))), table, check_dtype=False)
+
+
+def test_files_leave_out_what_no_row_has_and_keep_what_one_has(zoo):
+    def header(records):
+        return set(to_csv(leaderboard(to_frame(records))).splitlines()[0].split(","))
+
+    optional = {name for names, _ in OPTIONAL for name in names}
+    assert header(zoo) == {"rank", *COLUMNS} - optional
+    assert optional & header([replace(zoo[0], passes=7), zoo[1]]) == {"passes"}
+    assert optional & header([replace(zoo[0], worst_probe_accuracy=0.4), zoo[1]]) == set(PROBE)
 
 
 def test_hostile_names_stay_text_in_csv(hostile):
