@@ -129,10 +129,10 @@ class ThoroughStage(Stage):
 
 _TWICE: Balls = ((3.0, 0.3), (1.5, 0.3))
 _THOROUGH = (
-    ThoroughStage("margin", PGD(60, 0.1, random_start=False, restarts=2), balls=_TWICE),
-    ThoroughStage("ce", PGD(60, 0.1, random_start=False), balls=_TWICE),
+    ThoroughStage("margin", PGD(60, 0.1, random_start=False, restarts=3), balls=_TWICE),
+    ThoroughStage("ce", PGD(60, 0.1, random_start=False, restarts=2), balls=_TWICE),
     ThoroughStage("targeted", PGD(40, 0.1, random_start=False), targets=4, balls=_TWICE),
-    ThoroughStage("margin", PGD(100, 0.1, restarts=2)),
+    ThoroughStage("margin", PGD(100, 0.1, restarts=4)),
 )
 """Searches in l2 and l1 on images that all others of an attack leave."""
 

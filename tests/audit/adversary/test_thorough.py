@@ -128,7 +128,7 @@ def test_images_of_third_party_networks_that_were_left(name, norm, eps, tmp_path
 
 def test_only_attacks_with_queries_in_l2_and_l1_search_thoroughly():
     more = [stage.name for stage in AUDIT.thorough_in("l2")]
-    assert more == ["margin-60x2-outside", "ce-60-outside", "targeted-40x4-outside", "margin-100x2-inside"]
+    assert more == ["margin-60x3-outside", "ce-60x2-outside", "targeted-40x4-outside", "margin-100x4-inside"]
     assert AUDIT.thorough_in("l1") == AUDIT.thorough_in("l2")
     assert (
         AUDIT.thorough_in("linf") == TIERS["smoke"].thorough_in("l2") == LabelAttack(queries=5).thorough_in("l2") == ()
