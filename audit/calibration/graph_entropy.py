@@ -15,8 +15,8 @@ def least_label_information(points: Sequence[Sequence[float]], eps: float, label
 
     Each point is a class; with the probability `label_noise`, the label is drawn from all classes instead. Boxes that
     overlap pairwise have a common point (Helly's theorem for boxes), and what is told is least if Z names one of the
-    maximal sets of classes that meet: the minimum over p(clique | class) is a convex programme, solved by mirror
-    descent.
+    maximal sets of classes that meet. A search knows the label too, so that the minimum is over
+    p(clique | class, label): a convex programme, solved by mirror descent.
 
     Source: Koerner 1973, "Coding of an Information Source Having Ambiguous Alphabet and the Entropy of Graphs".
 
@@ -27,16 +27,16 @@ def least_label_information(points: Sequence[Sequence[float]], eps: float, label
     membership = _maximal_cliques(np.abs(centres[:, None] - centres[None]).max(2) <= 2 * eps + 1e-9)
     classes = len(centres)
     labels_given_class = (1 - label_noise) * np.eye(classes) + label_noise / classes
-    choice = membership / membership.sum(1, keepdims=True)
-    least = _information(choice, labels_given_class)
+    allowed = np.repeat(membership[:, None], classes, 1)  # class, label, clique
+    choice = allowed / allowed.sum(2, keepdims=True)
+    least = np.inf
     for _ in range(_STEPS):
-        joint = labels_given_class.T @ choice / classes
-        share = np.maximum(joint.sum(0), 1e-300)
-        gradient = labels_given_class @ np.log(np.maximum(joint, 1e-300) / (share / classes))
-        choice = choice * np.exp(-_RATE * (gradient - gradient.min(1, keepdims=True))) * membership
-        choice /= choice.sum(1, keepdims=True)
-        least = min(least, _information(choice, labels_given_class))
-    return max(0.0, least)
+        joint = np.einsum("cy,cyz->yz", labels_given_class, choice) / classes
+        least = min(least, _information(joint))
+        gradient = np.log(np.maximum(joint, 1e-300) / np.maximum(joint.sum(0), 1e-300))
+        choice = choice * np.exp(-_RATE * (gradient - gradient.min(1, keepdims=True))) * allowed
+        choice /= choice.sum(2, keepdims=True)
+    return max(0.0, float(least))
 
 
 def _maximal_cliques(adjacent: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
@@ -49,8 +49,7 @@ def _maximal_cliques(adjacent: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]
     return np.array([[float(vertex in clique) for clique in found] for vertex in range(len(adjacent))])
 
 
-def _information(choice: npt.NDArray[np.float64], labels_given_class: npt.NDArray[np.float64]) -> float:
-    joint = labels_given_class.T @ choice / len(choice)
+def _information(joint: npt.NDArray[np.float64]) -> float:
     product = joint.sum(1, keepdims=True) * joint.sum(0)
     ratio = np.maximum(joint, 1e-300) / np.maximum(product, 1e-300)
     return float(np.sum(np.where(joint > 0, joint * np.log(ratio), 0.0)))

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from audit.adversary.passes import deviations
 from audit.adversary.threat import ThreatModel
 from audit.flags import FlagCode, flag
 from audit.information.encoding import encode, encode_clean
@@ -68,14 +69,14 @@ class LabelInformation(LabelInformationSettings, Estimator):
         clean = encode_clean(inputs, self.batch_size)
         game = self._game(inputs, clean, threat, seed)
         given = {CARRIED: warm_start.images, ATTACKED: warm_start.attacked}
-        starts = {origin: images for origin, images in given.items() if images is not None}
+        starts = {each: threat.project(images, inputs.images) for each, images in given.items() if images is not None}
         found = game.search(_restricted(clean, inputs.labels), starts, warm_start.origin)
-        candidates = {found.best.origin: found.best.images}
-        if CARRIED in starts:
-            # compared by the reported value too, so that no larger ball reports more than a smaller one within it
-            candidates[CARRIED] = starts[CARRIED]
-        read = {origin: self._moved(inputs, images, seed, game) for origin, images in candidates.items()}
-        read |= {CLEAN: normal} if CLEAN in read else {}
+        # these are compared by the reported value too, so that neither the worst case is above the normal one, nor that
+        # of a larger ball above that of a smaller one within it
+        kept = {CARRIED: starts[CARRIED]} if CARRIED in starts else {}
+        candidates = {found.best.origin: found.best.images, **kept}
+        read = {each: self._moved(inputs, images, seed, game) for each, images in candidates.items() if each != CLEAN}
+        candidates, read = {**candidates, CLEAN: inputs.images}, {**read, CLEAN: normal}
         origin = min(read, key=lambda each: read[each].nats)
         worst = replace(read[origin], validated=found.best.nats, history=found.curve, flags=self._search_flags(found))
         return Vulnerability(normal, worst, candidates[origin], indices, found.passes, origin)
@@ -126,7 +127,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
 
 def _unit(clean: Encoded) -> Tensor:
     """Return the scale (D,) of clean features, by which features under attack are rounded."""
-    return clean.features.std(0, correction=0)
+    return deviations(clean.features, correction=0)
 
 
 def _restricted(encoded: Encoded, labels: Tensor) -> Encoded:

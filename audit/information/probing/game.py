@@ -15,7 +15,7 @@ import torch
 from audit.information.estimator import CARRIED, CLEAN, Origin
 from audit.information.probing.opponents import KINDS, Field, Opponent, ProbeDescent, fit_opponent
 from audit.information.probing.panel import ALL_MEMBERS, Panel
-from audit.information.probing.positions import Position, PositionReader, mixed
+from audit.information.probing.positions import Mixture, Position, PositionReader
 from audit.information.probing.settings import LabelInformationSettings
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Images
@@ -63,12 +63,13 @@ class ProbeGame:
         """Return the best position found from clean images, `starts`, and images pushed past a linear probe.
 
         A start carried over from another search replaces the push. `only` is the origin of another seed's worst case:
-        of the push and the game, only the one that found it is repeated.
+        if the game found it, the push is left out, else the game.
         """
         best = self.reader.read(self.field.clean, clean, CLEAN)
         for origin, images in starts.items():
             best = _better(best, self.reader.at(images, origin))
-        pushes, plays = CARRIED not in starts and only != PLAYED, only in (None, CARRIED, PLAYED)
+        plays = only in (None, CARRIED, PLAYED)
+        pushes = CARRIED not in starts and only != PLAYED
         if pushes and not self._nothing_left(best.nats):
             best = _better(best, self._pushed(clean))
         curve = [self._point(best)]
@@ -123,9 +124,9 @@ class ProbeGame:
         generator = keyed_generator(self.seed, Purpose.PROBE_MIXES, number)
         groups = [rounds[-count:] for count in _MIXED_ROUNDS if count <= len(rounds)]
         groups += [[best, rounds[-1]], [best, best, best, rounds[-1]]]
-        mixtures = [mixed(group, generator) for group in groups]
-        images, encoded = min(mixtures, key=lambda mixture: self.reader.quickly(mixture[1]))
-        return self.reader.read(images, encoded, PLAYED)
+        mixtures = [Mixture.draw(group, generator) for group in groups]
+        best_mixture = min(mixtures, key=lambda mixture: self.reader.quickly(mixture.encoded()))
+        return self.reader.read(best_mixture.images(), best_mixture.encoded(), PLAYED)
 
     def _pushed(self, clean: Encoded) -> Position:
         """Return images pushed past the boundaries of a linear probe."""

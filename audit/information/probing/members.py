@@ -20,6 +20,7 @@ from audit.types import Encoded, Features, Labels
 
 LogProbs = npt.NDArray[np.float64]
 _SMALLEST = 1e-12
+_LEAST_DEVIATION = 2e-3  # of principal components, in standardised features
 
 
 class Readers(NamedTuple):
@@ -74,7 +75,9 @@ class Sample:
         if self._values.shape[1] <= self._components:
             return self._values
         principal, sizes = self._principal
-        return principal[:, : self._components] / sizes[: self._components].clamp_min(1e-6)
+        # components of rounding errors would be as large as the others
+        kept = max(1, min(self._components, int((sizes > _LEAST_DEVIATION).sum())))
+        return principal[:, :kept] / sizes[:kept].clamp_min(_SMALLEST)
 
     @cached_property
     def reduced_array(self) -> npt.NDArray[np.float64]:
@@ -117,8 +120,8 @@ def _of_probe(probe: nn.Module, features: Features) -> Fitted:
 
 
 def _neighbours(sample: Sample, training: Tensor, readers: Readers, seed: int) -> Fitted:  # noqa: ARG001
-    features, count = sample.reduced[training], readers.panel.neighbours
-    probe = NeighbourProbe(features, sample.labels[training], sample.classes, neighbours=count)
+    features = sample.reduced[training]
+    probe = NeighbourProbe(features, sample.labels[training], sample.classes, readers.panel)
     honest = to_array(probe(features, torch.arange(len(training), device=training.device)))
     return Fitted(lambda index: to_array(probe(sample.reduced[index])), honest)
 
@@ -139,7 +142,7 @@ def _boosted(sample: Sample, training: Tensor, readers: Readers, seed: int) -> F
         min_samples_leaf=5,
         max_bins=64,
         early_stopping=False,
-        random_state=seed,
+        random_state=seed % 2**32,
     )
     _fit_trees(model, sample, training)
     return Fitted(lambda index: _tree_log_probs(model, sample, index))
@@ -148,7 +151,8 @@ def _boosted(sample: Sample, training: Tensor, readers: Readers, seed: int) -> F
 def _forest(sample: Sample, training: Tensor, readers: Readers, seed: int) -> Fitted:
     from sklearn.ensemble import RandomForestClassifier
 
-    model = RandomForestClassifier(readers.panel.trees, min_samples_leaf=3, oob_score=True, random_state=seed, n_jobs=1)
+    trees, state = readers.panel.trees, seed % 2**32
+    model = RandomForestClassifier(trees, min_samples_leaf=3, oob_score=True, random_state=state, n_jobs=1)
     with warnings.catch_warnings():
         # a sample that every tree was fitted on has no vote, which leaves it to the class shares
         warnings.filterwarnings("ignore", "Some inputs do not have OOB scores")

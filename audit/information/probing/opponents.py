@@ -27,7 +27,7 @@ def fit_opponent(kind: str, encoded: Encoded, labels: Labels, readers: Readers) 
     if kind == "own":
         return lambda images: images.log_probs
     if kind == "neighbours":
-        neighbours = NeighbourProbe(features, labels, classes, neighbours=readers.panel.neighbours)
+        neighbours = NeighbourProbe(features, labels, classes, readers.panel)
         return lambda images: neighbours(images.features)
     probe = {"linear": fit_linear, "hidden": fit_hidden}[kind](features, labels, classes, readers.probes)
     return lambda images: probe(images.features).log_softmax(1)

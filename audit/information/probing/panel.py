@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from audit.adversary.passes import deviations
+from audit.errors import InvalidModelError, UsageError
 from audit.information.probing.members import MEMBERS, Fitted, LogProbs, Readers, Sample
 from audit.proportion import Proportion, wilson
 from audit.random_keys import Purpose, keyed_generator
@@ -16,6 +18,7 @@ from audit.types import Encoded, Features, Labels
 
 ALL_MEMBERS = tuple(MEMBERS)
 _QUICK_FOLDS = 3
+_FEWEST_SAMPLES = 4  # two folds of two
 _SHARPEST = 4.0  # largest factor of log-likelihood ratios
 _PRIOR_SHARE = 0.02  # mixed into every answer: a leaf of one class is no certainty
 _CELL_OFFSET = 0.6180339  # of the grid that features are rounded to: no simple fraction, so points are not on edges
@@ -60,13 +63,18 @@ class Panel(NamedTuple):
     def read(self, encoded: Encoded, labels: Labels, seed: int) -> Reading:
         """Return the reading of features (N, D) and labels (N,), in nats; the seed determines the folds.
 
-        In expectation every member's value is at most I(Y; Z): a log loss is at least H(Y | Z) whatever the
-        probabilities are. So they may be calibrated on training samples: p ~ prior^(1 - b) p^b, with b < 0 if a
+        In expectation every member's value is at most I(Y; Z) unless the panel is `quick`: a log loss is at least
+        H(Y | Z) whatever the probabilities are. The largest of several is biased upwards by less than its standard
+        error. Probabilities may be calibrated on training samples: p ~ prior^(1 - b) p^b, with b < 0 if a
         search made a vote of neighbours point away from the label.
 
         Source: Barber & Agakov 2003, the variational bound H(Y) - E[-ln q].
         """
+        if len(labels) < _FEWEST_SAMPLES:
+            raise UsageError(f"{len(labels)} images are too few to read labels: at least {_FEWEST_SAMPLES} are needed")
         sample = Sample(Encoded(self._rounded(encoded.features), encoded.log_probs), labels, self._components)
+        if sample.own is not None and not bool(sample.own.isfinite().any(1).all()):
+            raise InvalidModelError("the network's logits are not finite for any class that occurs among the labels")
         folds = self._folds(sample.labels, seed)
         found = {
             name: self._cross_fitted(name, sample, folds, seed)
@@ -92,7 +100,7 @@ class Panel(NamedTuple):
         grain = self.readers.panel.grain
         if grain == 0:
             return features
-        unit = features.std(0, correction=0) if self.unit is None else self.unit
+        unit = deviations(features, correction=0) if self.unit is None else self.unit
         cell = (grain * unit).clamp_min(torch.finfo(features.dtype).tiny)
         middle = features.mean(0)
         rounded = middle + ((features - middle) / cell + _CELL_OFFSET).round() * cell
@@ -105,6 +113,7 @@ class Panel(NamedTuple):
         terms, correct = np.zeros(len(labels)), np.zeros(len(labels), dtype=bool)
         for number, held_out in enumerate(folds):
             rest = [*folds[number + 1 :], *folds[:number]]
+            rest = rest if len(rest) > 1 else list(rest[0].chunk(2))
             training = torch.cat(rest)
             prior = _prior(labels[training.cpu().numpy()], sample.classes)
             fitted = MEMBERS[name](sample, training, self.readers, seed)

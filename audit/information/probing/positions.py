@@ -1,6 +1,6 @@
 """Positions of a worst-case search: perturbed images, their encoding, and what a quick panel reads of the label."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,17 +50,31 @@ class PositionReader:
         return panel.read(encoded, self.labels, self.seed + CHOICE_SEED_OFFSET).nats
 
 
-def mixed(positions: Iterable[Position], generator: torch.Generator) -> tuple[Images, Encoded]:
-    """Return images that each stand where a random one of several positions has them, with their encoding."""
-    group = list(positions)
-    count, device = len(group[0].images), group[0].images.device
-    which = torch.randint(len(group), (count,), generator=generator).to(device)
+def chosen(values: Sequence[Tensor], which: Tensor) -> Tensor:
+    """Return a tensor (N, ...) whose row n is that of the tensor number `which[n]`."""
+    result = values[0].clone()
+    for number, value in enumerate(values[1:], 1):
+        result[which == number] = value[which == number]
+    return result
 
-    def chosen(values: list[Tensor]) -> Tensor:
-        result = values[0].clone()
-        for number, value in enumerate(values[1:], 1):
-            result[which == number] = value[which == number]
-        return result
 
-    parts = zip(*(position.encoded for position in group), strict=True)
-    return chosen([position.images for position in group]), Encoded(*(chosen(list(part)) for part in parts))
+class Mixture(NamedTuple):
+    """Images that each stand where the position number `which[n]` of a group has them."""
+
+    group: Sequence[Position]
+    which: Tensor
+
+    @classmethod
+    def draw(cls, group: Sequence[Position], generator: torch.Generator) -> "Mixture":
+        """Return a mixture of equal shares of the positions."""
+        count, device = len(group[0].images), group[0].images.device
+        return cls(group, torch.randint(len(group), (count,), generator=generator).to(device))
+
+    def encoded(self) -> Encoded:
+        """Return the encoding of the images, which needs no pass."""
+        parts = zip(*(position.encoded for position in self.group), strict=True)
+        return Encoded(*(chosen(part, self.which) for part in parts))
+
+    def images(self) -> Images:
+        """Return the images (N, C, H, W)."""
+        return chosen([position.images for position in self.group], self.which)

@@ -32,7 +32,7 @@ class Probe(nn.Module):
             with torch.no_grad():
                 layer.weight.copy_(bound * (2 * torch.rand(layer.weight.shape, generator=generator) - 1))
                 layer.bias.zero_()
-        self.to(features.device)
+        self.to(features)
 
     def forward(self, features: Features) -> Tensor:
         """Return logits (N, K) of features (N, D)."""

@@ -1,7 +1,7 @@
 """Least label information of overlapping classes: closed forms, brute force, and monotony in the radius."""
 
 from itertools import pairwise, product
-from math import log
+from math import cos, log, pi, sin
 
 import numpy as np
 import pytest
@@ -47,6 +47,15 @@ def test_never_rises_with_the_radius():
     assert all(later <= earlier + 1e-6 for earlier, later in pairwise(found))
     assert found[0] == pytest.approx(log(5))
     assert found[-1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_images_of_one_class_may_part_by_their_label():
+    # six classes in a ring, neighbours meet: images with a neighbour's label join that neighbour, others part evenly
+    ring = [[cos(pi * (number + 0.5) / 3), sin(pi * (number + 0.5) / 3)] for number in range(6)]
+    two, four = 5 / 12, 1 / 24
+    expected = log(6) + 2 * two * log(two) + 4 * four * log(four)
+    assert least_label_information(ring, 0.6, 0.2) == pytest.approx(expected, abs=1e-4)
+    assert least_label_information(ring, 0.6) == pytest.approx(log(3), abs=1e-5)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5])

@@ -14,7 +14,7 @@ from audit.calibration.plans import PLANS
 from audit.information.encoding import encode
 from audit.information.estimator import EstimatorInputs
 from audit.information.label_information import LabelInformation
-from audit.information.probing import game, panel
+from audit.information.probing import game
 from audit.information.probing.members import Readers
 from audit.information.probing.panel import Panel
 from audit.information.probing.probes import fit_linear
@@ -88,8 +88,6 @@ def test_one_probe_instead_of_an_ensemble_fails(monkeypatch):
 
 
 def test_a_reader_without_trees_fails(monkeypatch):
-    for module in (game, panel):
-        monkeypatch.setattr(module, "ALL_MEMBERS", ("linear", "hidden", "neighbours"))
     monkeypatch.setattr(Panel, "__new__", partial(_without_trees, Panel.__new__))
     assert error(channel(*COMB)) < -TOLERANCE
 

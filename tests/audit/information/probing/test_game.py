@@ -10,7 +10,7 @@ from audit.calibration.label_channels import label_channels
 from audit.information.estimator import CARRIED, CLEAN, EstimatorInputs, WarmStart
 from audit.information.label_information import LabelInformation
 from audit.information.probing.game import PUSHED
-from audit.information.probing.positions import Position, mixed
+from audit.information.probing.positions import Mixture, Position
 from audit.information.probing.settings import PanelSettings, ProbeTraining
 from audit.types import Encoded
 
@@ -108,7 +108,8 @@ def test_a_mixture_takes_each_image_from_one_of_its_positions():
         return Position(torch.full((50, 1, 1, 1), value), encoded, None, CLEAN)
 
     positions = [position(value) for value in (0.0, 1.0, 2.0)]
-    images, encoded = mixed(positions, seeded())
-    assert images.flatten().equal(encoded.features[:, 0])
+    mixture = Mixture.draw(positions, seeded())
+    images = mixture.images()
+    assert images.flatten().equal(mixture.encoded().features[:, 0])
     assert images.unique().tolist() == [0.0, 1.0, 2.0]
     assert positions[0].images.eq(0).all()
