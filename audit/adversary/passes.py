@@ -123,6 +123,8 @@ def deviations(samples: Tensor, correction: int = 1) -> Tensor:
     Where float32 has no room for its square, it is computed in float64.
     """
     spread = samples.std(0, correction=correction)
+    if spread.is_meta:
+        return spread
     fits = spread.isfinite() & ((spread > 1e-18) | (samples == samples[:1]).all(0))
     return (
         spread if fits.all() else torch.where(fits, spread, samples.double().std(0, correction=correction).to(spread))

@@ -17,7 +17,7 @@ from audit.random_keys import Purpose, keyed_generator
 from audit.training.augmentation import draw_shifts
 from audit.training.checkpoints import Checkpoint
 from audit.training.mutual_information import PRECISIONS, EpochProgress
-from audit.types import Images, Labels
+from audit.types import Images, Labels, ObjectiveValue
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,17 @@ def _checksums(images: Images, labels: Labels) -> list[float]:
 def _loss(
     network: nn.Module, images: Images, labels: Labels, training: ClassifierTraining, generator: torch.Generator
 ) -> Tensor:
+    if training.threat is not None:
+        network.eval()  # the attack must not update the batch statistics
+        objective = without_early_stopping(cross_entropy_objective(network, labels))
+
+        def in_precision(batch: Images, index: Tensor) -> ObjectiveValue:
+            with _autocast(batch, training):  # searches leave that of the caller
+                return objective(batch, index)
+
+        images = minimise(in_precision, images, training.threat, training.pgd, generator).images
+    network.train()
     with _autocast(images, training):
-        if training.threat is not None:
-            network.eval()  # the attack must not update the batch statistics
-            objective = without_early_stopping(cross_entropy_objective(network, labels))
-            images = minimise(objective, images, training.threat, training.pgd, generator).images
-        network.train()
         return F.cross_entropy(network(images), labels)
 
 

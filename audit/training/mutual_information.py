@@ -7,7 +7,7 @@ Source: Zhu, Zhang & Evans 2020, section 5.1, equations 5.2 to 5.4; for beta = 0
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from math import inf, isfinite
 from pathlib import Path
@@ -139,11 +139,16 @@ def find_worst_case(
     with torch.no_grad():
         cached = critic.embed_images(clean) if training.image_branch == "cached" else None
 
+    kind = clean.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    precision = torch.autocast(kind, torch.get_autocast_dtype(kind)) if enabled else nullcontext()
+
     def batch_value(images: Images, index: Tensor) -> ObjectiveValue:
-        features = encode(images)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and training.image_branch == "followed"):
-            embedded = critic.embed_images(images) if cached is None else _rows(cached, index)
-        nats = critic.value(embedded, features)
+        with precision:  # that of the caller, which searches leave otherwise
+            features = encode(images)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and training.image_branch == "followed"):
+                embedded = critic.embed_images(images) if cached is None else _rows(cached, index)
+            nats = critic.value(embedded, features)
         return ObjectiveValue(
             nats.expand(len(images)), torch.zeros(len(images), dtype=torch.bool, device=images.device)
         )

@@ -154,7 +154,7 @@ def test_estimates_round_trip(estimator, tmp_path):
 
 def test_attacks_and_certificates_round_trip(tmp_path):
     runner = CellRunner(RunOptions())
-    found = runner._model(REF).robustness(runner.inputs.open(CELL))
+    found = runner._model(CELL).robustness(runner.inputs.open(CELL))
     same(found, again(found, tmp_path))
     row = LayerCertificate(
         layer="a", norm="linf", eps=0.1, images=2, dimension=3, certified_tier="t", confidence=0.95, heads={"own": 0.5},
