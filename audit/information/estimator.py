@@ -237,8 +237,11 @@ def _in_standard_state(method: Callable[..., Any]) -> Callable[..., Any]:
     @standard_torch_state()
     def measure(estimator: Estimator, inputs: EstimatorInputs, *arguments: Any, **named: Any) -> Any:
         inputs = inputs._replace(images=as_images(inputs.images), labels=as_labels(inputs.labels))
-        if arguments and isinstance(arguments[0], ThreatModel):
-            arguments = arguments[0].within(inputs.images), *arguments[1:]
+
+        def bounded(argument: Any) -> Any:
+            return argument.within(inputs.images) if isinstance(argument, ThreatModel) else argument
+
+        arguments, named = tuple(map(bounded, arguments)), {name: bounded(each) for name, each in named.items()}
         owner = getattr(inputs.encoder, "__self__", inputs.encoder)
         with frozen_parameters(owner) if isinstance(owner, nn.Module) else nullcontext():
             return method(estimator, inputs, *arguments, **named)

@@ -24,7 +24,7 @@ from audit.information.estimator import (
 )
 from audit.information.floors import empirical_entropy
 from audit.information.probing.game import Found, ProbeGame
-from audit.information.probing.members import Readers
+from audit.information.probing.members import Readers, of_present_classes
 from audit.information.probing.opponents import Field
 from audit.information.probing.panel import Panel
 from audit.information.probing.settings import LabelInformationSettings
@@ -35,7 +35,7 @@ _TWO_SIDED = 1.959964  # normal quantile of a 95 % interval
 
 @dataclass(frozen=True)
 class LabelInformation(LabelInformationSettings, Estimator):
-    """Lower bound on I(Y; g(X)) in nats by the best of several cross-fitted classifiers.
+    """Estimate of I(Y; g(X)) in nats by the best of several cross-fitted classifiers, each of which errs low.
 
     H(Y) - E[-ln q(Y | g(X))], the largest over a panel of classifiers q: linear, with one hidden layer, nearest
     neighbours, boosted trees, random forest, and the network's own output where the layer determines it. Each is fitted
@@ -62,7 +62,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
     def vulnerability(
         self, inputs: EstimatorInputs, threat: ThreatModel, seed: int, warm_start: WarmStart = COLD_START
     ) -> Vulnerability:
-        """Return both cases; candidates are compared on other folds than the reported value."""
+        """Return both cases; the search compares candidates by a quicker panel than the reported value's."""
         normal, indices = warm_start.normal or self.normal(inputs, seed), torch.arange(len(inputs.images))
         if threat.eps == 0:
             return Vulnerability(normal, normal, inputs.images, indices, 0.5 * len(indices), CLEAN)
@@ -70,12 +70,16 @@ class LabelInformation(LabelInformationSettings, Estimator):
         game = self._game(inputs, clean, threat, seed)
         given = {CARRIED: warm_start.images, ATTACKED: warm_start.attacked}
         starts = {each: threat.project(images, inputs.images) for each, images in given.items() if images is not None}
-        found = game.search(_restricted(clean, inputs.labels), starts, warm_start.origin)
+        found = game.search(of_present_classes(clean, inputs.labels), starts, warm_start.origin)
         # these are compared by the reported value too, so that neither the worst case is above the normal one, nor that
         # of a larger ball above that of a smaller one within it
         kept = {CARRIED: starts[CARRIED]} if CARRIED in starts else {}
         candidates = {found.best.origin: found.best.images, **kept}
-        read = {each: self._moved(inputs, images, seed, game) for each, images in candidates.items() if each != CLEAN}
+        read = {
+            each: self._read(inputs, images, seed, game.panel.unit)
+            for each, images in candidates.items()
+            if each != CLEAN
+        }
         candidates, read = {**candidates, CLEAN: inputs.images}, {**read, CLEAN: normal}
         origin = min(read, key=lambda each: read[each].nats)
         worst = replace(read[origin], validated=found.best.nats, history=found.curve, flags=self._search_flags(found))
@@ -85,17 +89,16 @@ class LabelInformation(LabelInformationSettings, Estimator):
         """Return the label information that the panel reads from perturbed images."""
         if torch.equal(images, inputs.images):
             return self.normal(inputs, seed)
-        encoded = encode(inputs.encoder, images, self.batch_size)
-        return self._estimate(inputs, encoded, seed, _unit(encode_clean(inputs, self.batch_size)))
+        return self._read(inputs, images, seed, _unit(encode_clean(inputs, self.batch_size)))
 
-    def _moved(self, inputs: EstimatorInputs, images: Images, seed: int, game: ProbeGame) -> MIEstimate:
-        return self._estimate(inputs, encode(inputs.encoder, images, self.batch_size), seed, game.panel.unit)
+    def _read(self, inputs: EstimatorInputs, images: Images, seed: int, unit: Tensor | None) -> MIEstimate:
+        return self._estimate(inputs, encode(inputs.encoder, images, self.batch_size), seed, unit)
 
     def _game(self, inputs: EstimatorInputs, clean: Encoded, threat: ThreatModel, seed: int) -> ProbeGame:
         labels = inputs.labels.unique(return_inverse=True)[1]
 
         def encoder(images: Images) -> Encoded:
-            return _restricted(inputs.encoder(images), inputs.labels)
+            return of_present_classes(inputs.encoder(images), inputs.labels)
 
         field = Field(encoder, inputs.images, labels, threat, self.batch_size)
         return ProbeGame(self, field, Panel(self._readers, unit=_unit(clean)), seed)
@@ -128,10 +131,3 @@ class LabelInformation(LabelInformationSettings, Estimator):
 def _unit(clean: Encoded) -> Tensor:
     """Return the scale (D,) of clean features, by which features under attack are rounded."""
     return deviations(clean.features, correction=0)
-
-
-def _restricted(encoded: Encoded, labels: Tensor) -> Encoded:
-    """Return an encoding with log-probabilities of the classes that occur among the labels."""
-    if encoded.log_probs.shape[1] == 0:
-        return encoded
-    return Encoded(encoded.features, encoded.log_probs[:, labels.unique()].log_softmax(1))

@@ -126,8 +126,8 @@ class CellRunner:
             certificate = results.certificate(inputs, lambda: self._on_stage(cell, "certifying"))
         record = assemble(_parts(inputs, results, result, certificate, started))
         found = dict(zip(cell.settings.seeds, result.per_seed, strict=True))
-        kept = kept_images(inputs.images.images, inputs.images.labels, robustness, found)
-        return self._keeper.beside(record, kept)
+        images = inputs.images
+        return self._keeper.beside(record, lambda: kept_images(images.images, images.labels, robustness, found))
 
     def _model(self, cell: Cell) -> ModelResults:
         return self._models.get(_network_of(cell), lambda: ModelResults.load(cell, self.inputs, self.intermediate))

@@ -50,7 +50,8 @@ class Sample:
     def __init__(self, encoded: Encoded, labels: Labels, components: int) -> None:
         present, self.labels = labels.unique(return_inverse=True)
         self.classes, self._components = len(present), components
-        self.own = encoded.log_probs[:, present].log_softmax(1) if encoded.log_probs.shape[1] else None
+        own = of_present_classes(encoded, labels).log_probs
+        self.own = own if own.shape[1] else None
         mean, deviation = standard_units(encoded.features)
         self._values = (encoded.features - mean) / deviation
 
@@ -83,6 +84,13 @@ class Sample:
     def reduced_array(self) -> npt.NDArray[np.float64]:
         """The reduced features as an array."""
         return to_array(self.reduced)
+
+
+def of_present_classes(encoded: Encoded, labels: Labels) -> Encoded:
+    """Return an encoding with log-probabilities (N, K) of the K classes that occur among the labels, if it has any."""
+    if encoded.log_probs.shape[1] == 0:
+        return encoded
+    return Encoded(encoded.features, encoded.log_probs[:, labels.unique()].log_softmax(1))
 
 
 class Member(Protocol):

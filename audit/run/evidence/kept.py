@@ -1,6 +1,6 @@
 """The worst-case and adversarial images of a cell, kept as safetensors beside its record. Imports no torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -45,13 +45,14 @@ class ImageKeeper:
         if self._folder is not None and not self._folder.is_dir():
             raise EnvironmentFault(f"cannot keep images: the run folder {self._folder} is not on this machine")
 
-    def beside(self, record: AuditRecord, kept: KeptImages) -> AuditRecord:
-        """Store the images if they are asked for; return the record, with file and sha256 in its details.
+    def beside(self, record: AuditRecord, collect: Callable[[], KeptImages]) -> AuditRecord:
+        """Collect and store the images if they are asked for; return the record, with file and sha256 in its details.
 
         Raises EnvironmentFault if the file cannot be written.
         """
         if self._folder is None:
             return record
+        kept = collect()
         about = {"schema": SCHEMA, "cell_id": record.cell_id, "norm": record.norm, "eps": record.eps}
         content = safetensors.numpy.save(_tensors(kept), _header(about))
         write_atomically(images_path(self._folder, record.cell_id), content)
