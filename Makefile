@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data/cifar10-test-a.parquet
 CHECKPOINTS ?= ../shared/checkpoints
 
-.PHONY: run test lint figures bench clean
+.PHONY: run test lint docs figures bench clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -14,6 +14,10 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
+
+# the site, in build/docs; every warning is an error, and nothing is fetched
+docs: $(VENV)/.installed-dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs . build/docs
 
 # every figure of the docs, from the rows committed beside it
 figures: $(VENV)/.installed
@@ -28,7 +32,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[robustbench]"
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -57,4 +61,4 @@ bench: .bench-venv/.installed $(VENV)/.installed
 	$(BIN)/rvaudit figures docs --only speed
 
 clean:
-	rm -rf $(VENV) .bench-venv runs
+	rm -rf $(VENV) .bench-venv runs build

@@ -9,7 +9,9 @@ from importlib import import_module
 _EXPORTS = {
     "AUDIT": "audit.adversary.label_attack",
     "AuditRecord": "audit.records",
+    "AuditRecords": "audit.commands.python.records",
     "AuditSettings": "audit.config.settings",
+    "AuditStage": "audit.commands.python.watching",
     "ESTIMATORS": "audit.information.estimator",
     "L1": "audit.adversary.threat",
     "L2": "audit.adversary.threat",
@@ -25,7 +27,7 @@ _EXPORTS = {
     "TargetModel": "audit.adversary.robustness",
     "ThreatModel": "audit.adversary.threat",
     "Vulnerability": "audit.information.estimator",
-    "audit_model": "audit.run.network_audit",
+    "audit_model": "audit.commands.python.audit",
     "certify": "audit.certificate.certificate",
     "evaluate_robustness": "audit.adversary.robustness",
     "features_of_layers": "audit.representation.layers",

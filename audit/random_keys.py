@@ -61,6 +61,7 @@ class Purpose(IntEnum):
     HEAD_STARTS = 152  # training: heads, random starts of PGD
     HEAD_WEIGHTS = 153  # training: heads, initial weights and dropout
     HEAD_VALIDATION = 154  # training: heads, PGD for early stopping
+    HEAD_FOLDS = 155  # run: halves of the images that the heads of encoders are cross-fitted on
     TRANSFER_CRAFTING = 161  # studies: PGD on substitute networks
     ADAPTIVE_SCORES = 162  # studies: PGD on single hypothesis scores
 

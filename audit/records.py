@@ -7,6 +7,7 @@ derived from records and can be rebuilt from them.
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from audit.errors import EnvironmentFault, IntegrityError
 from audit.flags import FlagCode, code_of
 from audit.storage import write_atomically
 
-VERSION = 6  # of the method: increment when a change of the code changes numbers
+VERSION = 7  # of the method: increment when a change of the code changes numbers
 SCHEMA = "rvaudit.record/1"
 CALIBRATION_SCHEMA = "rvaudit.calibration/1"
 PLAN_SCHEMA = "rvaudit.plan/1"
@@ -75,6 +76,8 @@ class AuditRecord:
     adversarial_accuracy_low: float | None = None
     adversarial_accuracy_high: float | None = None
     adversarial_gap: float | None = None
+    natural_head: str = ""  # of an encoder: the head with its natural accuracy, trained on the layer
+    adversarial_head: str = ""
     worst_probe_accuracy: float | None = None  # of the best classifier fitted on features of worst-case images
     worst_probe_accuracy_low: float | None = None
     worst_probe_accuracy_high: float | None = None
@@ -87,9 +90,7 @@ class AuditRecord:
     checks: tuple[dict[str, Any], ...] = ()  # each: number, name, level, passed, figure, ...
     passes: int | None = None
     seconds: float | None = None
-
-    # identity, per-seed values, curves, notes, versions
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)  # identity, per-seed values, curves, notes, versions
 
     @property
     def valid(self) -> bool:
@@ -116,6 +117,13 @@ class AuditRecord:
         """Whether the network failed a sanity check: the record is shown but not ranked."""
         return FlagCode.GATED in self.codes
 
+    def __repr__(self) -> str:
+        return f"<AuditRecord {', '.join(f'{name} {value}' for name, value in _main_fields(self).items())}>"
+
+    def _repr_html_(self) -> str:
+        cells = (map(escape, item) for item in _main_fields(self).items())
+        return f"<table>{''.join('<tr><th>{}</th><td>{}</td></tr>'.format(*each) for each in cells)}</table>"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, the schema name first."""
         return {"schema": SCHEMA, **asdict(self)}
@@ -133,6 +141,15 @@ class AuditRecord:
             return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("flags", "checks")}})
         except TypeError as error:
             raise IntegrityError(f"record has a missing field: {error}") from error
+
+
+def _main_fields(record: AuditRecord) -> dict[str, str]:
+    """Return what a record is of, its main numbers and the codes of its flags, as text that prints on one line."""
+    names = "model dataset layer estimator norm eps normal_nats worst_nats rv fano_accuracy_bound certified_bound "
+    names += "natural_accuracy adversarial_accuracy reason"
+    shown = {name: getattr(record, name) for name in names.split()} | {"flags": " ".join(sorted(record.codes))}
+    texts = {name: f"{each:.3g}" if isinstance(each, float) else str(each or "") for name, each in shown.items()}
+    return {name: "".join(c if c.isprintable() else "?" for c in text) for name, text in texts.items() if text}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,8 +272,7 @@ class RecordStore:
 
     def others(self) -> list[AuditRecord]:
         """Return the records that are not of the present run, in the order of file names."""
-        plan = self.plan()
-        return [] if plan is None else [record for record in self if record.cell_id not in plan]
+        return [] if (plan := self.plan()) is None else [record for record in self if record.cell_id not in plan]
 
     def __iter__(self) -> Iterator[AuditRecord]:
         """Yield every record, in the order of file names. Raises IntegrityError for a file that is not a record."""
@@ -268,8 +284,7 @@ def read_records(*folders: Path) -> list[AuditRecord]:
     """Return the records of the present plans of run folders; raises EnvironmentFault if a folder has none."""
     records: list[AuditRecord] = []
     for folder in folders:
-        store = RecordStore(folder)
-        found = store.present()
+        found = (store := RecordStore(folder)).present()
         if not found and store.holds_records():
             raise EnvironmentFault(f"{folder} holds records of earlier runs only: none of its present plan is done")
         if not found:

@@ -1,8 +1,9 @@
 """Named tensor types with their shapes, the interfaces of encoders and objectives, and what they assume of torch."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -122,3 +123,69 @@ def _as_array(values: object, what: str) -> np.ndarray:
         found = f"a {type(values).__name__} that is no array of numbers"
         raise MismatchError(f"{what} are {found}; legal: a tensor, a NumPy array, or nested lists of one shape")
     return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("=")))
+
+
+LARGE = 64 << 20
+"""Bytes from which pixels lie in scratch files: 111 images of 224 pixels in float32."""
+
+
+def empty_pixels(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return an uninitialised tensor of the type and device of another; a large one on the CPU lies in a scratch file.
+
+    There, the system may write it to the disk, so that memory does not grow with the number of images.
+    """
+    from audit.storage import scratch_memory
+
+    size = prod(shape) * like.element_size()
+    memory = scratch_memory(size) if like.device.type == "cpu" and size >= LARGE else None
+    return like.new_empty(*shape) if memory is None else torch.frombuffer(memory, dtype=like.dtype).view(*shape)
+
+
+def is_large(images: Tensor) -> bool:
+    """Return whether images (N, C, H, W) take so much memory that copies of them lie in scratch files."""
+    return images.element_size() * images.numel() >= LARGE
+
+
+def copied_pixels(images: Tensor) -> Tensor:
+    """Return a copy of images (N, C, H, W), as `empty_pixels`."""
+    if not is_large(images):
+        return images.clone()
+    copy = empty_pixels(images.shape, images)
+    for part in image_slices(images):
+        copy[part] = images[part]
+    return copy
+
+
+def image_slices(images: Tensor, count: int = 0) -> Iterator[slice]:
+    """Yield the slices of at most `count` consecutive images (N, C, H, W), or of equal parts of at most 64 MiB.
+
+    What is done with all images then needs no more memory at a time: pages of scratch files are let go after every
+    64 MiB.
+    """
+    passed = 0
+    if not count:
+        count = -(-len(images) // max(1, -(-len(images) // _in_a_part(images)))) or 1
+    for first in range(0, len(images), count):
+        yield slice(first, first + count)
+        passed = relieved(passed + count, images)
+
+
+def _in_a_part(images: Tensor) -> int:
+    return max(1, LARGE // max(1, images[:1].numel() * images.element_size()))
+
+
+def relieved(passed: int, images: Tensor) -> int:
+    """Return how many images like these have `passed` since pages of scratch files were let go: after every 64 MiB."""
+    if passed < _in_a_part(images):
+        return passed
+    from audit.storage import release_scratch
+
+    release_scratch()
+    return 0
+
+
+def pixel_extremes(images: Tensor) -> tuple[float, float]:
+    """Return the lowest and the highest value of images (N, C, H, W), N > 0; both are NaN where one is."""
+    found = [(float(images[part].min()), float(images[part].max())) for part in image_slices(images)]
+    lows, highs = torch.tensor(found, dtype=torch.float64).unbind(1)
+    return float(lows.min()), float(highs.max())

@@ -11,6 +11,7 @@ _EXPORTS = {
     "list_models": "model_zoo.catalogue",
     "load_images": "model_zoo.images.datasets",
     "load_model": "model_zoo.load",
+    "wrap": "model_zoo.wrapping",
 }
 
 __all__ = sorted(_EXPORTS)

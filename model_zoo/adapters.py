@@ -17,7 +17,8 @@ from model_zoo.model_types import ImageShape, Normalized
 
 # Sizes to try where a reference does not state one.
 _USUAL_SHAPES: tuple[ImageShape, ...] = ((3, 32, 32), (1, 28, 28), (3, 224, 224))
-_FEATURES = ("pooler_output", "last_hidden_state")
+_CLASSIFIERS = ("fc", "classifier", "head", "heads")  # of torchvision's networks
+_FEATURES = ("image_embeds", "pooler_output", "last_hidden_state")
 # Steps of autograd that only change the shape of a tensor.
 _RESHAPING = ("View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Alias", "Select", "Slice", "Flatten", "T")
 
@@ -141,6 +142,19 @@ def _inner(network: nn.Module, found: set[str]) -> nn.Module:
             return network
 
 
+def without_classifier(network: nn.Module, name: str) -> nn.Module:
+    """Return a network of torchvision without its classifier, the last of its modules: images -> features (N, D).
+
+    Raises MismatchError for a network whose classifier is not such a module.
+    """
+    last, head = list(network.named_children())[-1]
+    if last not in _CLASSIFIERS or any(isinstance(part, nn.Conv2d) for part in head.modules()):
+        message = f"{name} has no classifier that can be left out (its last module is {last!r})"
+        raise MismatchError(f"{message}; give it its number of classes, and audit a layer of it")
+    setattr(network, last, nn.Identity())
+    return network
+
+
 def find_form(network: nn.Module, num_classes: int, shape: ImageShape | None, name: str) -> OutputForm | None:
     """Return how the outputs of a network become scores (N, num_classes), or features where `num_classes` is 0.
 
@@ -163,7 +177,7 @@ def output_form(outputs: Any, num_classes: int) -> OutputForm | None:
     """Return where the scores of one image are in the outputs of a network, None where that is not clear.
 
     A field called `logits` holds the scores of a classifier; without one, the only tensor of a fitting shape does. An
-    encoder's features are `pooler_output`, else `last_hidden_state`.
+    encoder's features are `image_embeds`, else `pooler_output`, else `last_hidden_state`.
     """
     if isinstance(outputs, Tensor):
         return _tensor_form(outputs, num_classes)

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from audit.errors import UnknownNameError, UsageError
 from model_zoo.images.preprocessing import Preprocessing
 
-SOURCES = ("timm", "torchvision", "robustbench", "hf-hub", "bundled", "file")
+SOURCES = ("timm", "torchvision", "robustbench", "hf-hub", "open_clip", "transformers", "bundled", "file")
 TRAININGS = ("standard", "robust", "certified", "unknown")
 FILE_OPTIONS = (
     "arch",
@@ -30,11 +30,17 @@ FILE_OPTIONS = (
     "family",
     "sha256",
 )
+TOWER_OPTIONS = ("classes", "templates", "head", "name", "training", "trained_eps", "trained_norm", "family")
+"""Options of image towers: a zero-shot head from class names or a saved matrix, and what is known of the training."""
+_OPTIONS = {"file": FILE_OPTIONS, "open_clip": TOWER_OPTIONS, "transformers": TOWER_OPTIONS}
+_WITH_PATHS = tuple(_OPTIONS)  # sources whose targets may be paths
 GRAMMAR = {
     "timm": "timm:<name>",
     "torchvision": "torchvision:<arch>/<weights>",
     "robustbench": "robustbench:<dataset>/<threat>/<id>",
     "hf-hub": "hf-hub:<org>/<repo>",
+    "open_clip": "open_clip:<name>/<pretrained or file>",
+    "transformers": "transformers:<repo or folder>",
     "bundled": "bundled:<id>",
     "file": "file:<path>?arch=<model ref or path.py:factory>&num_classes=10&mean=..&std=..",
 }
@@ -132,7 +138,7 @@ def parse_ref(ref: str) -> ModelRef:
     target, mark, query = rest.partition("?")
     _check_target(ref, source, target)
     options = _parse_options(ref, source, query) if mark else {}
-    return ModelRef(source, unquote(target) if source == "file" else target, MappingProxyType(options))
+    return ModelRef(source, unquote(target) if source in _WITH_PATHS else target, MappingProxyType(options))
 
 
 def is_model_ref(text: str) -> bool:
@@ -144,13 +150,13 @@ def _check_target(ref: str, source: str, target: str) -> None:
     """Raise UsageError where the target does not have the number of path components of its source."""
     low, high = _TARGET_COMPONENTS.get(source, (1, 10**6))
     parts = target.split("/")
-    named = target if source == "file" else all(part not in ("", ".", "..") for part in parts)
+    named = target if source in _WITH_PATHS else all(part not in ("", ".", "..") for part in parts)
     if not named or not low <= len(parts) <= high or "\\" in target or "\0" in target:
         raise UsageError(f"model reference {ref!r} is malformed; write {GRAMMAR[source]}")
 
 
 def _parse_options(ref: str, source: str, query: str) -> dict[str, str]:
-    legal = FILE_OPTIONS if source == "file" else ()
+    legal = _OPTIONS.get(source, ())
     options: dict[str, str] = {}
     for item in query.split("&"):
         name, equals, value = item.partition("=")

@@ -47,12 +47,16 @@ def _torchvision_models() -> Any:
 
 
 def _robustbench_models() -> Any:
-    """Return robustbench's table of models, after aliasing the `autoattack` that it imports to pyautoattack."""
-    with _without_warnings():
-        state = import_module("pyautoattack.state")
-        sys.modules.setdefault("autoattack", import_module("pyautoattack"))
-        sys.modules.setdefault("autoattack.state", state)
-        return import_module("robustbench.model_zoo.models").model_dicts
+    """Return robustbench's table of models; raises EnvironmentFault where it is not installed."""
+    try:  # the `autoattack` that it imports is called pyautoattack
+        with _without_warnings():
+            state = import_module("pyautoattack.state")
+            sys.modules.setdefault("autoattack", import_module("pyautoattack"))
+            sys.modules.setdefault("autoattack.state", state)
+            return import_module("robustbench.model_zoo.models").model_dicts
+    except ImportError as error:
+        message = "robustbench: references need robustbench, which is not installed; pip install 'rvaudit[robustbench]'"
+        raise EnvironmentFault(message) from error
 
 
 def timm_names() -> list[tuple[str, str]]:
@@ -225,7 +229,7 @@ def robustbench_image_ids() -> list[str]:
     """
     package = find_spec("robustbench")
     if package is None or package.origin is None:
-        raise EnvironmentFault("imagenet:robustbench-5k needs the id list of robustbench; pip install robustbench")
+        raise EnvironmentFault("imagenet:robustbench-5k needs robustbench's list; pip install 'rvaudit[robustbench]'")
     listed = Path(package.origin).parent / "helper_files" / "imagenet_test_image_ids.txt"
     return listed.read_text(encoding="utf-8").split()
 

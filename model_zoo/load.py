@@ -13,6 +13,7 @@ from model_zoo.entries import ModelEntry, ModelRef, parse_ref
 from model_zoo.model_types import ImageShape, LoadedModel, LocatedModel, Normalized, SourceSettings, check_outputs
 from model_zoo.relative import model_beside
 from model_zoo.sources.files import locate_file
+from model_zoo.sources.open_clip_towers import locate_open_clip
 from model_zoo.sources.pretrained import (
     locate_bundled,
     locate_hub,
@@ -20,6 +21,7 @@ from model_zoo.sources.pretrained import (
     locate_timm,
     locate_torchvision,
 )
+from model_zoo.sources.transformers_towers import locate_transformers
 
 __all__ = ["LoadedModel", "Normalized", "SourceSettings", "build_skeleton", "identify", "load_model"]
 
@@ -28,6 +30,8 @@ _LOCATORS: dict[str, Callable[[ModelRef, SourceSettings], LocatedModel]] = {
     "torchvision": locate_torchvision,
     "robustbench": locate_robustbench,
     "hf-hub": locate_hub,
+    "open_clip": locate_open_clip,
+    "transformers": locate_transformers,
     "bundled": locate_bundled,
     "file": locate_file,
 }

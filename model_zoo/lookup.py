@@ -5,10 +5,20 @@ Names of timm and torchvision models need those libraries, so they are checked w
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from glob import glob
 from pathlib import Path
+from urllib.parse import unquote
 
 from audit.errors import EnvironmentFault, UnknownNameError, UsageError
-from model_zoo.catalogue import BUNDLED, bundled_names, card_beside, read_card, read_card_file, robustbench_row
+from model_zoo.catalogue import (
+    BUNDLED,
+    bundled_names,
+    card_beside,
+    read_card,
+    read_card_file,
+    robustbench_row,
+    robustbench_rows,
+)
 from model_zoo.entries import ModelRef, is_model_ref, parse_ref
 from model_zoo.relative import dataset_beside, model_beside
 from model_zoo.untrusted import verify_sha256
@@ -27,17 +37,31 @@ _CLASSES = "?classes="
 
 
 def expand_ref(ref: str) -> list[str]:
-    """Expand a pattern such as `bundled:digits-*` to references; return any other reference unchanged.
+    """Expand a pattern to references: `bundled:digits-*`, `robustbench:cifar10/Linf/*`, `file:nets/*.pth?arch=...`.
 
-    Raises UnknownNameError for a pattern that matches no bundled model.
+    Any other reference is returned unchanged, as is one of files that matches none, which is then reported as missing.
+    Raises UnknownNameError for a pattern of names that matches none.
     """
     source, _, pattern = ref.partition(":")
-    if source != "bundled" or not set("*?[") & set(pattern):
+    if source == "file":
+        path, mark, options = pattern.partition("?")
+        is_pattern = bool(set("*[") & set(path)) and not Path(unquote(path)).exists()
+        files = sorted(name for name in glob(unquote(path)) if Path(name).is_file()) if is_pattern else []
+        return [f"file:{name.replace('%', '%25').replace('?', '%3F')}{mark}{options}" for name in files] or [ref]
+    if source not in _NAMES or not set("*?[") & set(pattern):
         return [ref]
-    names = [name for name in bundled_names() if fnmatchcase(name, pattern)]
-    if not names:
-        raise UnknownNameError("bundled pattern", pattern, bundled_names())
-    return [f"bundled:{name}" for name in names]
+    names = _NAMES[source]()
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise UnknownNameError(f"{source} pattern", pattern, names)
+    return [f"{source}:{name}" for name in found]
+
+
+def _robustbench_names() -> list[str]:
+    return [row.entry.ref.removeprefix("robustbench:") for row in robustbench_rows()]
+
+
+_NAMES: dict[str, Callable[[], list[str]]] = {"bundled": bundled_names, "robustbench": _robustbench_names}
 
 
 def check_model(ref: str, base: Path | None = None) -> None:
@@ -96,12 +120,14 @@ def _check_file(ref: ModelRef) -> None:
     if not ref.options and (card := card_beside(path)):
         verify_sha256(path, read_card_file(card, f"the weights {path.name}")["sha256"])
         return
-    if not arch or "num_classes" not in ref.options:
+    if path.suffix.lower() == ".onnx":
+        arch = ""
+    elif not arch or "num_classes" not in ref.options:
         missing = "arch=" if not arch else "num_classes="
         raise UsageError(
             f"a file: reference needs {missing}, such as file:{ref.target}?arch=timm:resnet18&num_classes=10"
         )
-    if is_model_ref(arch):
+    if arch and is_model_ref(arch):
         inner = parse_ref(arch)
         if inner.source == "bundled":
             read_card(inner.target)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from model_zoo.entries import ModelRef
 
 _CLASSES = "?classes="
+_FILES = ("classes", "templates", "head")  # options that name a file
 _PATHS = ("folder", "parquet", "npz", "npy")
 
 
@@ -21,11 +22,15 @@ def beside(path: str, folder: Path | None) -> str:
 
 def model_beside(ref: ModelRef, folder: Path | None) -> ModelRef:
     """Return a model reference whose weights, factory and class names are looked for in a folder too."""
-    if ref.source != "file":
+    if ref.source not in ("file", "open_clip", "transformers"):
         return ref
     options = dict(ref.options)
-    if "classes" in options:
-        options["classes"] = beside(options["classes"], folder)
+    for name in _FILES:
+        if name in options:
+            options[name] = beside(options[name], folder)
+    name, slash, file = ref.target.partition("/")
+    if ref.source == "open_clip" and (found := beside(file, folder)) != file:
+        return replace(ref, target=f"{name}{slash}{found}", options=MappingProxyType(options))
     code, colon, factory = options.get("arch", "").rpartition(":")
     if colon and code.endswith(".py"):
         options["arch"] = f"{beside(code, folder)}:{factory}"

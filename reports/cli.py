@@ -23,6 +23,7 @@ _INTERRUPTED, _TERMINATED = 130, 143
 _PIPE_WIDTH = 160
 _HELP_WIDTH = 60
 _RUN = click.Path(path_type=Path)
+_json_paths = click.option("--json", "as_json", is_flag=True, help="Print the paths as one JSON array, nothing else.")
 
 
 class LazyGroup(click.Group):
@@ -117,19 +118,20 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array, nothing else.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table as FILE.csv.")
 def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
-    """Rank the models of run folders.
+    """Rank the models of run folders; of several, the column `run` says which folder a row is from.
 
     Rebuilds the leaderboard files of each folder from its records.
+
+    Example: rvaudit leaderboard runs/first runs/second --out both.csv
     """
     if out is not None and out.suffix != ".csv":
         raise UsageError(f"--out writes CSV, so its name must end in .csv, not {out.suffix or out.name!r}")
-    from audit.records import read_records
     from audit.storage import write_atomically
     from reports.tables.leftovers import leftover_sentences
-    from reports.tables.ranking import leaderboard, to_csv
-    from reports.tables.table import frame_rows, to_frame
+    from reports.tables.ranking import leaderboard_of, to_csv
+    from reports.tables.table import frame_rows
 
-    table = leaderboard(to_frame(read_records(*runs)))
+    table = leaderboard_of(runs)
     _rebuild_leaderboards(runs)
     if out is not None:
         write_atomically(out, to_csv(table))
@@ -144,15 +146,19 @@ def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None)
 @cli.command("figures")
 @click.argument("path", type=_RUN)
 @click.option("--only", default=None, help="One study of a folder of studies, such as figure3 or theorem-3.2.")
-def figures_command(path: Path, only: str | None) -> None:
+@_json_paths
+def figures_command(path: Path, only: str | None, as_json: bool) -> None:
     """Redraw the figures of a folder.
 
     PATH is a run folder, or a folder of committed study rows such as docs.
+
+    Example: rvaudit figures runs/digits
     """
     from reports.publish import write_figures
     from reports.studies.redraw import draw_studies, holds_studies
 
-    _list_paths(draw_studies(path, only) if only or holds_studies(path) else write_figures(path))
+    paths = draw_studies(path, only) if only or holds_studies(path) else write_figures(path)
+    _list_paths(paths, as_json=as_json)
 
 
 @cli.command("report")
@@ -160,14 +166,17 @@ def figures_command(path: Path, only: str | None) -> None:
 @click.option(
     "--compare", "other", metavar="OTHER", type=_RUN, help="Also write comparison.html: two runs side by side."
 )
-def report_command(run: Path, other: Path | None) -> None:
+@_json_paths
+def report_command(run: Path, other: Path | None, as_json: bool) -> None:
     """Rebuild the reports of a run.
 
     Writes leaderboard, figures and HTML report of a run folder from its records.
+
+    Example: rvaudit report runs/second --compare runs/first
     """
     from reports.publish import write_html, write_reports
 
-    _list_paths([*write_reports(run), *([write_html(run, other)] if other else [])])
+    _list_paths([*write_reports(run), *([write_html(run, other)] if other else [])], as_json=as_json)
 
 
 def _mounted_commands() -> dict[str, tuple[str, str]]:
@@ -200,7 +209,10 @@ def _print_table(table: Any, runs: Sequence[Path]) -> None:
         console.print(part)
 
 
-def _list_paths(paths: Sequence[Path]) -> None:
+def _list_paths(paths: Sequence[Path], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([str(path) for path in paths]))
+        return
     for path in paths:
         click.echo(plain_text(str(path)))
 

@@ -37,7 +37,7 @@ from audit.information.sandwich import Sandwich
 from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.random_keys import keyed_generator
 from audit.representation.layers import Representation
-from audit.run.network_audit import audit_model
+from audit.run.network_audit import audit_network
 from audit.training.classifiers import ClassifierTraining, train_classifier
 from audit.training.heads import (
     HeadFitSettings,
@@ -294,7 +294,7 @@ def test_a_whole_audit():
     settings = AuditSettings(ESTIMATORS["sandwich"], attack, seeds=(0,))
 
     def work(place):
-        record = audit_model(network(place), IMAGES.to(place), LABELS.to(place), "logits", Linf(0.05), settings)
+        record = audit_network(network(place), IMAGES.to(place), LABELS.to(place), "logits", Linf(0.05), settings)
         return replace(record, seconds=0.0)
 
     on_both(work)

@@ -47,11 +47,17 @@ ONLY = {
     "pyautoattack": {"model_zoo.libraries", "audit.adversary.external"},
     "foolbox": {"audit.adversary.external"},
     "torchvision.models": {"model_zoo.libraries"},
+    "open_clip": {"model_zoo.sources.open_clip_towers"},
+    "transformers": {"model_zoo.sources.transformers_networks"},
+    "onnx": {"model_zoo.sources.onnx_files"},
     "ruamel": {"audit.config.yaml_source"},
     "yaml": set(),
     "click": {"audit.commands", "reports.cli"},
 }
-INSIDE_FUNCTIONS = ("timm", "robustbench", "pyautoattack", "foolbox", "torchvision", "sklearn", "huggingface_hub")
+INSIDE_FUNCTIONS = (
+    "timm", "robustbench", "pyautoattack", "foolbox", "torchvision", "sklearn", "huggingface_hub", "open_clip",
+    "transformers", "tokenizers", "onnx", "onnx2torch",
+)  # fmt: skip
 DYNAMIC = {
     "model_zoo.sources.files",  # imports what a `file:` reference names, under --trust-code
     "audit.information.estimator",  # imports the implementations of the registry

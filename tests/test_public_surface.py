@@ -15,16 +15,17 @@ EXPORTING = [*PACKAGES, *(f"audit.{room}" for room in ROOMS)]
 NAMES = [(package, name) for package in EXPORTING for name in import_module(package).__all__]
 DOCUMENTED = {
     "audit": {
-        "AUDIT", "AuditRecord", "AuditSettings", "ESTIMATORS", "L1", "L2", "LabelAttack", "LabelEntropy",
+        "AUDIT", "AuditRecord", "AuditRecords", "AuditSettings", "AuditStage", "ESTIMATORS", "L1", "L2", "LabelAttack",
+        "LabelEntropy",
         "LabelInformation", "Linf", "MIEstimate", "Mine", "PGD", "Representation", "Sandwich", "TargetModel",
         "ThreatModel", "Vulnerability", "audit_model", "certify", "evaluate_robustness", "features_of_layers",
         "layer_names", "train_adversarial_head", "train_classifier", "train_representation", "train_standard_heads",
         "verify_witness",
     },
-    "model_zoo": {"ImageRequest", "list_models", "load_images", "load_model"},
+    "model_zoo": {"ImageRequest", "list_models", "load_images", "load_model", "wrap"},
     "reports": {"figure1", "figure2", "leaderboard", "report", "to_frame", "write_reports"},
 }  # fmt: skip
-RAISING = ["audit_model", "certify", "evaluate_robustness", "load_images", "load_model", "verify_witness"]
+RAISING = ["audit_model", "certify", "evaluate_robustness", "load_images", "load_model", "verify_witness", "wrap"]
 SOURCED = ["LabelEntropy", "LabelInformation", "Mine", "Sandwich", "audit_model", "certify"]
 SHAPED = ["Representation", "audit_model", "certify", "evaluate_robustness", "LabelEntropy", "TargetModel"]
 WITH_UNITS = ["LabelEntropy", "LabelInformation", "Linf", "Mine", "Sandwich", "ThreatModel", "audit_model", "figure1"]

@@ -1,5 +1,6 @@
 """Clean and adversarial accuracy of a classifier, measured by a label attack, with confidence intervals."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -30,8 +31,18 @@ from audit.adversary.threat import ThreatModel
 from audit.errors import InvalidModelError
 from audit.proportion import Proportion, wilson
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Images, Labels, as_images, as_labels, standard_torch_state
+from audit.types import (
+    Images,
+    Labels,
+    Objective,
+    as_images,
+    as_labels,
+    empty_pixels,
+    image_slices,
+    standard_torch_state,
+)
 
+_AT_ONCE = 128 << 20  # bytes of images that are attacked as one set: 10,000 of 32 pixels, or 222 of 224
 _TOLERANCE = 1e-6  # by how much rounding may take an adversarial image out of its ball
 
 
@@ -99,7 +110,11 @@ def measure_accuracy(
     returned image is evaluated by a plain forward pass of the network itself. Raises InvalidModelError if an output
     or a gradient is not finite.
     """
-    return _run(_StagedAttack(network, images, labels, threat, attack, seed))
+
+    def measure(some: Images, true: Labels) -> Accuracy:
+        return _run(_StagedAttack(network, some, true, threat, attack, seed))
+
+    return _in_parts(measure, as_images(images), as_labels(labels))
 
 
 @standard_torch_state()
@@ -118,13 +133,40 @@ def measure_randomised(
 
     Source: Athalye et al. 2018, "Synthesizing Robust Adversarial Examples" (expectation over transformation).
     """
-    with seeded_noise(images.device, seed):
-        # no fused copy: it would draw numbers of its own to be verified
-        attack = replace(attack, fast=False)
-        staged = _StagedAttack(MajorityVote(network), images, labels, threat, attack, seed)
+    # no fused copy: it would draw numbers of its own to be verified
+    attack = replace(attack, fast=False)
+
+    def measure(some: Images, true: Labels) -> Accuracy:
+        staged = _StagedAttack(MajorityVote(network), some, true, threat, attack, seed)
         staged.searched, staged.randomised = MeanOfDraws(network), True
-        found = _run(staged)
+        return _run(staged)
+
+    with seeded_noise(images.device, seed):
+        found = _in_parts(measure, as_images(images), as_labels(labels))
     return found._replace(passes=DRAWS * found.passes, forwards=DRAWS * found.forwards)
+
+
+def _in_parts(measure: Callable[[Images, Labels], Accuracy], images: Images, labels: Labels) -> Accuracy:
+    """Return the accuracies on all images; large sets are attacked part by part, each as a set of its own."""
+    if images.numel() * images.element_size() <= _AT_ONCE:
+        return measure(images, labels)
+    found, moved = list[Accuracy](), empty_pixels(images.shape, images)
+    for part in image_slices(images):
+        one = measure(images[part], labels[part])
+        moved[part] = one.outcome.images
+        found.append(one._replace(outcome=one.outcome._replace(images=moved[:0])))
+    outcome = AttackOutcome(*(torch.cat(each) for each in zip(*(one.outcome for one in found), strict=True)))
+    return Accuracy(
+        natural=wilson(int(outcome.correct.sum()), len(labels)),
+        adversarial=wilson(int(outcome.robust.sum()), len(labels)),
+        robust=outcome.robust,
+        passes=sum(one.passes for one in found),
+        num_classes=found[0].num_classes,
+        largest_share=float(labels.bincount().max()) / len(labels),
+        forwards=sum(one.forwards for one in found),
+        outcome=outcome._replace(images=moved),
+        names=found[0].names,
+    )
 
 
 def _run(staged: "_StagedAttack") -> Accuracy:
@@ -192,14 +234,16 @@ class _StagedAttack:
         """Search for images of indices (A,), and return the indices of those broken on the searched network alone."""
         if len(index) == 0:
             return index
-        labels = self.labels[index]
-        if stage.loss == "targeted":
-            objective = targeted_margin_objective(network, labels, self.other_classes[index, rank])
-        else:
-            objective = LOSSES[stage.loss](network, labels)
-        objective = without_early_stopping(objective) if self.randomised else objective
+
+        def objective_of(loss: str) -> Objective:
+            if loss == "targeted":
+                objective = targeted_margin_objective(network, self.labels[index], self.other_classes[index, rank])
+            else:
+                objective = LOSSES[loss](network, self.labels[index])
+            return without_early_stopping(objective) if self.randomised else objective
+
         generator = keyed_generator(self.seed, Purpose.LABEL_ATTACK, number, rank)
-        found = stage.search(objective, self.images[index], self.threat, generator)
+        found = stage.search(objective_of, self.images[index], self.threat, generator)
         self.passes, self.forwards = self.passes + found.passes, self.forwards + found.forwards
         broken = self._evaluate(index, found.images, number, found)
         return index[found.done & ~broken]

@@ -10,12 +10,15 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import frozen_parameters, outputs_of
 from audit.adversary.threat import ThreatModel
 from audit.errors import EnvironmentFault, InvalidModelError, UsageError
@@ -91,8 +94,16 @@ class PassCounter(nn.Module):
         self.eval()
 
     def forward(self, images: Images) -> Tensor:
-        """Return the network's logits (N, K), as a copy: Square writes into them, and they may be a view."""
-        logits: Tensor = outputs_of(self._network[0], images).clone()
+        """Return the network's logits (N, K), as a copy: Square writes into them, and they may be a view.
+
+        Packages choose batches of their own; those that memory does not bear are passed in several parts, whose
+        activations are computed again in the backward pass.
+        """
+        network = partial(outputs_of, self._network[0])
+        batches = images.split(max(1, allowed(len(images))))
+        if len(batches) > 1 and images.requires_grad and torch.is_grad_enabled():
+            network = partial(checkpoint, network, use_reentrant=False)
+        logits = torch.cat([network(batch) for batch in batches])
         self.forwards += len(images)
         if logits.requires_grad:
             logits.register_hook(self._count_backward)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from audit.adversary.attack_checks import Check, Rule, randomised
 from audit.adversary.check_rules import RULES
 from audit.adversary.label_attack import cross_entropy_objective, margin, margin_objective
+from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import Batches, input_gradient, outputs_of, row_lengths, seeded_noise
 from audit.adversary.pgd import PGD, minimise
 from audit.adversary.threat import Linf, ThreatModel
@@ -31,6 +32,7 @@ _SHARE_OF_STEP = 0.01  # length of the central difference, in full steps of the 
 _SLOPES = (0.5, 2.0)
 _GAINS = (0.3, 2.0)
 _UNBOUNDED = PGD(steps=50, relative_step=0.04, random_start=False, batch_size=_BATCH)  # steps of 0.02 at radius 0.5
+_FEWEST = 4  # images in a batch of which the outputs may depend on the others
 _BATCH_SIZES = (50, 25, 17, 13, 10)  # outputs that depend on the batch differ between these, too
 
 _GRADIENT_RULES = tuple(
@@ -227,7 +229,7 @@ def _unbounded_check(objective: Objective, clean: Images, threat: ThreatModel, s
 
 @torch.no_grad()
 def _output_checks(network: nn.Module, clean: Images) -> tuple[Check, Check]:
-    runs = [Batches(size).run(partial(outputs_of, network), clean) for size in _BATCH_SIZES]
+    runs = [Batches(size, exactly=True).run(partial(outputs_of, network), clean) for size in _batch_sizes()]
     # rows that lie in [0, 1] and sum to one are no accident
     simplex = (runs[0] >= 0).all(1) & ((runs[0].sum(1) - 1).abs() < 1e-3)
     share = int(simplex.sum()) / len(clean)
@@ -239,6 +241,12 @@ def _output_checks(network: nn.Module, clean: Images) -> tuple[Check, Check]:
         logits_rule.result(passed=share < 1, figure=share),
         determinism.result(passed=difference < determinism.limit, figure=difference),
     )
+
+
+def _batch_sizes() -> list[int]:
+    """Return different batch sizes, smaller ones where memory limits batches."""
+    share = min(1.0, max(_FEWEST, allowed(_BATCH)) / _BATCH)
+    return sorted({max(1, int(size * share)) for size in _BATCH_SIZES}, reverse=True)
 
 
 def _gradient(objective: Objective, images: Images) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from audit.adversary.passes import outputs_of
 from audit.adversary.pgd import PGD, Balls, SearchResult, restarted_search, shrinking_ball_search, start_at_any_distance
-from audit.adversary.threat import ThreatModel
+from audit.adversary.threat import L1, ThreatModel
 from audit.errors import UnknownNameError, UsageError
 from audit.types import Images, Labels, Objective, ObjectiveValue
 
@@ -66,6 +66,9 @@ def targeted_margin_objective(network: nn.Module, labels: Labels, targets: Label
     return objective
 
 
+Objectives = Callable[[str], Objective]
+"""Maps the name of a loss, `ce`, `margin` or `targeted`, to its objective."""
+
 LOSSES: dict[str, Callable[[nn.Module, Labels], Objective]] = {
     "ce": cross_entropy_objective,
     "margin": margin_objective,
@@ -98,10 +101,10 @@ class Stage:
         return f"{self.loss}-{self.pgd.steps}" + (f"x{times}" if times > 1 else "")
 
     def search(
-        self, objective: Objective, clean: Images, threat: ThreatModel, generator: torch.Generator
+        self, objectives: Objectives, clean: Images, threat: ThreatModel, generator: torch.Generator
     ) -> SearchResult:
-        """Return the best iterates (N, C, H, W) of an objective around clean images."""
-        return shrinking_ball_search(objective, clean, threat, self.pgd, generator)
+        """Return the best iterates (N, C, H, W) of the loss around clean images."""
+        return shrinking_ball_search(objectives(self.loss), clean, threat, self.pgd, generator)
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,36 @@ class ThoroughStage(Stage):
         return f"{super().name}-{'outside' if self.balls else 'inside'}"
 
     def search(
-        self, objective: Objective, clean: Images, threat: ThreatModel, generator: torch.Generator
+        self, objectives: Objectives, clean: Images, threat: ThreatModel, generator: torch.Generator
     ) -> SearchResult:
-        """Return the best iterates (N, C, H, W) of an objective around clean images."""
+        """Return the best iterates (N, C, H, W) of the loss around clean images."""
         first = partial(start_at_any_distance, threat) if self.pgd.random_start else (lambda same, _: same)
-        return restarted_search(objective, (clean, threat, self.balls), self.pgd, generator, first)
+        return restarted_search(objectives(self.loss), (clean, threat, self.balls), self.pgd, generator, first)
+
+
+@dataclass(frozen=True)
+class BoundaryStage(Stage):
+    """A stage in l2 or l1 from noisy images far outside the ball: walks along the decision boundary towards its centre.
+
+    In l1 one run of four starts at few random pixels instead, and all end in descents that change few pixels. Steps
+    adapt their length. The loss is the margin in l2, and in l1 the one that runs descend on before the margin.
+    """
+
+    @property
+    def name(self) -> str:
+        """Return the stage's name in tables, such as `margin-40x24-boundary`."""
+        return f"{super().name}-boundary"
+
+    def search(
+        self, objectives: Objectives, clean: Images, threat: ThreatModel, generator: torch.Generator
+    ) -> SearchResult:
+        """Return the nearest adversarial images (N, C, H, W) in l2, the best iterates in l1."""
+        from audit.adversary.thorough.boundary import boundary_search
+        from audit.adversary.thorough.sparse import sparse_search
+
+        if isinstance(threat, L1):
+            return sparse_search(objectives, clean, threat, self.pgd, generator)
+        return boundary_search(objectives(self.loss), clean, threat, self.pgd, generator)
 
 
 _TWICE: Balls = ((3.0, 0.3), (1.5, 0.3))
@@ -134,6 +162,10 @@ _THOROUGH = (
     ThoroughStage("targeted", PGD(40, 0.1, random_start=False), targets=4, balls=_TWICE),
     ThoroughStage("margin", PGD(100, 0.1, restarts=4)),
 )
+_BOUNDARY: dict[str, Stage] = {
+    "l2": BoundaryStage("margin", PGD(40, restarts=24)),
+    "l1": BoundaryStage("ce", PGD(50, restarts=16)),
+}
 """Searches in l2 and l1 on images that all others of an attack leave."""
 
 
@@ -186,7 +218,7 @@ class LabelAttack:
 
         They come after it because their random starts also break images of networks whose gradients are masked.
         """
-        return _THOROUGH if self.stages and self.queries and norm != "linf" else ()
+        return (*_THOROUGH, _BOUNDARY[norm]) if self.stages and self.queries and norm != "linf" else ()
 
     def gradient_free_name(self, norm: str) -> str:
         """Return the name of the gradient-free attack in a norm, such as `square-300`; empty if there is none."""
@@ -195,7 +227,7 @@ class LabelAttack:
     def version_in(self, norm: str) -> int:
         """Return the version of the attack in a norm, which increases when results in that norm change."""
         raised = bool(self.queries and norm != "linf") + bool(self.stages and norm == "l1")
-        return self.version + raised + bool(self.thorough_in(norm))
+        return self.version + raised + 2 * bool(self.thorough_in(norm))
 
     @property
     def batch_size(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from audit.adversary.accuracy import logits_of
 from audit.adversary.label_attack import margin
+from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import frozen_parameters, input_gradient, outputs_of
 from audit.adversary.threat import L2
 from audit.errors import UsageError
@@ -171,7 +172,7 @@ def _search_batches(
     passes = 0
     correct = _correct(network, found, labels, batch_size).nonzero().flatten()
     with frozen_parameters(network):
-        for index in correct.split(batch_size) if len(correct) else ():
+        for index in correct.split(allowed(batch_size)) if len(correct) else ():
             best = MinimumNormResult(found[index], norms.new_full(index.shape, torch.inf), 0)
             passes += search(best, labels[index])
             found[index], norms[index] = best.images, best.norms

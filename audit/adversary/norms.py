@@ -16,6 +16,8 @@ def eps_fault(eps: float, norm: str | None = None) -> str:
     >>> eps_fault(8, "linf")
     'eps 8 is outside [0, 1], the range of pixels: write 8/255 for 8 grey levels'
     """
+    if not hasattr(eps, "__float__"):
+        return f"eps {eps!r} is not a number: write 8 / 255 for 8 grey levels"
     if not 0 <= eps < inf:
         return f"eps {eps!r} is not a finite radius >= 0 in pixel units (images lie in [0, 1])"
     if norm is not None and norm.lower() == "linf" and eps > 1:

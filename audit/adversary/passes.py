@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from audit.adversary.memory.counting import count_passes
+from audit.adversary.memory.limit import allowed
 from audit.errors import EnvironmentFault, InvalidModelError
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Images
+from audit.types import Images, relieved
 
 DRAWS = 20
 """Draws of a randomised network, of which the mean or the majority vote is taken."""
@@ -35,17 +37,21 @@ class MemoryWarning(UserWarning):
 
 
 class Batches:
-    """Apply functions in batches of `size` entries; running out of memory halves `size` permanently, with a warning."""
+    """Apply functions in batches of at most `size` entries, fewer where `fitting_batches` limits them.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    Running out of memory halves `size` permanently, with a warning. With `exactly`, a size that decides what is
+    compared is not limited.
+    """
+
+    def __init__(self, size: int, *, exactly: bool = False) -> None:
+        self.size = size if exactly else allowed(size)
 
     def run(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         """Return a function's concatenated results (N, ...) on tensors of equal length N > 0.
 
         Raises EnvironmentFault if a single entry does not fit into memory.
         """
-        results, done = [], 0
+        results, done, passed = [], 0, 0
         while done < len(tensors[0]):
             try:
                 results.append(function(*(tensor[done : done + self.size] for tensor in tensors)))
@@ -54,7 +60,9 @@ class Batches:
                     raise
                 self._halve(len(tensors[0]) - done)
             else:
+                count_passes(min(self.size, len(tensors[0]) - done))
                 done += self.size
+                passed = relieved(passed + self.size, tensors[0])
         return torch.cat(results)
 
     def _halve(self, remaining: int) -> None:
@@ -182,6 +190,12 @@ def values_and_gradient(function: Callable[[Images], Tensor], images: Images) ->
 
     Values that do not depend on the images have a gradient of zero.
     """
+    parts = [_values_and_gradient(function, batch) for batch in images.split(allowed(len(images)))]
+    found = [each for each in parts if each is not None]
+    return (torch.cat([each[0] for each in found]), torch.cat([each[1] for each in found])) if found else None
+
+
+def _values_and_gradient(function: Callable[[Images], Tensor], images: Images) -> tuple[Tensor, Tensor] | None:
     pixels = images.detach().clone().requires_grad_()
     with frozen_parameters(function) if isinstance(function, nn.Module) else nullcontext():
         values: object = outputs_of(function, pixels)

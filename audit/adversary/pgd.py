@@ -252,8 +252,8 @@ def restarted_search(
         if len(left) == 0:
             break
         there = clean[left], threat, balls
-        found = _descend_through_balls(_restricted(objective, left), there, pgd, start[left])
-        best = _merge(best, found, left, restart * (pgd.steps + 1))
+        found = _descend_through_balls(restricted(objective, left), there, pgd, start[left])
+        best = merged(best, found, left, restart * (pgd.steps + 1))
     return best
 
 
@@ -282,11 +282,12 @@ def _descend_through_balls(objective: Objective, place: _Place, pgd: PGD, start:
     return found._replace(step=step, passes=passes + found.passes, forwards=forwards + found.forwards)
 
 
-def _restricted(objective: Objective, subset: Tensor) -> Objective:
+def restricted(objective: Objective, subset: Tensor) -> Objective:
+    """Return the objective of the images of indices `subset` (A,), numbered from 0."""
     return lambda images, index: objective(images, subset[index])
 
 
-def _merge(best: SearchResult, again: SearchResult, left: Tensor, before: int) -> SearchResult:
+def merged(best: SearchResult, again: SearchResult, left: Tensor, before: int) -> SearchResult:
     """Update the best iterates with the better ones of a restart on the images of indices `left` (A,)."""
     better = again.done | (again.value < best.value[left])
     where = left[better]

@@ -13,6 +13,7 @@ from audit.adversary.accuracy import Accuracy, logits_of, measure_accuracy, meas
 from audit.adversary.attack_checks import Check, randomised, trustworthy
 from audit.adversary.gradient_checks import first_correct, grey_covering_eps, is_randomised, quick_checks
 from audit.adversary.label_attack import TIERS, LabelAttack, Stage, margin, margin_objective
+from audit.adversary.memory.batch_size import fitting_batches
 from audit.adversary.passes import (
     MajorityVote,
     MeanOfDraws,
@@ -100,6 +101,11 @@ def evaluate_robustness(target: TargetModel, threat: ThreatModel, attack: LabelA
 
     Source: Carlini et al. 2019, "On Evaluating Adversarial Robustness".
     """
+    with fitting_batches(target.network, target.images):
+        return _evaluated(target, threat, attack, seed)
+
+
+def _evaluated(target: TargetModel, threat: ThreatModel, attack: LabelAttack, seed: int) -> Robustness:
     data = (target.network, target.images, target.labels)
     if threat.eps == 0:
         return Robustness(measure_accuracy(*data, threat, attack, seed), ())
@@ -116,7 +122,8 @@ def evaluate_robustness(target: TargetModel, threat: ThreatModel, attack: LabelA
 def measure_target(target: TargetModel, threat: ThreatModel, attack: LabelAttack, seed: int) -> Accuracy:
     """Return the accuracies of a target under an attack, by the majority vote if it is randomised."""
     measure = measure_randomised if target.randomised else measure_accuracy
-    return measure(target.network, target.images, target.labels, threat, attack, seed)
+    with fitting_batches(target.searched, target.images):  # the mean over draws holds the activations of all draws
+        return measure(target.network, target.images, target.labels, threat, attack, seed)
 
 
 def _masking_checks(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import input_gradient
 from audit.errors import UsageError
 from audit.information.gaussian_mixture import mean_shift
@@ -96,7 +97,7 @@ def alignment(images: Images, maps: Images) -> Alignment:
 
 def _encode_in_batches(encode: FeatureMap, images: Images, batch_size: int) -> Features:
     with torch.no_grad():
-        return torch.cat([encode(batch) for batch in images.split(batch_size)])
+        return torch.cat([encode(batch) for batch in images.split(allowed(batch_size))])
 
 
 def _feature_gradient(features: Features, settings: SaliencySettings) -> tuple[Features, float]:
@@ -118,7 +119,8 @@ def _feature_gradient(features: Features, settings: SaliencySettings) -> tuple[F
 def _image_gradient(encode: FeatureMap, images: Images, gradient: Features, batch_size: int) -> Images:
     """Return the vector-Jacobian products (N, C, H, W) of gradients (N, D) to the features."""
     maps = []
-    for batch, weights in zip(images.split(batch_size), gradient.split(batch_size), strict=True):
+    size = allowed(batch_size)
+    for batch, weights in zip(images.split(size), gradient.split(size), strict=True):
         leaf = batch.detach().requires_grad_()
         maps.append(input_gradient(encode(leaf), leaf, weights))
     return torch.cat(maps)

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import input_gradient
 from audit.adversary.pgd import PGD, minimise
 from audit.adversary.threat import ThreatModel
@@ -219,7 +220,7 @@ def _search_ranges(
 def _first_gradients(encode: FeatureMap, images: Images, columns: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Return the clean values (N, K) of features and their gradients (K, N, C, H, W)."""
     values, gradients = [], []
-    for batch in images.split(batch_size):
+    for batch in images.split(allowed(batch_size)):
         leaf = batch.detach().requires_grad_()
         features = encode(leaf)[:, columns]
         gradients.append(torch.stack([input_gradient(each.sum(), leaf, keep=True) for each in features.unbind(1)]))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import input_gradient
 from audit.adversary.threat import ThreatModel
 from audit.certificate.dual_precision import DualPrecisionLayer
@@ -125,11 +126,15 @@ class CollisionSearch:
         """The threat model with a slightly smaller radius."""
         return replace(self.threat, eps=self.threat.eps * _EPS_MARGIN)
 
+    @property
+    def _in_a_batch(self) -> int:
+        return min(self.batch_size, allowed(self.batch_size))
+
     @torch.no_grad()
     def features(self, images: Images, feature_map: FeatureMap) -> Features:
         """Return the features (N, D) of images (N, C, H, W), batch by batch."""
         self.log.passes += len(images) / 2
-        return torch.cat([feature_map(batch) for batch in images.split(self.batch_size)])
+        return torch.cat([feature_map(batch) for batch in images.split(self._in_a_batch)])
 
     def collide(self, groups: Tensor, hub: HubTarget, steps: int) -> tuple[Tensor, Tensor]:
         """Move groups of images (G, M) together; return the images (G, M, C, H, W) float64 and their distances (G,).
@@ -139,7 +144,7 @@ class CollisionSearch:
         """
         moved, distance = [], []
         refinement = _GaussNewtonRefinement(self, hub.target)
-        for batch in groups.split(max(1, self.batch_size // groups.shape[1])):
+        for batch in groups.split(max(1, self._in_a_batch // groups.shape[1])):
             start = self.approach(batch, hub, steps)
             for rows in torch.arange(len(batch), device=batch.device).split(self._groups_in_memory(hub, batch)):
                 images, remaining = refinement.run(batch[rows], start[rows])

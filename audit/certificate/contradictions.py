@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from audit.adversary.label_attack import margin
+from audit.adversary.memory.limit import allowed
 from audit.certificate.collisions import Collisions
 from audit.certificate.results import Certificate
 from audit.flags import FlagCode, flag
@@ -59,4 +60,4 @@ def correct_on_witnesses(network: nn.Module, collisions: Collisions, sample: tup
 
 
 def _is_correct(network: nn.Module, images: Images, labels: Labels) -> Tensor:
-    return margin(torch.cat([network(batch) for batch in images.split(_BATCH)]), labels) > 0
+    return margin(torch.cat([network(batch) for batch in images.split(allowed(_BATCH))]), labels) > 0

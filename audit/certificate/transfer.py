@@ -6,6 +6,7 @@ caller verifies both with `validity.valid_rows` before transferred collisions co
 
 import torch
 
+from audit.adversary.memory.limit import allowed
 from audit.certificate.collisions import Collisions, concatenate, pairs_and_hubs
 from audit.certificate.packing import collision_bound
 from audit.certificate.population import sample_limit
@@ -25,7 +26,7 @@ def transfer_to_layer(precise: FeatureMap, collisions: Collisions) -> Collisions
     if len(collisions.members) == 0:
         image = collisions.moved.new_zeros(1, *collisions.moved.shape[1:])
         return collisions._replace(targets=collisions.targets.new_zeros(0, precise(image).shape[1]))
-    features = torch.cat([precise(batch) for batch in collisions.moved.split(_BATCH)])
+    features = torch.cat([precise(batch) for batch in collisions.moved.split(allowed(_BATCH))])
     # the median, not the mean: one outlier must not invalidate the other images of its target
     targets = [features[collisions.at == target].median(0).values for target in range(len(collisions.targets))]
     return collisions._replace(targets=torch.stack(targets))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from audit.adversary.memory.limit import allowed
 from audit.adversary.threat import ThreatModel
 from audit.certificate.collisions import Collisions
 from audit.certificate.dual_precision import DualPrecisionLayer
@@ -34,7 +35,7 @@ def valid_rows(
         from audit.certificate.proof.root import prove_collisions
 
         return prove_collisions(layer.precise, clean, collisions, threat)
-    features = torch.cat([layer.precise(batch) for batch in collisions.moved.split(_BATCH)])
+    features = torch.cat([layer.precise(batch) for batch in collisions.moved.split(allowed(_BATCH))])
     equal = features_equal(features, collisions.targets[collisions.at], criterion)
     return equal & (threat.distance(collisions.moved, clean[collisions.members].double()) <= threat.eps)
 

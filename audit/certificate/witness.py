@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from audit.adversary.memory.limit import allowed
 from audit.adversary.threat import THREATS, ThreatModel
 from audit.certificate.collisions import Collisions
 from audit.certificate.dual_precision import DualPrecisionLayer
@@ -200,7 +201,7 @@ def _check_balls(collisions: Collisions, clean: Images, threat: ThreatModel) -> 
 def _check_features(collisions: Collisions, layer: DualPrecisionLayer, tier: EqualityTier, clean: Images) -> None:
     if len(collisions.moved) == 0:
         return
-    features = torch.cat([layer.precise(batch) for batch in collisions.moved.split(_BATCH)])
+    features = torch.cat([layer.precise(batch) for batch in collisions.moved.split(allowed(_BATCH))])
     _check_dimension(collisions, features.shape[1])
     targets = collisions.targets[collisions.at]
     # the noise floor is measured again: the header may claim any

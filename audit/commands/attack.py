@@ -13,33 +13,50 @@ import click
 from audit.commands.options import (
     FOLDER,
     SourceOptions,
+    attack_option,
+    balanced_option,
     dataset_option,
-    eps_option,
+    fail_under_option,
     grouped_options,
+    images_option,
     json_option,
     norm_option,
     preprocess_option,
+    radii_option,
     restrict_option,
     slug,
     source_options,
 )
-from audit.config.benchmark import TIERS
+from audit.storage import digest
 
 
 @dataclass(frozen=True)
 class AttackOptions:
-    """Data set, threat model and attacks, as options spell them."""
+    """Data set, threat models and attacks, as options spell them."""
 
     dataset: str
-    eps: str
+    radii: tuple[str, ...]
     norm: str
-    tier: str
-    attacks: str
+    attack: str
+    attacks: tuple[str, ...]
+    checks: str
     transfer_from: tuple[str, ...]
     images: int | None
+    balanced: bool
     seed: int
     preprocess: str
     restrict_classes: bool
+
+    @property
+    def single_attacks(self) -> tuple[str, ...]:
+        """The names of `--attacks`, which repeats and takes lists, each once."""
+        names = (name.strip() for words in self.attacks for name in words.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    def folder(self, model: str, norm: str, eps: float) -> Path:
+        """Return the run folder of one radius, named by everything that decides the numbers."""
+        decides = {**vars(self), "model": model, "norm": norm, "radii": [eps], "attacks": self.single_attacks}
+        return Path("runs") / f"attack-{slug(model)}-{digest(decides)[:8]}"
 
 
 @click.command("attack")
@@ -48,55 +65,98 @@ class AttackOptions:
     "chosen",
     AttackOptions,
     dataset_option,
-    eps_option,
+    radii_option,
     norm_option,
+    attack_option,
     click.option(
-        "--tier", type=click.Choice(TIERS), default="audit", show_default=True, help="Strength of the attack."
+        "--attacks",
+        multiple=True,
+        help="Further attacks, each run by itself: fgsm,bim,pgd,margin,cw,ddn,square,fab,... Repeatable.",
     ),
     click.option(
-        "--attacks", default="", help="Further attacks, each run by itself: fgsm,bim,pgd,margin,cw,ddn,square,fab,..."
+        "--checks",
+        type=click.Choice(["all", "trust", "none"]),
+        default="all",
+        show_default=True,
+        help="Checks of the attack: all, with accuracy against eps; those that decide its trust; none, the cheapest.",
     ),
     click.option(
         "--transfer-from", multiple=True, help="A model whose adversarial images are transferred. Repeatable."
     ),
-    click.option("--images", type=click.IntRange(1), default=None, help="Number of images, from the first. [all]"),
+    images_option,
+    balanced_option,
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of random starts."),
     preprocess_option,
     restrict_option,
 )
-@click.option("--out", type=FOLDER, default=None, help="The folder of rows and curve. [runs/attack-<model>]")
-@json_option("one JSON object")
+@click.option(
+    "--out", type=FOLDER, default=None, help="The folder of rows and curve. [runs/attack-<model>-<hash of the request>]"
+)
+@fail_under_option
+@json_option("one JSON object, of several radii an array of them")
 @source_options
-def attack_command(model: str, chosen: AttackOptions, out: Path | None, as_json: bool, sources: SourceOptions) -> int:
+def attack_command(
+    model: str, chosen: AttackOptions, out: Path | None, fail_under: float | None, as_json: bool, sources: SourceOptions
+) -> int:
     """Attack MODEL, and check whether the attack can be trusted; exit code 1 where it cannot.
 
-    Writes attack.json, images.csv (one row per image) and the curve of accuracy against eps.
+    Writes attack.json, images.csv (one row per image) and the curve of accuracy against eps; with several radii, a
+    folder for each.
+
+    Example: rvaudit attack bundled:digits-vgg-robust --dataset digits --eps 0.1 --eps 0.2 --attacks fgsm,pgd
     """
+    from audit.commands.resolve import threat_of
+
+    threats = sorted({threat_of(chosen.norm, eps) for eps in chosen.radii}, key=lambda threat: threat.eps)
+    found = []
+    for threat in threats:
+        report = _attack(model, chosen, threat, sources)
+        own = out / _folder_name(threat.norm, threat.eps) if out and len(threats) > 1 else out
+        paths = _write(own or chosen.folder(model, threat.norm, threat.eps), report.summary, report.image_rows)
+        found.append(report.summary)
+        if not as_json:
+            _print(report.summary, paths)
+    if as_json:
+        click.echo(json.dumps(found[0] if len(found) == 1 else found, allow_nan=False))
+    return max(_code(summary, fail_under) for summary in found)
+
+
+def _attack(model: str, chosen: AttackOptions, threat: Any, sources: SourceOptions) -> Any:
+    """Return the `AttackReport` of one threat model."""
     from audit.commands.display import Display
-    from audit.commands.resolve import input_rules, run_options, threat_of
+    from audit.commands.resolve import input_rules, run_options
     from audit.studies.attack_report import STAGES, AttackRequest, attack_report
 
-    attacks = tuple(name.strip() for name in chosen.attacks.split(",") if name.strip())
-    threat = threat_of(chosen.norm, chosen.eps)
     request = AttackRequest(
         model=model,
         dataset=chosen.dataset,
         threat=threat,
-        tier=chosen.tier,
-        attacks=attacks,
+        tier=chosen.attack,
+        attacks=chosen.single_attacks,
         sources=chosen.transfer_from,
         images=chosen.images,
         seed=chosen.seed,
-        rules=input_rules(chosen.preprocess, restrict_classes=chosen.restrict_classes),
+        rules=input_rules(chosen.preprocess, restrict_classes=chosen.restrict_classes, balanced=chosen.balanced),
+        checks=chosen.checks,
     )
-    with Display(STAGES + len(attacks)) as display:
-        report = attack_report(request, run_options(sources), display.channel)
-    paths = _write(out or Path("runs") / f"attack-{slug(model)}", report.summary, report.image_rows)
-    if as_json:
-        click.echo(json.dumps(report.summary, allow_nan=False))
-    else:
-        _print(report.summary, paths)
-    return 0 if report.summary["trustworthy"] else 1
+    with Display(STAGES + len(request.attacks)) as display:
+        return attack_report(request, run_options(sources), display.channel)
+
+
+def _code(summary: dict[str, Any], fail_under: float | None) -> int:
+    """Return 1 where the attack failed a trust check or the accuracy is below `--fail-under`, else 0."""
+    accuracy = summary["adversarial_accuracy"]
+    if fail_under is not None and accuracy < fail_under:
+        click.echo(f"adversarial accuracy {accuracy:.4f} is below --fail-under {fail_under:g}", err=True)
+        return 1
+    return 1 if summary["trustworthy"] is False else 0
+
+
+def _folder_name(norm: str, eps: float) -> str:
+    """Return the name of one radius's folder, such as `linf-8_255`."""
+    from reports.text import format_eps
+
+    return f"{norm}-{format_eps(eps)}".replace("/", "_")
 
 
 def _write(folder: Path, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[Path]:
@@ -111,38 +171,43 @@ def _write(folder: Path, summary: dict[str, Any], rows: Sequence[dict[str, Any]]
     contents: dict[str, str | bytes] = {
         "attack.json": json.dumps(summary, indent=1, allow_nan=False) + "\n",
         "images.csv": table.getvalue(),
-        "eps_curve.png": figure_bytes(eps_curve(summary), "png"),
     }
+    if summary["eps_curve"]:
+        contents["eps_curve.png"] = figure_bytes(eps_curve(summary), "png")
     for name, content in contents.items():
         write_atomically(folder / name, content)
     return [folder / name for name in contents]
 
 
 def _print(summary: dict[str, Any], paths: Sequence[Path]) -> None:
-    from audit.commands.display import print_table
+    from audit.commands.display import plain, print_table
+    from reports.text import format_eps
 
     tier = {
         **summary,
         "low": summary["adversarial_accuracy_low"],
         "high": summary["adversarial_accuracy_high"],
     }
+    eps = format_eps(summary["eps"])
     print_table(
-        ("attack", "natural", "adversarial", "95 %", "passes", "forwards"),
-        [_attack_row(each, summary["natural_accuracy"]) for each in (tier, *summary["attacks"])],
+        ("attack", "norm", "eps", "natural", "adversarial", "95 %", "passes", "forwards"),
+        [_attack_row(each, summary, eps) for each in (tier, *summary["attacks"])],
     )
-    print_table(("id", "check", "verdict", "figure", "criterion", "note"), [_check_row(x) for x in summary["checks"]])
+    if summary["checks"]:
+        header = ("id", "check", "verdict", "figure", "criterion", "note")
+        print_table(header, [_check_row(check) for check in summary["checks"]])
     for source, row in summary["transfer"].items():
         accuracies = ", ".join(f"{target} {share:.3f}" for target, share in row.items())
-        click.echo(f"accuracy on adversarial images of {source}: {accuracies}")
+        click.echo(plain(f"accuracy on adversarial images of {source}: {accuracies}"))
     if not summary["trustworthy"]:
         click.echo(f"adversarial accuracy {summary['adversarial_accuracy']:.3f}: {summary['verdict']}")
     click.echo("  ".join(map(str, paths)))
 
 
-def _attack_row(found: dict[str, Any], natural: float) -> tuple[object, ...]:
+def _attack_row(found: dict[str, Any], summary: dict[str, Any], eps: str) -> tuple[object, ...]:
     interval = f"[{found['low']:.3f}, {found['high']:.3f}]"
-    accuracies = f"{natural:.3f}", f"{found['adversarial_accuracy']:.3f}"
-    return (found["attack"], *accuracies, interval, found["passes"], found["forwards"])
+    accuracies = f"{summary['natural_accuracy']:.3f}", f"{found['adversarial_accuracy']:.3f}"
+    return (found["attack"], summary["norm"], eps, *accuracies, interval, found["passes"], found["forwards"])
 
 
 def _check_row(check: dict[str, Any]) -> tuple[object, ...]:

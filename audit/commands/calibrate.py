@@ -23,6 +23,8 @@ def calibrate_command(estimators: tuple[str, ...], config: Path | None, brief: b
 
     Without --config all estimators are calibrated with their default settings. The rows are stored in the run folder,
     and appear in its leaderboard.
+
+    Example: rvaudit calibrate --estimator label-level --brief
     """
     from audit.commands.execution import calibrate_into
     from audit.config.yaml_source import read_config

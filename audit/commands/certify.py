@@ -1,7 +1,7 @@
 """The command `certify`: bound the adversarial accuracy of any head on a layer, with collision witnesses."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,15 @@ import click
 from audit.commands.options import (
     FILE,
     SourceOptions,
+    balanced_option,
     dataset_option,
     grouped_options,
+    images_option,
     json_option,
+    layers_option,
+    norm_option,
     preprocess_option,
+    radii_option,
     restrict_option,
     source_options,
 )
@@ -52,7 +57,7 @@ class CertifyOptions:
     images: int | None
     balanced: bool
     confidence: float
-    tier: str
+    equality: str
     hubs: int
     pairs: bool
     pair_passes: float
@@ -73,15 +78,18 @@ class CertifyOptions:
     "chosen",
     CertifyOptions,
     dataset_option,
-    click.option("--layer", "layers", multiple=True, default=("logits",), show_default=True, help="Repeatable."),
-    click.option(
-        "--eps", "radii", multiple=True, required=True, help="Radius in pixel units, such as 8/255. Repeatable."
-    ),
-    click.option("--norm", default="linf", show_default=True, help="linf, l2 or l1."),
-    click.option("--images", type=click.IntRange(1), default=None, help="Number of images, from the first. [all]"),
-    click.option("--balanced", is_flag=True, help="Take equally many images of each class instead of the first."),
+    layers_option,
+    radii_option,
+    norm_option,
+    images_option,
+    balanced_option,
     click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the population bounds."),
-    click.option("--tier", default="float32", show_default=True, help="proved, float32, float16, bfloat16 or noise."),
+    click.option(
+        "--equality",
+        default="float32",
+        show_default=True,
+        help="What the same features means: proved, float32, float16, bfloat16 or noise.",
+    ),
     click.option("--hubs", type=click.IntRange(0), default=2, show_default=True, help="Maximum number of hubs."),
     click.option("--pairs/--hubs-only", default=True, help="Search for pairs among images outside large hubs. [pairs]"),
     click.option(
@@ -102,7 +110,14 @@ class CertifyOptions:
     click.option(
         "--train-dataset", default=None, help="Data set to train heads on. [other images of the certified data set]"
     ),
-    click.option("--attack", default="smoke", show_default=True, help="Attack on heads: smoke, audit or leaderboard."),
+    click.option(
+        "--attack",
+        "--tier",
+        "attack",
+        default="smoke",
+        show_default=True,
+        help="Attack on heads: smoke, audit or leaderboard.",
+    ),
     click.option(
         "--heads",
         multiple=True,
@@ -130,7 +145,10 @@ def certify_command(
 
     If images of different classes can be moved, each inside its own ball, to the same features, no head classifies
     all of them correctly. The moved images are written to the witness file, which `rvaudit verify` verifies.
+
+    Example: rvaudit certify bundled:digits-vgg-robust --dataset digits --layer logits --eps 0.2 --out w.safetensors
     """
+    chosen = _renamed(chosen)
     if table is not None and table.suffix != ".csv":
         raise UsageError(f"--rows writes CSV, so its name must end in .csv, not {table.name!r}")
     rows = _certified_rows(model, chosen, out, sources)
@@ -145,6 +163,14 @@ def certify_command(
     else:
         _print_rows(rows)
     return 0
+
+
+def _renamed(chosen: CertifyOptions) -> CertifyOptions:
+    """Return options of earlier versions, where `--tier` was what is `--equality` now, as they are spelled now."""
+    if chosen.attack not in (*_SHORT_TIERS, *_SHORT_TIERS.values()):
+        return chosen
+    click.echo(f"Note: --tier {chosen.attack} is now --equality {chosen.attack}; --tier is the attack", err=True)
+    return replace(chosen, equality=chosen.attack, attack="smoke")
 
 
 def _certified_rows(
@@ -165,7 +191,7 @@ def _certified_rows(
         balanced=chosen.balanced,
         head_images=chosen.head_images,
         train_dataset=chosen.train_dataset,
-        tier=_SHORT_TIERS.get(chosen.tier, chosen.tier),
+        tier=_SHORT_TIERS.get(chosen.equality, chosen.equality),
         hubs=chosen.hubs,
         pairs=chosen.pairs,
         pair_passes=chosen.pair_passes,

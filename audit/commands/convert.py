@@ -18,6 +18,8 @@ def convert_command(checkpoint: Path, out: Path, key: str, as_json: bool) -> int
     """Write the tensors of CHECKPOINT as OUT.safetensors; no code in the checkpoint is run.
 
     Exit code 3 for a file that is missing or corrupt, 4 for one that would run code.
+
+    Example: rvaudit convert net.pth net.safetensors --key model_ema
     """
     from hashlib import sha256
 

@@ -1,5 +1,6 @@
 """Terminal output: a progress bar with finished cells, stage and remaining time, and tables."""
 
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
@@ -18,6 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from audit.records import AuditRecord
+from reports.text import format_eps
+
+_FIRST_LINE, _LINES_EVERY = 10.0, 30.0  # seconds, into a pipe
 
 
 class Display:
@@ -36,6 +40,8 @@ class Display:
         self._progress = Progress(*columns, console=self._console, transient=True, disable=not self._live)
         self._task = self._progress.add_task("starting", total=total)
         self._total, self._finished = total, 0
+        self._began = time.monotonic()
+        self._next_line = self._began + _FIRST_LINE
 
     @property
     def _live(self) -> bool:
@@ -53,6 +59,7 @@ class Display:
     def stage(self, name: str, stage: str) -> None:
         """Show the stage of a cell."""
         self._progress.update(self._task, description=escape(f"{plain(name)}: {stage}"))
+        self._line(f"{plain(name)}: {stage}")
 
     def step(self, epoch: int, loss: float) -> None:
         """Show the completed epochs and the loss of a training run."""
@@ -61,6 +68,20 @@ class Display:
     def channel(self, name: str, done: int) -> None:
         """Show a step of the work by name, and the number of completed steps."""
         self._progress.update(self._task, completed=done, description=escape(plain(name)))
+        self._line(plain(name), done)
+
+    def _line(self, text: str, done: int | None = None) -> None:
+        """Print what is being done on a line every half minute, if there is no terminal for the bar."""
+        now = time.monotonic()
+        if self._live or now < self._next_line:
+            return
+        self._next_line = now + _LINES_EVERY
+        if done and done < self._total and " left" not in text:
+            from audit.run.upkeep.progress import in_words
+
+            text += f", {in_words((now - self._began) * (self._total - done) / done)} left"
+        count = self._finished if done is None else done
+        self._console.print(escape(f"[{count}/{self._total}] {text}"), soft_wrap=True)
 
     def done(self, record: AuditRecord, known: bool) -> None:
         """Count a finished cell, and print a line for it if there is no terminal for the bar."""
@@ -71,7 +92,7 @@ class Display:
         outcome = "already done" if known else f"{record.seconds or 0:.1f} s"
         if not record.valid:
             outcome = "failed"  # the command prints the reason once, at the end
-        cell = f"{plain(record.model)}, {plain(record.layer)}, eps {record.eps:.4g}, {record.estimator}"
+        cell = f"{plain(record.model)}, {plain(record.layer)}, eps {format_eps(record.eps)}, {record.estimator}"
         self._console.print(escape(f"[{self._finished}/{self._total}] {cell}: {outcome}"), soft_wrap=True)
 
 

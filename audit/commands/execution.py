@@ -26,9 +26,10 @@ from audit.run.loading import RunOptions
 from audit.run.run_loop import Executor, Watcher, claim, run
 from model_zoo.model_types import default_cache
 from reports.publish import write_reports
-from reports.tables.contradictions import cross_check
+from reports.tables.closing import closing_table
 from reports.tables.leftovers import leftover_sentences
 from reports.tables.table import to_rows
+from reports.text import format_eps
 
 
 def run_benchmark(
@@ -50,10 +51,18 @@ def run_cells(
 ) -> list[AuditRecord]:
     """Compute cells with a progress bar, and return their records; raises UsageError."""
     options = replace(run_options(sources), keep_images=keep_images)
-    chosen = _executor_of(executor, cells, options)
+    chosen, computed = _executor_of(executor, cells, options), list[AuditRecord]()
     with Display(len(cells)) as display:
-        watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
-        return run(cells, folder, options, watcher, chosen)
+
+        def done(record: AuditRecord, known: bool) -> None:
+            display.done(record, known)
+            computed.extend([] if known else [record])
+
+        watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), done)
+        records = run(cells, folder, options, watcher, chosen)
+    if not computed:
+        click.echo(f"Note: nothing was to do: {folder} holds all {len(records)} cells already", err=True)
+    return records
 
 
 def _executor_of(chosen: ExecutorOptions, cells: Sequence[Cell], options: RunOptions) -> Executor | None:
@@ -117,26 +126,25 @@ def publish(records: Sequence[AuditRecord], folder: Path, *, as_json: bool) -> N
 
 
 def _print_summary(records: Sequence[AuditRecord], folder: Path) -> None:
-    rows = [_summary_row(record) for record in cross_check(records) if record.valid]
-    if not rows:
+    found = closing_table(records)
+    if not found.rows:
         return
-    header = ("model", "layer", "eps", "estimator", "natural", "adversarial", "worst nats", "RV", "est. bound", "flags")
-    print_table(header, rows)
-    click.echo("Accuracies are measured; nats, RV and the bound are estimates.")
+    print_table(found.header, found.rows)
+    for note in found.notes:
+        click.echo(note)
     click.echo(f"{folder / 'report.html'}  {folder / 'leaderboard.csv'}  {folder / 'figures'}")
 
 
-def _summary_row(record: AuditRecord) -> tuple[str, ...]:
-    bound = record.fano_accuracy_bound
-    return (
-        record.model,
-        record.layer,
-        f"{record.eps:.4g}",
-        record.estimator,
-        f"{record.natural_accuracy:.3f}",
-        f"{record.adversarial_accuracy:.3f}",
-        f"{record.worst_nats:.2f} ± {record.worst_nats_se:.2f}",
-        f"{record.rv:.2f} ± {record.rv_se:.2f}",
-        "" if bound is None else f"{bound:.3f}",
-        ", ".join(flag.partition(":")[0] for flag in record.flags),
-    )
+def below(records: Sequence[AuditRecord], limit: float | None) -> int:
+    """Return 1 if a valid record's adversarial accuracy is below `--fail-under`, after naming the models; else 0."""
+    failing = [] if limit is None else [record for record in records if _is_below(record, limit)]
+    for record in {(record.model, record.norm, record.eps): record for record in failing}.values():
+        measured = f"{plain(record.model)}: adversarial accuracy {record.adversarial_accuracy:.4f}"
+        threat = f"{record.norm} {format_eps(record.eps)}"
+        click.echo(f"{measured} ({threat}) is below --fail-under {limit:g}", err=True)
+    return 1 if failing else 0
+
+
+def _is_below(record: AuditRecord, limit: float) -> bool:
+    accuracy = record.adversarial_accuracy
+    return record.valid and accuracy is not None and accuracy < limit

@@ -12,6 +12,7 @@ from audit.commands.options import (
     FOLDER,
     Option,
     SourceOptions,
+    balanced_option,
     dataset_option,
     eps_option,
     grouped_options,
@@ -39,6 +40,7 @@ LAYER_OPTIONS: tuple[Option, ...] = (
     dataset_option,
     layer_option,
     images_option,
+    balanced_option,
     feature_option,
     noise_option,
     seed_option,
@@ -60,6 +62,7 @@ class FeatureOptions:
     dataset: str
     layer: str
     images: int
+    balanced: bool
     features: tuple[int, ...]
     noise: float
     seed: int
@@ -89,10 +92,13 @@ def features_command(
     """Rank the features of a layer of MODEL by their vulnerability.
 
     The features of a convolution are its channels at one unit. Writes features.csv and a histogram.
+
+    Example: rvaudit features bundled:digits-vgg-robust --dataset digits --layer stages.1.0 --eps 0.1
     """
     from audit.attribution.single_features import FeatureRequest, FeatureSettings, audit_features
     from audit.commands.display import Display
     from audit.commands.resolve import input_rules, run_options, threat_of
+    from audit.run.loading import batches_for
     from audit.studies.figure3 import feature_rows
     from audit.studies.figure_networks import layer_cell, load_cell
     from audit.studies.rows import write_rows
@@ -100,10 +106,11 @@ def features_command(
 
     settings = FeatureSettings(request.noise, request.scale, request.steps, restarts=request.restarts)
     threat, unit = threat_of(request.norm, request.eps), _unit(request.unit)
-    rules = input_rules(request.preprocess, restrict_classes=request.restrict_classes)
+    rules = input_rules(request.preprocess, restrict_classes=request.restrict_classes, balanced=request.balanced)
     cell = layer_cell(model, request.dataset, request.layer, threat, images=request.images, rules=rules)
-    loaded = load_cell(cell, run_options(sources))
-    with Display(100) as display:
+    options = run_options(sources)
+    loaded = load_cell(cell, options)
+    with Display(100) as display, batches_for(loaded.network, loaded.images, options):
         asked = FeatureRequest(request.features, unit, request.seed, display.channel)
         found = audit_features(loaded.network, loaded.images, request.layer, threat, settings, asked)
     folder = out or Path("runs") / f"features-{slug(model)}"

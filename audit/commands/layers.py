@@ -14,11 +14,15 @@ from audit.errors import UsageError
 @json_option("one JSON array")
 @source_options
 def layers_command(model: str, shape: str | None, as_json: bool, sources: SourceOptions) -> None:
-    """List the layers of MODEL: output shape, dimension, calls per forward pass, later in-place changes."""
+    """List the layers of MODEL: output shape, dimension, calls per forward pass, later in-place changes.
+
+    Example: rvaudit layers bundled:digits-vgg-robust
+    """
     import torch
 
     from audit.commands.display import print_table
     from audit.commands.resolve import run_options
+    from audit.representation.headless import Headless
     from audit.representation.layers import describe_layers
     from model_zoo.load import load_model
     from model_zoo.model_types import check_outputs
@@ -29,7 +33,8 @@ def layers_command(model: str, shape: str | None, as_json: bool, sources: Source
         raise UsageError(f"{model!r} declares no image shape: add --shape, such as --shape 3x32x32")
     if shape and loaded.num_classes:
         check_outputs(loaded.network, loaded.num_classes, size, loaded.entry.name)
-    layers = describe_layers(loaded.network, torch.zeros(1, *size))
+    network = loaded.network if loaded.num_classes else Headless(loaded.network).eval()
+    layers = describe_layers(network, torch.zeros(1, *size))
     if as_json:
         click.echo(json.dumps([layer._asdict() for layer in layers]))
         return

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from audit.config.benchmark import TIERS
 from audit.errors import UsageError
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -26,7 +27,39 @@ data_dir_option = click.option(
 offline_option = click.option("--offline", is_flag=True, help="Use local files only: open no network connection.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 
-
+attack_option = click.option(
+    "--attack",
+    "--tier",
+    "attack",
+    type=click.Choice(TIERS),
+    default="audit",
+    show_default=True,
+    help="Strength of the attack on the label.",
+)
+layers_option = click.option(
+    "--layer", "layers", multiple=True, default=("logits",), show_default=True, help="Repeatable."
+)
+radii_option = click.option(
+    "--eps", "radii", multiple=True, required=True, help="Radius in pixel units, such as 8/255. Repeatable."
+)
+images_option = click.option(
+    "--images", type=click.IntRange(1), default=None, help="Number of images, from the first. [all]"
+)
+balanced_option = click.option(
+    "--balanced", is_flag=True, help="Take equally many images of each class instead of the first."
+)
+jobs_option = click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=None,
+    help="Processes of a local run, which divide its models. [one per core; 1 on a GPU or for a short run]",
+)
+fail_under_option = click.option(
+    "--fail-under",
+    type=click.FloatRange(0, 1),
+    default=None,
+    help="Exit with 1 where an adversarial accuracy is below this fraction: for pipelines.",
+)
 preprocess_option = click.option(
     "--preprocess",
     type=click.Choice(["model", "none"]),
@@ -74,13 +107,14 @@ def grouped_options(argument: str, kind: type, *options: Option) -> Option:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Sources of models and data, and the device to compute on."""
+    """Sources of models and data, and the device and batches to compute with."""
 
     trust_code: bool = False
     offline: bool = False
     data_dir: Path = Path("data")
     model_dir: Path | None = None
     device: str = "auto"
+    batch_size: int | None = None
     base: Path | None = None
 
 
@@ -92,6 +126,9 @@ source_options = grouped_options(
     data_dir_option,
     click.option("--model-dir", type=FOLDER, default=None, help="The folder of RobustBench's weights. [./models]"),
     device_option,
+    click.option(
+        "--batch-size", type=click.IntRange(1), default=None, help="Images in one pass. [as many as memory bears]"
+    ),
 )
 
 
@@ -116,12 +153,7 @@ executor_options = grouped_options(
         show_default=True,
         help="This machine, or a Ray cluster; cells that share a search stay together.",
     ),
-    click.option(
-        "--jobs",
-        type=click.IntRange(1),
-        default=None,
-        help="Processes of a local run, which divide its models. [one per core; 1 on a GPU or for a short run]",
-    ),
+    jobs_option,
     click.option("--address", default=None, help="Address of the Ray cluster. [a new one on this machine]"),
     click.option("--workers", type=click.IntRange(1), default=None, help="Ray processes on this machine."),
     click.option(

@@ -18,12 +18,12 @@ def run_options(sources: SourceOptions) -> RunOptions:
         model_dir=sources.model_dir,
         base=sources.base,
     )
-    return RunOptions(settings, sources.data_dir, sources.device)
+    return RunOptions(settings, sources.data_dir, sources.device, batch_size=sources.batch_size)
 
 
-def input_rules(preprocess: str, *, restrict_classes: bool = False) -> InputRules:
-    """Return the rules of `--preprocess` and `--restrict-classes`."""
-    return InputRules(preprocess=preprocess == "model", restrict_classes=restrict_classes)
+def input_rules(preprocess: str, *, restrict_classes: bool = False, balanced: bool = False) -> InputRules:
+    """Return the rules of `--preprocess`, `--restrict-classes` and `--balanced`."""
+    return InputRules(preprocess == "model", restrict_classes, balanced)
 
 
 def threat_of(norm: str, eps: str) -> ThreatModel:

@@ -20,6 +20,7 @@ class SaliencyOptions:
     dataset: str
     layer: str
     images: int
+    balanced: bool
     features: tuple[int, ...]
     noise: float
     seed: int
@@ -44,6 +45,8 @@ def saliency_command(
     """Map the information of a layer of each MODEL onto the pixels, and measure how far maps align with images.
 
     Writes saliency.csv (alignment), saliency.json (the maps drawn) and the grid of maps.
+
+    Example: rvaudit saliency bundled:digits-vgg-robust --dataset digits --layer logits --draw 3
     """
     from audit.adversary.threat import Linf
     from audit.attribution.saliency import SaliencySettings
@@ -56,7 +59,7 @@ def saliency_command(
     settings = SaliencySettings(noise=request.noise, seed=request.seed)
     study = SaliencyStudy(settings, request.features, tuple(range(request.drawn)))
     stem = (out or Path("runs") / f"saliency-{slug(models[0])}") / "saliency"
-    rules = input_rules(request.preprocess, restrict_classes=request.restrict_classes)
+    rules = input_rules(request.preprocess, restrict_classes=request.restrict_classes, balanced=request.balanced)
     place = request.dataset, request.layer, Linf(0)
     cells = [layer_cell(model, *place, images=request.images, rules=rules) for model in models]
     with Display(len(cells)) as display:

@@ -11,7 +11,7 @@ COMMANDS = {
     "plan": ("audit.commands.inspect.plan", "Forecast the cost of a benchmark."),
     "status": ("audit.commands.inspect.status", "Count done, failed and unfinished cells."),
     "compare": ("audit.commands.inspect.compare", "Pair the cells of two runs."),
-    "export": ("audit.commands.inspect.export", "Write a run as csv, parquet, safetensors or RobustBench claims."),
+    "export": ("audit.commands.inspect.export", "Write a run as csv, parquet, safetensors, claims, or a card."),
     "convert": ("audit.commands.convert", "Write a checkpoint as safetensors, safely."),
     "doctor": ("audit.commands.inspect.doctor", "Check the installation and the machine."),
     "calibrate": ("audit.commands.calibrate", "Compare estimators with known channels."),

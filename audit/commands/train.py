@@ -1,11 +1,13 @@
 """The command `train`: train models from their recipes."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
-from audit.commands.options import FOLDER, grouped_options
+from audit.commands.options import FOLDER, grouped_options, json_option
 from audit.errors import UsageError
 
 
@@ -26,15 +28,25 @@ class TrainingOptions:
     "options",
     TrainingOptions,
     click.option("--dataset", default=None, help="For guess-first recipes: a data set, such as parquet:PATH. [digits]"),
-    click.option("--count", type=click.IntRange(1), default=None, help="For guess-first recipes: images. [all]"),
+    click.option(
+        "--images",
+        "--count",
+        "count",
+        type=click.IntRange(1),
+        default=None,
+        help="For guess-first recipes: images. [all]",
+    ),
     click.option("--epochs", type=int, default=None, help="For guess-first recipes. [200]"),
     click.option("--seed", type=click.IntRange(0), default=None, help="For guess-first recipes. [0]"),
 )
-def train_command(recipes: tuple[str, ...], out: Path, options: TrainingOptions) -> None:
+@json_option("the cards of the models as one JSON array")
+def train_command(recipes: tuple[str, ...], out: Path, as_json: bool, options: TrainingOptions) -> None:
     """Train bundled models again; RECIPE is a name of `rvaudit models --source bundled`, or all.
 
     Other recipes are guess-first/NAME with NAME c-dv, c-js, c-dv-ie, c-js-ie, cnn, vib or lenet; load their weights as
     file:OUT/<name>.safetensors. Interrupted training resumes.
+
+    Example: rvaudit train guess-first/c-js --images 500 --epochs 20 --out trained
     """
     from audit.commands.display import Display
     from audit.studies.recipes import (
@@ -46,7 +58,7 @@ def train_command(recipes: tuple[str, ...], out: Path, options: TrainingOptions)
         train_guess_first,
     )
 
-    given = {name: value for name, value in vars(options).items() if value is not None}
+    cards, given = list[dict[str, Any]](), {name: value for name, value in vars(options).items() if value is not None}
     for recipe in list(DIGITS_RECIPES.values()) if recipes == ("all",) else [find_recipe(name) for name in recipes]:
         if isinstance(recipe, GuessFirstRecipe):
             dataset = GuessFirstRun.dataset if options.dataset is None else options.dataset
@@ -58,5 +70,10 @@ def train_command(recipes: tuple[str, ...], out: Path, options: TrainingOptions)
         else:
             with Display(recipe.epochs) as display:
                 card = train_digits(recipe, out, display.step)
+        cards.append(card)
+        if as_json:
+            continue
         natural, adversarial = (number["value"] for number in card["published"])
         click.echo(f"{card['id']}: natural {natural:.3f}, adversarial {adversarial:.3f}, sha256 {card['sha256']}")
+    if as_json:
+        click.echo(json.dumps(cards, allow_nan=False))

@@ -63,6 +63,8 @@ def verify_command(subject: Path, chosen: VerifyOptions, as_json: bool, sources:
     --model and --dataset.
 
     Exit code 5 if anything disagrees.
+
+    Example: rvaudit verify runs/digits --replay 2
     """
     if subject.is_dir():
         return _verify_run(subject, chosen.replay, sources, as_json=as_json)

@@ -167,6 +167,7 @@ class BenchmarkConfig(Section):
         "attack",
         "preprocess",
         "restrict_classes",
+        "balanced",
     )
     labels = ("name", "keep_images")
 
@@ -185,6 +186,7 @@ class BenchmarkConfig(Section):
     attack: Annotated[AttackConfig, BeforeValidator(_as_attack)] = AttackConfig()
     preprocess: Literal["model", "none"] = "model"
     restrict_classes: bool = False
+    balanced: bool = False
     keep_images: bool = False
 
     @field_validator("estimators")
@@ -223,7 +225,7 @@ class BenchmarkConfig(Section):
         if not self.attack.is_custom:  # spelled in full, as in the stamps of existing run folders
             attack = self.attack
             data["attack"] = {name: getattr(attack, name) for name in type(attack).model_fields}
-        for name in ("preprocess", "restrict_classes"):  # later than the stamps of existing run folders
+        for name in ("preprocess", "restrict_classes", "balanced"):  # later than the stamps of existing run folders
             if data[name] == type(self).model_fields[name].default:
                 del data[name]
         del data["keep_images"]  # the same run, whether it keeps images or not

@@ -24,6 +24,7 @@ class Request(NamedTuple):
     reduce: Literal["flatten", "mean"]
     preprocess: Literal["model", "none"] = "model"
     restrict_classes: bool = False
+    balanced: bool = False
 
 
 class Finding(NamedTuple):
@@ -122,7 +123,7 @@ def _trial_faults(
     for number, model in enumerate(config.models):
         layers = model.layers or config.layers
         dataset, images = model.dataset or config.dataset, model.images or config.images
-        rules = config.reduce, config.preprocess, config.restrict_classes
+        rules = config.reduce, config.preprocess, config.restrict_classes, config.balanced
         for part, error in attempt(Request(model.ref, dataset, images, tuple(layers), *rules)):
             fault = source.fault(_location(source, number, part), _sentence(error), error.exit_code)
             if (fault.line, fault.column) not in known:

@@ -1,7 +1,7 @@
 """Values of benchmark files: numbers, lists, names, and the rules of settings as validators. Imports no torch."""
 
 from collections.abc import Iterable
-from fractions import Fraction
+from math import isfinite
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
@@ -11,7 +11,7 @@ from audit.information.settings import Rule
 
 
 def parse_number(value: object) -> float:
-    """Return a number written as 0.03, 1e-3 or 8/255; raises ValueError.
+    """Return a number written as 0.03, 1e-3, 8/255 or 0.5/255; raises ValueError.
 
     >>> parse_number("8/255") == 8 / 255
     True
@@ -19,10 +19,13 @@ def parse_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"not a number or fraction such as 8/255: {value!r}")
     try:
-        # Fraction for fractions only: it would expand all digits of "1e99999999"
-        return float(Fraction(value.replace(" ", "")) if isinstance(value, str) and "/" in value else value)
+        numerator, *denominator = value.split("/", 1) if isinstance(value, str) else [value]
+        found = float(numerator) / float(denominator[0]) if denominator else float(numerator)
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"not a number or fraction such as 8/255: {value!r}") from error
+    if denominator and not isfinite(found):
+        raise ValueError(f"not a number or fraction such as 8/255: {value!r}")
+    return found
 
 
 def as_list(value: object) -> list[object]:

@@ -1,5 +1,6 @@
 """Read benchmark files: YAML into sections, and every fault with its line and column. Imports no torch."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
@@ -90,11 +91,17 @@ def read_config(path: Path) -> BenchmarkConfig:
 
 def to_yaml(config: BenchmarkConfig) -> str:
     """Return a benchmark as YAML that reads back as the same benchmark."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(data: object) -> str:
+    """Return plain JSON data as YAML that reads back as the same data."""
     text = StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.allow_unicode, writer.width = False, 100_000  # escapes, so that every character is read back
-    writer.dump(config.model_dump(mode="json"), text)
-    return text.getvalue()
+    writer.default_flow_style = False
+    writer.dump(data, text)
+    return re.sub(r"(?m)(?<=[:-] )(-?\d+)e([+-]\d+)$", r"\1.0e\2", text.getvalue())  # YAML 1.1 reads 1e-05 as text
 
 
 def _parse(text: str, path: Path) -> CommentedMap:

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audit.adversary.memory.counting import count_passes
+from audit.adversary.memory.limit import allowed
 from audit.errors import InvalidModelError, UsageError
 from audit.information.estimator import EstimatorInputs
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Encoded, Encoder, Features, Images
+from audit.types import Encoded, Encoder, Features, Images, image_slices
 
 
 class Splits(NamedTuple):
@@ -56,7 +58,10 @@ def encode(encoder: Encoder, images: Images, batch_size: int) -> Encoded:
 
 @torch.no_grad()
 def _encode(encoder: Encoder, images: Images, batch_size: int) -> Encoded:
-    parts = [encoder(batch) for batch in images.split(batch_size)]
+    parts = []
+    for batch in image_slices(images, allowed(batch_size)):
+        parts.append(encoder(images[batch]))
+        count_passes(len(images[batch]))
     return Encoded(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 

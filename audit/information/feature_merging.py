@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audit.adversary.memory.counting import count_passes
+from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import input_gradient
 from audit.adversary.threat import ThreatModel
-from audit.types import Encoder, Features, Images
+from audit.types import Encoder, Features, Images, copied_pixels, empty_pixels, image_slices, is_large
 
 FeatureGradient = Callable[[Features], Features]
 """Maps features (N, D) to the gradient (N, D) of an objective with respect to them."""
@@ -45,15 +47,16 @@ class Descent(NamedTuple):
 
     def run(self, start: Images, next_gradient: Callable[[], BatchGradient]) -> Images:
         """Return the images (N, C, H, W) after all projected steps; `next_gradient` is called once before each step."""
-        images, buffer = start.clone(), torch.empty_like(start)
-        bounds = self.threat.step_bounds(self.clean)
+        images, buffer, count = copied_pixels(start), empty_pixels(start.shape, start), allowed(self.batch_size)
+        # bounds take as much memory as the images: for many of them they are computed again in every step
+        bounds = None if is_large(start) else self.threat.step_bounds(self.clean)
         for size in self.sizes:
             gradient_of = next_gradient()
-            for first in range(0, len(images), self.batch_size):
-                batch = slice(first, first + self.batch_size)
-                gradient = gradient_of(images[batch], batch)
-                descent = (gradient, size)
-                self.threat.step_into(buffer[batch], images[batch], descent, *(bound[batch] for bound in bounds))
+            for batch in image_slices(images, count):
+                descent = gradient_of(images[batch], batch), size
+                legal = [each[batch] for each in bounds] if bounds else self.threat.step_bounds(self.clean[batch])
+                self.threat.step_into(buffer[batch], images[batch], descent, *legal)
+                count_passes(len(images[batch]))
             images, buffer = buffer, images
         return images
 

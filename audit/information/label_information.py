@@ -28,7 +28,7 @@ from audit.information.probing.members import Readers, of_present_classes
 from audit.information.probing.opponents import Field
 from audit.information.probing.panel import Panel
 from audit.information.probing.settings import LabelInformationSettings
-from audit.types import Encoded, Images
+from audit.types import Encoded, Images, empty_pixels, image_slices
 
 _TWO_SIDED = 1.959964  # normal quantile of a 95 % interval
 
@@ -52,7 +52,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
     """
 
     quantity: ClassVar[str] = "I(Y; g(X))"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     floor_kind: ClassVar[FloorKind] = "labels"
 
     def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:
@@ -69,7 +69,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
         clean = encode_clean(inputs, self.batch_size)
         game = self._game(inputs, clean, threat, seed)
         given = {CARRIED: warm_start.images, ATTACKED: warm_start.attacked}
-        starts = {each: threat.project(images, inputs.images) for each, images in given.items() if images is not None}
+        starts = {each: _projected(images, inputs, threat) for each, images in given.items() if images is not None}
         found = game.search(of_present_classes(clean, inputs.labels), starts, warm_start.origin)
         # these are compared by the reported value too, so that neither the worst case is above the normal one, nor that
         # of a larger ball above that of a smaller one within it
@@ -126,6 +126,13 @@ class LabelInformation(LabelInformationSettings, Estimator):
             return ()
         particulars = f"the second half of the search lowered worst_nats by {found.slope:.3f} nats"
         return (flag(FlagCode.SEARCH_NOT_CONVERGED, particulars),)
+
+
+def _projected(images: Images, inputs: EstimatorInputs, threat: ThreatModel) -> Images:
+    legal = empty_pixels(images.shape, images)
+    for part in image_slices(images):
+        legal[part] = threat.project(images[part], inputs.images[part])
+    return legal
 
 
 def _unit(clean: Encoded) -> Tensor:

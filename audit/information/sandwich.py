@@ -6,10 +6,11 @@ bounds and is estimated by sampling from the mixture.
 Source: Kolchinsky & Tracey 2017, "Estimating Mixture Entropy with Pairwise Distances", eqs. 10 and 13.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, log, sqrt
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,8 +123,7 @@ class Sandwich(SandwichSettings, Estimator):
             candidates = search.continued(warm_start.images)
         else:
             candidates = search.candidates(warm_start.origin)
-        origin = min(candidates, key=lambda each: search.value(candidates[each]))
-        found = candidates[origin]
+        origin, found, _ = best_of(candidates)
         worst = self._estimate(found.features, smoothing, seed)
         return Vulnerability(normal, worst, found.images, indices, clean.passes + search.passes, origin)
 
@@ -169,6 +169,19 @@ def _in_units_of_noise(encoder: Encoder, smoothing: Smoothing) -> Encoder:
     return encoded
 
 
+class Valued(NamedTuple):
+    """A candidate of a worst-case search with its origin and the value in nats by which candidates are compared."""
+
+    origin: Origin
+    candidate: Candidate
+    value: float
+
+
+def best_of(candidates: Iterable[Valued]) -> Valued:
+    """Return the first candidate of the least value; the others are not kept."""
+    return min(candidates, key=lambda each: each.value)
+
+
 class _CandidateSearch:
     """The candidates of one worst-case search by origin, with the passes spent; features are in units of the noise."""
 
@@ -176,8 +189,11 @@ class _CandidateSearch:
         self.settings, self.descent, self.clean, self.seed = settings, descent, clean, seed
         self.passes = 0.0
 
-    def candidates(self, origin: Origin | None = None) -> dict[Origin, Candidate]:
-        """Return the clean images and the result of every search, or only of the kind of `origin`."""
+    def candidates(self, origin: Origin | None = None) -> "Iterator[Valued]":
+        """Yield the clean images and the result of every search, or only of the kind of `origin`, with their values.
+
+        They come one at a time: the images of all of them may not fit into memory.
+        """
         settings = self.settings
         quantised = {Origin("quantised", count): partial(self._quantised, count) for count in settings.quantisers}
         starts = quantised | {_HUB: self._hub}
@@ -188,18 +204,26 @@ class _CandidateSearch:
             annealed = {each: search for each, search in annealed.items() if each == wanted}
         elif origin == CLEAN:  # no search improved on the clean images: one kind suffices to confirm it for this seed
             starts, annealed = {}, dict(list(annealed.items())[-1:])
-        found = {CLEAN: self.clean, **{each: search() for each, search in (starts | annealed).items()}}
-        if starts:
-            best = min(starts, key=lambda each: self.value(found[each]))
-            found[best.refined(_MEAN_SHIFT)] = self._shifted(found[best], [1.0] * settings.steps, self.descent)
-        return found
+        yield self._valued(CLEAN, self.clean)
+        best: Valued | None = None
+        for each, search in starts.items():
+            found = self._valued(each, search())
+            best = found if best is None or found.value < best.value else best
+            yield found
+        for each, search in annealed.items():
+            yield self._valued(each, search())
+        if best is not None:
+            shifted = self._shifted(best.candidate, [1.0] * settings.steps, self.descent)
+            yield self._valued(best.origin.refined(_MEAN_SHIFT), shifted)
 
-    def continued(self, images: Images) -> dict[Origin, Candidate]:
-        """Return the clean images, the warm start, and the result of one annealing from there."""
+    def continued(self, images: Images) -> "Iterator[Valued]":
+        """Yield the clean images, the warm start, and the result of one annealing from there, with their values."""
         start, settings = self._encoded(images), self.settings
         steps, width = ceil(_WARM_START_SHARE * settings.annealing_steps), min(settings.widths, default=1.0)
+        yield self._valued(CLEAN, self.clean)
+        yield self._valued(CARRIED, start)
         annealed = self._annealed(start, width, steps, settings.relative_step / 2)
-        return {CLEAN: self.clean, CARRIED: start, CARRIED.refined(_ANNEALED): annealed}
+        yield self._valued(CARRIED.refined(_ANNEALED), annealed)
 
     def _quantised(self, count: int) -> Candidate:
         """Move every image's features towards the nearest of `count` k-means centres."""
@@ -241,11 +265,11 @@ class _CandidateSearch:
         reached = descent.run(feature_gradient, start, len(widths))
         return self._encoded(reached.images, len(widths))
 
-    def value(self, candidate: Candidate) -> float:
-        """Return the plug-in value from noise draws that no reported value uses."""
+    def _valued(self, origin: Origin, candidate: Candidate) -> "Valued":
+        """Return a candidate with its plug-in value from noise draws that no reported value uses."""
         features = candidate.features - candidate.features.mean(0)
         terms, _ = self.settings.terms(features, keyed_generator(self.seed, Purpose.SANDWICH_CHOICE))
-        return float(terms.mean())
+        return Valued(origin, candidate, float(terms.mean()))
 
     def _encoded(self, images: Tensor, steps: float = 0.0) -> Candidate:
         features = encode(self.descent.encoder, images, self.settings.batch_size).features

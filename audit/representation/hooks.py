@@ -16,9 +16,13 @@ from torch.utils.hooks import RemovableHandle
 
 from audit.adversary.passes import outputs_of
 from audit.errors import UsageError
+from audit.representation.outputs import Index, copied, select_tensor
 from audit.types import Images
 
 PSEUDO_LAYERS = ("input", "penultimate", "logits")
+OUTPUTS = ("logits", "output")
+"""Names of a model's output: the logits of a classifier, the features of an encoder."""
+NO_MODULES = (*PSEUDO_LAYERS, "output")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class LayerSpec:
     path: str
     module: str
     call: int | None
-    index: int | None
+    index: Index | None
 
 
 class HookPoint(NamedTuple):
@@ -54,7 +58,7 @@ class LayerReader:
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
         self.specs = tuple(specs)
         self._points: dict[bool, tuple[HookPoint | None, ...]] = {}
-        self._exits_early = all(spec.path != "logits" for spec in self.specs)
+        self._exits_early = all(spec.path not in OUTPUTS for spec in self.specs)
         self._compared = False  # with complete passes; searches follow gradients through exits that are exact only
 
     def read(self, model: nn.Module, images: Images) -> tuple[Tensor, ...]:
@@ -109,9 +113,10 @@ class LayerReader:
         return self._points[model.training][0]
 
     def _select(self, values: Sequence[object], images: Images, output: Tensor) -> tuple[Tensor, ...]:
-        ends = {"input": images, "logits": output}
+        ends = {"input": images, **dict.fromkeys(OUTPUTS, output)}
         return tuple(
-            select_tensor(ends.get(spec.path, value), spec) for spec, value in zip(self.specs, values, strict=True)
+            select_tensor(ends.get(spec.path, value), spec.name, spec.index)
+            for spec, value in zip(self.specs, values, strict=True)
         )
 
 
@@ -119,7 +124,7 @@ class _CallSurvey:
     """A complete forward pass that records every call of some layers, and by what the logits are computed last."""
 
     def __init__(self, specs: Sequence[LayerSpec]) -> None:
-        self.outputs: dict[str, list[object]] = {s.module: [] for s in specs if s.path not in PSEUDO_LAYERS}
+        self.outputs: dict[str, list[object]] = {s.module: [] for s in specs if s.path not in NO_MODULES}
         self._penultimate: tuple[HookPoint | None, object] = None, None
         self._candidates: tuple[str, ...] = ()
         self._follows_logits = any(spec.path == "penultimate" for spec in specs)
@@ -128,7 +133,7 @@ class _CallSurvey:
         handles = [
             model.get_submodule(name).register_forward_hook(
                 # cloned at once: a later in-place operation must not change the recorded value
-                in_this_thread(lambda _module, _inputs, output, outputs=outputs: outputs.append(_clone(output)))
+                in_this_thread(lambda _module, _inputs, output, outputs=outputs: outputs.append(copied(output)))
             )
             for name, outputs in self.outputs.items()
         ]
@@ -153,7 +158,7 @@ class _CallSurvey:
                 prefix = spec.module.removesuffix(spec.path)  # of a wrapper
                 raise UsageError(_no_penultimate([name.removeprefix(prefix) for name in self._candidates]))
             return self._penultimate
-        if spec.path in PSEUDO_LAYERS:
+        if spec.path in NO_MODULES:
             return None, None
         outputs = self.outputs[spec.module]
         call = _resolve_call(spec, len(outputs))
@@ -225,7 +230,7 @@ class _PointRecording:
             return
         self.exit_raised = self._exits_early and len(self.values) == len(self.points) - 1
         # after an early exit no later operation can overwrite the value
-        self.values[point] = value if self.exit_raised else _clone(value)
+        self.values[point] = value if self.exit_raised else copied(value)
         if self.exit_raised:
             raise _EarlyExit(self)
 
@@ -244,26 +249,6 @@ def run_and_remove_hooks(model: nn.Module, images: Images, handles: Sequence[Rem
         for handle in handles:
             handle.remove()
     return output
-
-
-def select_tensor(output: object, spec: LayerSpec) -> Tensor:
-    """Return the tensor that `spec` selects from a layer's output; raises UsageError if it does not select one."""
-    layer, index = spec.name, spec.index
-    if isinstance(output, Tensor):
-        if index is not None:
-            raise UsageError(f"layer {layer!r} returns one tensor: leave out #{index}")
-        return output
-    if isinstance(output, tuple | list):
-        tensors = [i for i, part in enumerate(output) if isinstance(part, Tensor)]
-        if index is None:
-            raise UsageError(
-                f"layer {layer!r} returns {len(output)} values: select one, such as {layer}#{(tensors or [0])[0]}"
-            )
-        if -len(output) <= index < len(output) and isinstance(output[index], Tensor):
-            selected: Tensor = output[index]
-            return selected
-        raise UsageError(f"layer {layer!r}: output {index} is not a tensor; tensors are at {tensors}")
-    raise UsageError(f"layer {layer!r} returns a {type(output).__name__}, not a tensor")
 
 
 def _no_penultimate(candidates: Sequence[str]) -> str:
@@ -286,11 +271,3 @@ def _resolve_call(spec: LayerSpec, count: int) -> int:
     if not -count <= call < count:
         raise UsageError(f"layer {layer!r} selects call {call}, but a forward pass has only {count}")
     return call % count
-
-
-def _clone(output: object) -> object:
-    if isinstance(output, Tensor):
-        return output.clone()
-    if isinstance(output, tuple | list):
-        return tuple(_clone(part) for part in output)
-    return output

@@ -1,8 +1,9 @@
 """The activations of any named layer of a model as a representation of its images.
 
-A layer is `input`, `penultimate`, `logits` or `<module.path>[@call][#index]`. `hooks.py` records the activations: it
-copies them before in-place operations overwrite them, distinguishes repeated calls, removes its hooks after errors and
-leaves the forward pass early. This module parses layer names and reduces activations to vectors.
+A layer is `input`, `penultimate`, `logits`, `output` or `<module.path>[@call][#index]`; the index is the number or the
+name of a value. `hooks.py` records activations: it copies them before in-place operations overwrite them,
+distinguishes repeated calls, removes its hooks after errors and leaves the forward pass early. This module parses layer
+names and reduces activations to vectors.
 """
 
 import re
@@ -13,9 +14,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import in_full_precision, log_probabilities
 from audit.errors import UnknownNameError, UsageError
+from audit.representation.headless import OUTPUT, Headless, resolved_layer
 from audit.representation.hooks import (
+    NO_MODULES,
+    OUTPUTS,
     PSEUDO_LAYERS,
     HookPoint,
     LayerReader,
@@ -23,10 +28,11 @@ from audit.representation.hooks import (
     in_this_thread,
     run_and_remove_hooks,
 )
-from audit.types import Encoded, Features, Images
+from audit.representation.outputs import Index, parts_of
+from audit.types import Encoded, Features, Images, image_slices
 
 Reduction = Literal["flatten", "mean"]
-_LAYER_NAME = re.compile(r"(?P<path>[^@#]+)(@(?P<call>-?\d+))?(#(?P<index>-?\d+))?")
+_LAYER_NAME = re.compile(r"(?P<path>[^@#]+)(@(?P<call>-?\d+))?(#(?P<index>-?\d+|[A-Za-z_]\w*))?")
 
 
 class LayerInfo(NamedTuple):
@@ -65,7 +71,7 @@ class Representation(nn.Module):
         self.reduce = reduce
         if reduce not in ("flatten", "mean"):
             raise UnknownNameError("reduction", reduce, ("flatten", "mean"))
-        self.spec = _parse_layer(model, layer)
+        self.spec = _parse_layer(model, resolved_layer(model, layer))
         self._reader = LayerReader([self.spec])
         self._encodes_log_probs: bool | None = None
 
@@ -102,11 +108,13 @@ class Representation(nn.Module):
         """Return whether the logits are a function of the features, so that they carry no further information.
 
         They are if every path from the images to the logits passes through the layer (`patching.carries_logits`).
-        Averages over positions never determine them.
+        Averages over positions never determine them; an encoder has no logits.
         """
+        if isinstance(self.model, Headless):
+            return False
         if self.reduce == "mean" and self._reader.read(self.model, images)[0].dim() > 2:
             return False  # the logits depend on every position, not on the average alone
-        if self.spec.path in PSEUDO_LAYERS:
+        if self.spec.path in NO_MODULES:
             return True
         point = self.point(images)
         if point is None:
@@ -146,7 +154,8 @@ def encode_layers(
         return
     model, reader = encoders[0].model, LayerReader([each.spec for each in encoders])
     determining = {each.layer for each in encoders if with_log_probs and each.encodes_log_probs(images[:1])}
-    for batch in images.split(batch_size):
+    for part in image_slices(images, allowed(batch_size)):
+        batch = images[part]
         with torch.no_grad():
             if determining:
                 activations, logits = reader.read_with_output(model, batch)
@@ -175,8 +184,9 @@ def features_of_layers(
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """Return every legal layer name: `input`, `penultimate` and `logits`, then the paths of the modules."""
-    return [*PSEUDO_LAYERS, *(name for name, _ in _inner_network(model).named_modules() if name)]
+    """Return every layer once: `input`, `penultimate` and `logits`, or the `output` of an encoder, then the modules."""
+    ends = ("input", OUTPUT) if isinstance(model, Headless) else PSEUDO_LAYERS
+    return [*ends, *(name for name, _ in _inner_network(model).named_modules() if name)]
 
 
 def find_module(model: nn.Module, path: str) -> nn.Module:
@@ -200,11 +210,11 @@ def describe_layers(model: nn.Module, images: Images) -> list[LayerInfo]:
     ]
     logits = run_and_remove_hooks(model, images, handles)
     rows = [_describe(name, type(modules[name]).__name__, calls) for name, calls in outputs.items()]
-    pseudo = {
-        "input": [_with_versions(images)],
-        "penultimate": _penultimate_output(model, images),
-        "logits": [_with_versions(logits)],
-    }
+    pseudo = {"input": [_with_versions(images)]}
+    if isinstance(model, Headless):
+        pseudo[OUTPUT] = [_with_versions(logits)]
+    else:
+        pseudo |= {"penultimate": _penultimate_output(model, images), "logits": [_with_versions(logits)]}
     return [*(_describe(name, "", calls) for name, calls in pseudo.items()), *rows]
 
 
@@ -212,15 +222,14 @@ def _parse_layer(model: nn.Module, layer: str) -> LayerSpec:
     match = _LAYER_NAME.fullmatch(layer.strip())
     if match is None:
         raise UsageError(
-            f"layer {layer!r} is not of the form <module.path>[@call][#index], input, penultimate or logits"
+            f"layer {layer!r} is not of the form <module.path>[@call][#index], input, penultimate, logits or output"
         )
-    path, call, index = (
-        match["path"],
-        *(None if match[part] is None else int(match[part]) for part in ("call", "index")),
-    )
-    if path not in PSEUDO_LAYERS:
+    path, named = match["path"], match["index"]
+    call = None if match["call"] is None else int(match["call"])
+    index: Index | None = int(named) if named and named.lstrip("-").isdigit() else named
+    if path not in NO_MODULES:
         find_module(model, path)
-    elif call is not None or (index is not None and path != "logits"):
+    elif call is not None or (index is not None and path not in OUTPUTS):
         raise UsageError(f"layer {layer!r}: {path} is a single tensor, leave out @ and #")
     return LayerSpec(layer, path, _wrapper_prefix(model) + path, call, index)
 
@@ -250,7 +259,8 @@ class _Output(NamedTuple):
 
 
 def _with_versions(output: object) -> _Output:
-    values = output if isinstance(output, tuple | list) else (output,)
+    parts = parts_of(output)
+    values = (output,) if parts is None else tuple(parts.values())
     tensors = tuple(value for value in values if isinstance(value, Tensor))
     return _Output(tensors, tuple(tensor._version for tensor in tensors), len(values))
 

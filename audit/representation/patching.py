@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from audit.adversary.passes import frozen_parameters, gradient_or_none
 from audit.representation.hooks import HookPoint, in_this_thread, run_and_remove_hooks
+from audit.representation.outputs import Index, with_changed
 from audit.types import Images
 
 _TOLERANCE = 1e-4  # of the largest logit: what rounding may change
@@ -19,7 +20,7 @@ class OutputPart(NamedTuple):
     """The output of one call of a module, and which of its values is meant where it holds several."""
 
     point: HookPoint
-    output: int | None = None
+    output: Index | None = None
 
 
 def carries_logits(model: nn.Module, part: OutputPart, images: Images) -> bool:
@@ -80,20 +81,10 @@ def _run(model: nn.Module, images: Images, part: OutputPart, change: _Change) ->
     def replace(_module: nn.Module, _inputs: object, output: object) -> object:
         nonlocal calls
         calls += 1
-        return _with_changed(output, part.output, change) if calls - 1 == part.point.call else output
+        return with_changed(output, part.output, change) if calls - 1 == part.point.call else output
 
     handle = model.get_submodule(part.point.module).register_forward_hook(in_this_thread(replace))
     return run_and_remove_hooks(model, images, [handle])
-
-
-def _with_changed(output: object, index: int | None, change: _Change) -> object:
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, tuple | list) and index is not None:
-        parts = list(output)
-        parts[index] = change(parts[index])
-        return parts if isinstance(output, list) else tuple(parts)
-    return output
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

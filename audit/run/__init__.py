@@ -10,7 +10,7 @@ _EXPORTS = {
     "CellRunner": "audit.run.cell_runner",
     "LayerAudit": "audit.run.layer_audit",
     "RunOptions": "audit.run.loading",
-    "audit_model": "audit.run.network_audit",
+    "audit_network": "audit.run.network_audit",
     "open_images": "audit.run.loading",
     "open_model": "audit.run.loading",
 }

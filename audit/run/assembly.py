@@ -4,7 +4,8 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from math import inf, isfinite, log, sqrt
+from importlib.util import find_spec
+from math import hypot, inf, isfinite, log, sqrt
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from audit.information.consistency import (
 from audit.information.estimator import History, Vulnerability
 from audit.proportion import wilson
 from audit.records import AuditRecord
+from audit.run.encoders.heads import EncoderAccuracy
 from audit.run.layer_audit import LayerResult
 from audit.run.sanity_checks import sanity_flags
 from audit.storage import digest
@@ -63,10 +65,11 @@ class AuditParts:
     layer: str
     threat: ThreatModel
     settings: AuditSettings
-    robustness: Robustness
+    robustness: Robustness | None
     result: LayerResult
     sanity_checks: tuple[Check, ...]
     certificate: LayerCertificate | None = None
+    heads: EncoderAccuracy | None = None
     identity: Mapping[str, Any]
     device: torch.device
     seconds: float
@@ -83,29 +86,29 @@ class Summary(NamedTuple):
     passes: int
 
 
-def summarise(robustness: Robustness, result: LayerResult, settings: AuditSettings) -> Summary:
-    """Return the summary of one layer's estimates beside the accuracies of its network."""
-    accuracy, runs, floors = robustness.accuracy, result.per_seed, result.floors
+def summarise(robustness: Robustness | None, result: LayerResult, settings: AuditSettings) -> Summary:
+    """Return the summary of one layer's estimates beside the accuracies of its network or of heads."""
+    accuracy, runs, floors = robustness and robustness.accuracy, result.per_seed, result.floors
     normal = over_seeds([run.normal.nats for run in runs], [run.normal.stderr for run in runs])
     worst = over_seeds([run.worst.nats for run in runs], [run.worst.stderr for run in runs])
     ceiling = runs[0].normal.ceiling
     # only a ceiling of ln(images) is one that more images would raise; at ln K an estimate is not saturated
     flags = estimate_flags(normal, worst, floors, ceiling if ceiling == log(runs[0].normal.images) else inf)
     upper = fmean(run.worst.nats if run.worst.upper is None else run.worst.upper for run in runs)
-    bounds = _bounds(worst.nats, upper, accuracy) if settings.estimator.bounds_heads else {}
-    if bounds and result.determines_logits:
+    bounds = _bounds(worst.nats, upper, accuracy) if accuracy and settings.estimator.bounds_heads else {}
+    if bounds and accuracy and result.determines_logits:
         flags += bound_flags(bounds["fano_accuracy_bound"], accuracy.adversarial.low)
-    flags += distrust_flags(robustness.checks) + search_distrust_flags(result.checks)
+    flags += distrust_flags(robustness.checks if robustness else ()) + search_distrust_flags(result.checks)
     flags += sorted({flag for run in runs for flag in (*run.normal.flags, *run.worst.flags)})
     rv = over_seeds([run.nats for run in runs], [run.stderr for run in runs])
-    passes = round(accuracy.passes + sum(run.passes for run in runs))
+    passes = round((accuracy.passes if accuracy else 0) + sum(run.passes for run in runs))
     return Summary(normal, worst, rv, bounds, tuple(flags), passes)
 
 
 def assemble(parts: AuditParts) -> AuditRecord:
     """Return the record of an audit."""
     network, threat, settings = parts.network, parts.threat, parts.settings
-    accuracy, floors, estimator = parts.robustness.accuracy, parts.result.floors, settings.estimator
+    floors, estimator = parts.result.floors, settings.estimator
     summary, first = summarise(parts.robustness, parts.result, settings), parts.result.per_seed[0].normal
     certificate, passes = _certificate_fields(parts.certificate)
     return AuditRecord(
@@ -120,7 +123,6 @@ def assemble(parts: AuditParts) -> AuditRecord:
         dimension=parts.result.dimension,
         norm=threat.norm,
         eps=threat.eps,
-        num_classes=accuracy.num_classes,
         weights_sha256=network.weights_sha256,
         weights_pinned=network.weights_pinned,
         code_trusted=network.code_trusted,
@@ -129,7 +131,7 @@ def assemble(parts: AuditParts) -> AuditRecord:
         ranks=estimator.ranks,
         attack=settings.attack.name_in(threat.norm),
         seeds=len(settings.seeds),
-        images=accuracy.natural.images,
+        images=(parts.robustness.accuracy.natural if parts.robustness else parts.result).images,
         critic_images=first.images,
         normal_nats=summary.normal.nats,
         normal_nats_se=summary.normal.stderr,
@@ -140,12 +142,12 @@ def assemble(parts: AuditParts) -> AuditRecord:
         ceiling_nats=first.ceiling,
         floor_nats=floors.normal if floors else None,
         **summary.bounds,
-        **_accuracy_fields(accuracy),
+        **_accuracy_fields(parts.robustness, parts.heads),
         **_probe_fields(parts.result),
         **certificate,
         flags=_flags(parts, summary),
         checks=_checks(parts),
-        passes=summary.passes + passes,
+        passes=summary.passes + passes + (parts.heads.passes if parts.heads else 0),
         seconds=parts.seconds,
         details=_details(parts),
     )
@@ -154,11 +156,11 @@ def assemble(parts: AuditParts) -> AuditRecord:
 def over_seeds(values: list[float], stderrs: list[float]) -> SeedMean:
     """Return mean and standard error of one value a seed.
 
-    The error over seeds is never reported below the sampling error, since few seeds can agree by chance.
+    The variance is that of the mean over seeds plus that of the sample. Seeds share images, so that more of them do not
+    lower the latter.
     """
-    by_sampling = fmean(stderrs) / sqrt(len(values))
     by_seeds = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
-    return SeedMean(fmean(values), max(by_sampling, by_seeds))
+    return SeedMean(fmean(values), hypot(by_seeds, fmean(stderrs)))
 
 
 def _bounds(worst_nats: float, upper: float, accuracy: Accuracy) -> dict[str, Any]:
@@ -173,9 +175,14 @@ def _bounds(worst_nats: float, upper: float, accuracy: Accuracy) -> dict[str, An
     }
 
 
-def _accuracy_fields(accuracy: Accuracy) -> dict[str, Any]:
-    natural, adversarial = accuracy.natural, accuracy.adversarial
+def _accuracy_fields(robustness: Robustness | None, heads: EncoderAccuracy | None) -> dict[str, Any]:
+    """Return the record's fields of accuracies, and of the heads that have them; none if no head can be measured."""
+    if robustness is None:
+        return {}
+    natural, adversarial = robustness.accuracy.natural, robustness.accuracy.adversarial
     return {
+        **({"natural_head": heads.natural_head, "adversarial_head": heads.adversarial_head} if heads else {}),
+        "num_classes": robustness.accuracy.num_classes,
         "natural_accuracy": natural.value,
         "natural_accuracy_low": natural.low,
         "natural_accuracy_high": natural.high,
@@ -234,7 +241,8 @@ def _tighter_flags(certificate: LayerCertificate | None, bounds: Mapping[str, An
 
 
 def _checks(parts: AuditParts) -> tuple[dict[str, Any], ...]:
-    checks = (*parts.sanity_checks, *parts.robustness.checks, *parts.result.checks)
+    attack = parts.robustness.checks if parts.robustness else ()
+    checks = (*parts.sanity_checks, *attack, *parts.result.checks)
     return tuple(check._asdict() for check in checks)
 
 
@@ -246,6 +254,7 @@ def _details(parts: AuditParts) -> dict[str, Any]:
         "worst_floor_nats": floors.worst if floors else None,
         "determines_logits": parts.result.determines_logits,
         **({"certificate": parts.certificate.to_dict()} if parts.certificate else {}),
+        **({"heads": parts.heads.details()} if parts.heads else {}),
         **parts.network.details,
         "identity": dict(parts.identity),
         "provenance": provenance(parts.device),
@@ -256,7 +265,8 @@ def _details(parts: AuditParts) -> dict[str, Any]:
 def provenance(device: torch.device) -> dict[str, str]:
     """Return the versions and the hardware that a record was made with."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"python": platform.python_version(), "device": hardware, **{name: version(name) for name in _PACKAGES}}
+    versions = {name: version(name) for name in _PACKAGES if find_spec(name)}  # robustbench is optional
+    return {"python": platform.python_version(), "device": hardware, **versions}
 
 
 def _seed_row(seed: int, run: Vulnerability) -> dict[str, Any]:

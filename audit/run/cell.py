@@ -15,7 +15,7 @@ from audit.config.benchmark import BenchmarkConfig
 from audit.config.settings import AuditSettings
 from model_zoo.lookup import expand_ref
 
-_NAMED_DEPTHS = {"input": 0, "penultimate": 2, "logits": 3}
+_NAMED_DEPTHS = {"input": 0, "penultimate": 2, "logits": 3, "output": 3}
 _INNER_DEPTH = 1
 
 
@@ -24,11 +24,13 @@ class InputRules:
     """How images and classes of a data set meet a model; neither decides a number where it changes nothing.
 
     `preprocess` is whether images pass through the model's own resize and crop; `restrict_classes` is whether the
-    network's outputs outside the data set's classes are left out.
+    network's outputs outside the data set's classes are left out; `balanced` takes equally many images of each class
+    instead of the first.
     """
 
     preprocess: bool = True
     restrict_classes: bool = False
+    balanced: bool = False
 
 
 DEFAULT_RULES = InputRules()
@@ -73,7 +75,7 @@ def cells(config: BenchmarkConfig) -> list[Cell]:
 
 def input_rules(config: BenchmarkConfig) -> InputRules:
     """Return how images and classes meet the models of a benchmark."""
-    return InputRules(preprocess=config.preprocess == "model", restrict_classes=config.restrict_classes)
+    return InputRules(config.preprocess == "model", config.restrict_classes, config.balanced)
 
 
 def expand(config: BenchmarkConfig) -> list[Cell]:

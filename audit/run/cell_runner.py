@@ -1,8 +1,10 @@
 """Evaluate benchmark cells and store their records; consecutive cells share a model, its attacks and searches."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,19 @@ from audit.proportion import Proportion
 from audit.records import AuditRecord, RecordStore
 from audit.run.assembly import AuditedNetwork, AuditParts, assemble
 from audit.run.cell import Cell
+from audit.run.encoders.heads import EncoderAccuracy, HeadAccuracy
 from audit.run.evidence.collect import kept_images
-from audit.run.evidence.kept import ImageKeeper
+from audit.run.evidence.kept import ImageKeeper, KeptImages
 from audit.run.failures import failure
+from audit.run.gates.inputs import CellInputs, check_inputs
 from audit.run.identity import failure_id
 from audit.run.intermediate import IntermediateResults, Memo, types_by_name
 from audit.run.layer_audit import LayerResult, SearchStarts
-from audit.run.loading import CellInputs, InputCache, RunOptions, check_inputs
+from audit.run.loading import InputCache, RunOptions, batches_for
 from audit.run.model_results import ModelResults
+from audit.run.upkeep.pass_meter import PassMeter, expected_passes
 from audit.run.warm_starts import SearchResults, runs_before
+from audit.storage import scratch_in
 from audit.types import Images
 from model_zoo.entries import ModelEntry
 
@@ -41,6 +47,8 @@ STORED_TYPES = types_by_name(
         Origin,
         LayerCertificate,
         CurvePoint,
+        EncoderAccuracy,
+        HeadAccuracy,
     )
 )
 OnStage = Callable[[Cell, str], None]
@@ -50,9 +58,9 @@ class CellRunner:
     """Evaluates cells one after the other; a model and its results are kept until a cell of another model comes."""
 
     def __init__(self, options: RunOptions, folder: Path | None = None, on_stage: OnStage | None = None) -> None:
-        self.inputs = InputCache(options)
+        self.inputs = InputCache(options, folder)
         self.intermediate = IntermediateResults(folder, self.inputs.device, STORED_TYPES)
-        self._on_stage: OnStage = on_stage or (lambda _cell, _stage: None)
+        self._report: OnStage = on_stage or (lambda _cell, _stage: None)
         self._models: Memo[tuple[str, str], ModelResults] = Memo(slots=1)
         self._searches = SearchResults()
         self._layers: frozenset[str] = frozenset()
@@ -104,7 +112,7 @@ class CellRunner:
         """Evaluate a cell; any exception becomes the record of a failure."""
         started = time.monotonic()
         try:
-            self._on_stage(cell, "loading")
+            self._report(cell, "loading")
             self._keeper.check()
             return self._evaluate(self.inputs.open(cell), started)
         except Exception as error:  # a network of others may raise anything, and must not stop the other cells
@@ -114,28 +122,26 @@ class CellRunner:
     def _evaluate(self, inputs: CellInputs, started: float) -> AuditRecord:
         cell, results = inputs.cell, self._model(inputs.cell)
         check_inputs(results.model, inputs.images)
-        results.sanity_checks(inputs)  # first: the record of a later failure states them
-        self._on_stage(cell, "attacking")
-        robustness = results.robustness(inputs)
-        self._on_stage(cell, "estimating information")
-        starts = self._starts(inputs)  # first: it audits the layers of earlier cells
-        cache = self._searches.cache(inputs.cell_id, self.intermediate)
-        result = results.layer_audit(inputs, self._layers).under(cell.threat, starts, cache)
-        certificate = None
-        if cell.settings.certificate:
-            certificate = results.certificate(inputs, lambda: self._on_stage(cell, "certifying"))
-        record = assemble(_parts(inputs, results, result, certificate, started))
-        found = dict(zip(cell.settings.seeds, result.per_seed, strict=True))
-        images = inputs.images
-        return self._keeper.beside(record, lambda: kept_images(images.images, images.labels, robustness, found))
+        with _metered(inputs, results, self.inputs, self._report) as begin:
+            results.sanity_checks(inputs)  # first: the record of a later failure states them
+            begin("attacking")
+            robustness = results.accuracies(inputs)
+            begin("estimating information")
+            starts = self._starts(inputs)  # first: it audits the layers of earlier cells
+            cache = self._searches.cache(inputs.cell_id, self.intermediate)
+            result = results.layer_audit(inputs, self._layers).under(cell.threat, starts, cache)
+            begun = partial(begin, "certifying")
+            certificate = results.certificate(inputs, begun) if cell.settings.certificate else None
+            record = assemble(_parts(inputs, results, result, certificate, started))
+            return self._keeper.beside(record, partial(_kept, inputs, robustness, result))
 
     def _model(self, cell: Cell) -> ModelResults:
         return self._models.get(_network_of(cell), lambda: ModelResults.load(cell, self.inputs, self.intermediate))
 
     def _starts(self, inputs: CellInputs) -> SearchStarts:
         """Return the adversarial images of the attack on the label, and each seed's warm start."""
-        outcome = self._model(inputs.cell).robustness(inputs).accuracy.outcome
-        return SearchStarts(self._warm_starts(inputs), outcome.images)
+        robustness = self._model(inputs.cell).accuracies(inputs)
+        return SearchStarts(self._warm_starts(inputs), robustness.accuracy.outcome.images if robustness else None)
 
     def _warm_starts(self, inputs: CellInputs) -> dict[int, Images]:
         """Return each seed's warm start; none if the order of the layers does not allow it.
@@ -167,17 +173,41 @@ class CellRunner:
         return self._searches.get(inputs.cell_id)
 
 
+@contextmanager
+def _metered(
+    inputs: CellInputs, results: ModelResults, cache: InputCache, report: OnStage
+) -> Iterator[Callable[[str], None]]:
+    """Give a function that begins a stage; the work inside is reported with its passes, in batches that fit.
+
+    Images of searches that do not fit into memory are put into the run folder.
+    """
+    images, meter = inputs.images.images, PassMeter(partial(report, inputs.cell))
+    expected = expected_passes(inputs.cell.settings, len(images))
+    limit = batches_for(results.model.network, images, cache.options)
+    with limit, scratch_in(cache.scratch), meter.counting(expected):
+        meter.stage("checking the network")
+        yield meter.stage
+
+
+def _kept(inputs: CellInputs, robustness: Robustness | None, result: LayerResult) -> KeptImages:
+    found = dict(zip(inputs.cell.settings.seeds, result.per_seed, strict=True))
+    return kept_images(inputs.images.images, inputs.images.labels, robustness, found)
+
+
 def _parts(
     inputs: CellInputs, results: ModelResults, result: LayerResult, certificate: LayerCertificate | None, started: float
 ) -> AuditParts:
     """Return the parts of a cell's record, of which the model's results are known by now."""
-    cell = inputs.cell
+    cell, heads, robustness = inputs.cell, results.encoder.accuracy(inputs), results.accuracies(inputs)
+    if heads:  # they classify by the features of the layer alone
+        result = result._replace(determines_logits=robustness is not None)
     return AuditParts(
         network=audited_network(cell, inputs.entry, results.model.entry, inputs.images.described()),
         layer=cell.layer,
         threat=cell.threat,
         settings=cell.settings,
-        robustness=results.robustness(inputs),
+        robustness=robustness,
+        heads=heads,
         result=result,
         sanity_checks=results.sanity_checks(inputs),
         certificate=certificate,

@@ -109,6 +109,8 @@ def _settings_identity(audit: AuditSettings, norm: str) -> dict[str, Any]:
 
 def _network_identity(ref: str) -> str | dict[str, str]:
     parsed = parse_ref(ref)
+    if parsed.source in ("open_clip", "transformers"):
+        return {"source": parsed.source}  # the architecture holds a hash of the configuration, wherever it lies
     if parsed.source != "file":
         return ref
     return {name: parsed.options[name] for name in _DECIDING_OPTIONS if name in parsed.options}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from audit.errors import EnvironmentFault
 from audit.storage import digest, write_atomically
+from audit.types import copied_pixels, image_slices
 
 MIN_SECONDS = 20.0  # results that took less are not kept
 FOLDER, _HOUR = "partial", 3600
@@ -98,7 +99,7 @@ class IntermediateResults:
         if time.monotonic() - started > MIN_SECONDS:
             # a full disk, or an estimator with result types of its own, costs time and not the result
             with suppress(EnvironmentFault, TypeError):
-                write_atomically(path, to_bytes(result, self._types))
+                write_atomically(path, file_parts(result, self._types))
         return result
 
     def clear(self, cell_id: str = "") -> None:
@@ -116,20 +117,37 @@ def remove_stale_files(folder: Path) -> None:
                     path.unlink()
 
 
-def to_bytes(result: object, types: Types) -> bytes:
-    """Return the file content of a value made of the given types, tuples, mappings, tensors and plain JSON data.
+def file_parts(result: object, types: Types) -> Iterator[bytes]:
+    """Yield the parts of the file of a value made of the given types, tuples, mappings, tensors and plain JSON data.
 
-    Raises TypeError for a value of another type.
+    The images of a result may be more than fit into memory a second time. Raises TypeError for a value of another type.
     """
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_to_json(result, tensors, types))
-    return safetensors.torch.save(
-        {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, {"part": tree}
-    )
+    entries: dict[str, Any] = {"__metadata__": {"part": json.dumps(_to_json(result, tensors, types))}}
+    end = 0
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # every type at a multiple of its size
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _type_name(tensor), "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)
+    yield len(header).to_bytes(8, "little") + header
+    for name in names:
+        rows = tensors[name].detach().reshape(1) if tensors[name].dim() == 0 else tensors[name].detach()
+        for part in image_slices(rows):
+            yield rows[part].cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _type_name(tensor: Tensor) -> str:
+    """Return the name of a tensor's type in safetensors files."""
+    saved = safetensors.torch.save({"": tensor.new_empty(0).cpu()})
+    name: str = json.loads(saved[8 : 8 + int.from_bytes(saved[:8], "little")])[""]["dtype"]
+    return name
 
 
 def read_result(path: Path, types: Types, device: torch.device) -> Any:
-    """Return the value of a file that `to_bytes` made; tensors that were not on the CPU go to the device.
+    """Return the value of a file of `file_parts`; tensors that were not on the CPU go to the device.
 
     Raises exceptions of any kind for a damaged file.
     """
@@ -139,7 +157,7 @@ def read_result(path: Path, types: Types, device: torch.device) -> Any:
             if not isinstance(tree, dict):
                 return tree
             if "tensor" in tree:
-                found = file.get_tensor(tree["tensor"]).clone()  # independent of the file, which may be deleted
+                found = copied_pixels(file.get_tensor(tree["tensor"]))  # independent of the file, which may be deleted
                 return found if tree["on"] == "cpu" else found.to(device)
             if "mapping" in tree:
                 return {name: from_json(each) for name, each in tree["mapping"]}

@@ -19,6 +19,7 @@ from audit.errors import UnknownNameError
 from audit.information.estimator import EstimatorInputs, MIEstimate, Vulnerability, WarmStart
 from audit.information.floors import InformationFloors, largest_share, prediction_floor
 from audit.random_keys import Purpose, keyed_generator
+from audit.representation.headless import Headless, resolved_layer
 from audit.representation.layers import Representation
 from audit.types import Encoded, Images, Labels, Objective
 
@@ -32,7 +33,8 @@ class LayerResult(NamedTuple):
 
     `per_seed` holds both cases of every seed, in the order of the settings; `floors` is None where the network's
     output does not pass through the layer; `dimension` is the number of features; `checks` are those of the
-    worst-case search; `determines_logits` is whether the accuracies of the network are those of a head on the layer.
+    worst-case search; `determines_logits` is whether the accuracies of the network are those of a head on the layer;
+    `images` is the number of images.
     """
 
     per_seed: tuple[Vulnerability, ...]
@@ -40,6 +42,7 @@ class LayerResult(NamedTuple):
     dimension: int
     checks: tuple[Check, ...] = ()
     determines_logits: bool = True
+    images: int = 0
 
 
 class EstimateCache(Protocol):
@@ -96,7 +99,8 @@ class LayerAudit:
     def _encode(self, images: Images) -> Encoded:
         """Encode images: searches, which need gradients, use the fused copy; reported values use the network itself."""
         layer = self._fused if images.requires_grad else self.representation
-        return layer.encode(images) if self.settings.estimator.reads_log_probs else layer.encode_features(images)
+        reads = self.settings.estimator.reads_log_probs and not isinstance(self.network, Headless)
+        return layer.encode(images) if reads else layer.encode_features(images)
 
     @cached_property
     def _fused(self) -> Representation:
@@ -106,7 +110,7 @@ class LayerAudit:
         if folded is self.network:
             return representation
         try:
-            same = Representation(folded, representation.layer, representation.reduce)
+            same = Representation(folded, resolved_layer(self.network, representation.layer), representation.reduce)
         except UnknownNameError:  # the layer was fused into another one
             return representation
         return same if computes_the_same(representation, same, images) else representation
@@ -129,7 +133,7 @@ class LayerAudit:
         """Return estimates, floors and search checks under a threat model; `cache` supplies known worst cases."""
         per_seed = self.searched(threat, starts, cache)
         floors, checks = self._floors(per_seed), self._checks(threat)
-        return LayerResult(per_seed, floors, self.dimension, checks, self._determines_logits)
+        return LayerResult(per_seed, floors, self.dimension, checks, self._determines_logits, len(self.inputs.images))
 
     def searched(
         self, threat: ThreatModel, starts: SearchStarts | None = None, cache: EstimateCache = _uncached

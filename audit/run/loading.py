@@ -1,19 +1,23 @@
 """Load models and images onto one device, and check that they fit each other."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from audit.adversary.passes import outputs_of
-from audit.errors import EnvironmentFault, MismatchError, UsageError
+from audit.adversary.memory.batch_size import fitting_batch, fitting_batches
+from audit.adversary.memory.limit import fixed_batches
+from audit.errors import EnvironmentFault, UsageError
+from audit.representation.headless import Headless
 from audit.run.cell import Cell, InputRules
+from audit.run.encoders.head_images import heads_identity, images_after
+from audit.run.gates.inputs import MIN_IMAGES, CellInputs, check_inputs
 from audit.run.identity import cell_identity
 from audit.run.intermediate import Memo
-from audit.storage import digest
-from audit.types import Images, Labels
+from audit.storage import scratch_in
+from audit.types import Images
 from model_zoo.entries import ModelEntry
 from model_zoo.fitting import applied, for_outputs
 from model_zoo.images.classes import ClassMap
@@ -31,22 +35,31 @@ from model_zoo.lookup import WITH_TRAINING_SPLIT
 from model_zoo.model_types import ChosenOutputs, LocatedModel
 from model_zoo.relative import dataset_beside
 
-MIN_IMAGES = 50  # fewer give errors too large for an audit to mean anything
+BATCH = 256  # images in one pass, where memory allows
 _TRAINING_IMAGES = 1000  # that heads beside a certificate are trained on
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Sources, data folder and device of a run, and whether it keeps images: nothing here decides a number."""
+    """Sources, data folder, device and batches of a run, and whether it keeps images: nothing here decides a number.
+
+    Without a `batch_size`, batches are as large as memory allows.
+    """
 
     sources: SourceSettings = field(default_factory=SourceSettings)
     data_dir: Path = Path("data")
     device: str = "auto"
     keep_images: bool = False
+    batch_size: int | None = None
 
     def request(self, count: int | None = None, split: str = "test", *, balanced: bool = False) -> ImageRequest:
         """Return the request for the first `count` images of a split, from these folders."""
         return ImageRequest(count, split, self.data_dir, self.sources.offline, balanced)
+
+
+def batches_for(network: nn.Module, images: Images, options: RunOptions) -> AbstractContextManager[None]:
+    """Return a context in which networks take the batches that the options ask for, or that fit these images."""
+    return fixed_batches(options.batch_size) if options.batch_size else fitting_batches(network, images)
 
 
 def device_of(name: str) -> torch.device:
@@ -89,7 +102,8 @@ def open_images_for(
     Raises what `open_images` and `locate` raise, and MismatchError for classes that the model's outputs do not tell.
     """
     rules, located = rules or InputRules(), locate(ref, options.sources)
-    asked = replace(request or options.request(), preprocessing=_preprocessing(located, rules))
+    asked = request or options.request()
+    asked = replace(asked, preprocessing=_preprocessing(located, rules), balanced=asked.balanced or rules.balanced)
     images = open_images(dataset, options, asked, at_most=at_most)
     return for_outputs(images, located, options.sources, restrict=rules.restrict_classes)
 
@@ -99,11 +113,12 @@ def _preprocessing(model: LocatedModel | LoadedModel, rules: InputRules) -> Prep
 
 
 def open_model(ref: str, images: ImageSet, options: RunOptions, min_images: int = MIN_IMAGES) -> LoadedModel:
-    """Load a model onto the device of images, and check that both fit an audit.
+    """Load a classifier onto the device of images, and check that both fit an audit.
 
-    Raises what `load_model` and `check_inputs` raise.
+    Raises what `load_model`, `check_fit` and `check_inputs` raise.
     """
     model = _load(ref, options, images.images.device, images.class_map)
+    check_fit(model, images)
     check_inputs(model, images, min_images)
     return model
 
@@ -121,62 +136,15 @@ def open_representation(ref: str, images: ImageSet, options: RunOptions) -> Load
     return model
 
 
-def check_inputs(model: LoadedModel, images: ImageSet, min_images: int = MIN_IMAGES) -> None:
-    """Check that a model fits a set of images on its device; raises as `check_fit` and `check_network_inputs`."""
-    check_fit(model, images)
-    check_network_inputs(model.network, images.images, images.labels, min_images)
-
-
-def check_network_inputs(network: nn.Module, images: Images, labels: Labels, min_images: int = MIN_IMAGES) -> None:
-    """Check that a network takes images (N, C, H, W) in [0, 1] and returns logits (N, K) for their labels (N,).
-
-    Raises MismatchError for other shapes, types and labels, UsageError for other pixels or too few images.
-    """
-    if images.dim() != 4 or not images.is_floating_point() or len(images) == 0:
-        raise MismatchError(f"images are {_described(images)}, not floats of the shape (N, C, H, W)")
-    if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise MismatchError(f"labels are {_described(labels)}, not int64 of the shape (N,)")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        message = f"images range from {low:.6g} to {high:.6g}, not within [0, 1]"
-        raise UsageError(f"{message}: put the normalisation inside the network")
-    if len(images) < min_images:
-        raise UsageError(f"{len(images)} images are too few: an audit needs at least {min_images}")
-    if len(images) != len(labels):
-        raise MismatchError(f"{len(images)} images, but {len(labels)} labels")
-    with torch.no_grad():
-        outputs = outputs_of(network, images[:2])
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
-        raise MismatchError("the network does not return logits of the shape (N, K) for two or more classes")
-    first, last = int(labels.min()), int(labels.max())
-    if first < 0 or last >= outputs.shape[1]:
-        raise MismatchError(f"labels range from {first} to {last}, but the network has {outputs.shape[1]} outputs")
-
-
-@dataclass(frozen=True, eq=False)
-class CellInputs:
-    """A cell with the entry of its model, its images on the device, and its identity."""
-
-    cell: Cell
-    entry: ModelEntry
-    images: ImageSet
-    training: ImageSet | None
-    identity: dict[str, Any]
-
-    @property
-    def cell_id(self) -> str:
-        """The digest of the identity."""
-        return digest(self.identity)
-
-
 class InputCache:
     """Images and model entries that consecutive cells share; the last images of each kind stay loaded."""
 
-    def __init__(self, options: RunOptions) -> None:
-        self.options, self.device = options, device_of(options.device)
-        self._images: Memo[tuple[str, int | None, Preprocessing | None], ImageSet] = Memo(slots=1)
+    def __init__(self, options: RunOptions, scratch: Path | None = None) -> None:
+        self.options, self.device, self.scratch = options, device_of(options.device), scratch
+        self._images: Memo[tuple[str, int | None, Preprocessing | None, bool], ImageSet] = Memo(slots=1)
         self._fitted: Memo[tuple[object, ...], ImageSet] = Memo(slots=1)
         self._training: Memo[tuple[str, Preprocessing | None], ImageSet | None] = Memo(slots=1)
+        self._following: Memo[tuple[str, int, Preprocessing | None], ImageSet | None] = Memo(slots=1)
         self._located: Memo[str, LocatedModel] = Memo()
 
     def open(self, cell: Cell) -> CellInputs:
@@ -184,23 +152,27 @@ class InputCache:
         located, images = self._locate(cell.ref), self.images(cell)
         training = self.training_images(cell) if cell.settings.certificate else None
         sha256 = training.sha256 if training else None
-        identity = cell_identity(cell, located.entry, images.sha256, sha256, applied(images))
-        return CellInputs(cell, located.entry, images, training, identity)
+        how, others = applied(images), None if located.num_classes else self.other_images(cell)
+        if located.num_classes == 0:
+            how["heads"] = heads_identity(others.sha256 if others else "")
+        identity = cell_identity(cell, located.entry, images.sha256, sha256, how)
+        return CellInputs(cell, located.entry, images, training, identity, others)
 
     def images(self, cell: Cell) -> ImageSet:
         """Return the test images of a cell, on the device: preprocessed for its model, with labels of its outputs."""
         located = self._locate(cell.ref)
         chosen = _preprocessing(located, cell.rules)
         dataset = dataset_beside(cell.dataset, self.options.sources.base)
-        key = (dataset, cell.images, chosen)
-        request = replace(self.options.request(cell.images), preprocessing=chosen)
+        key = (dataset, cell.images, chosen, cell.rules.balanced)
+        request = replace(self.options.request(cell.images, balanced=cell.rules.balanced), preprocessing=chosen)
         outputs = (located.entry.name, located.num_classes, located.class_names, cell.rules.restrict_classes)
 
         def fit() -> ImageSet:
             found = self._images.get(key, lambda: _on_device(load_images(dataset, request), self.device))
             return for_outputs(found, located, self.options.sources, restrict=cell.rules.restrict_classes)
 
-        return self._fitted.get((*key, *outputs), fit)
+        with scratch_in(self.scratch):
+            return self._fitted.get((*key, *outputs), fit)
 
     def training_images(self, cell: Cell) -> ImageSet | None:
         """Return images to train heads on, on the device; None for a data set without a training split."""
@@ -209,6 +181,26 @@ class InputCache:
         found = self._training.get((cell.dataset, chosen), lambda: self._load_training(cell.dataset, chosen))
         restrict = cell.rules.restrict_classes
         return for_outputs(found, located, self.options.sources, restrict=restrict) if found else None
+
+    def other_images(self, cell: Cell) -> ImageSet | None:
+        """Return images of a cell's data set that it does not audit, to train an encoder's heads on; None without any.
+
+        They are those of `training_images`, else those that follow the audited ones.
+        """
+        training, count = self.training_images(cell), cell.images
+        if training is not None or count is None or cell.rules.balanced:  # which takes images from the whole set
+            return training
+        dataset, chosen = (
+            dataset_beside(cell.dataset, self.options.sources.base),
+            _preprocessing(self._locate(cell.ref), cell.rules),
+        )
+
+        def following() -> ImageSet | None:
+            request = replace(self.options.request(count + _TRAINING_IMAGES), preprocessing=chosen)
+            found = images_after(load_at_most(dataset, request), count)
+            return found and _on_device(found, self.device)
+
+        return self._following.get((dataset, count, chosen), following)
 
     def entry(self, ref: str) -> ModelEntry:
         """Return the entry of a model, without its network."""
@@ -228,7 +220,7 @@ class InputCache:
         return _on_device(load_at_most(dataset, request), self.device)
 
 
-def model_bytes(ref: str, dataset: str, options: RunOptions, batch: int = 256) -> int:
+def model_bytes(ref: str, dataset: str, options: RunOptions) -> int:
     """Return the memory in bytes of a model and one batch, estimated without reading weights; 0 if it is unavailable.
 
     The network is built on the meta device, where tensors take no memory. One that cannot be built or run there is
@@ -238,7 +230,8 @@ def model_bytes(ref: str, dataset: str, options: RunOptions, batch: int = 256) -
         try:
             network, shape = build_skeleton(ref, options.sources, device)
             size = shape or open_images(dataset, options, options.request(1)).images.shape[1:]
-            return batch_bytes(network, torch.zeros(1, *size, device=device), batch)
+            image = torch.zeros(1, *size, device=device)
+            return batch_bytes(network, image, options.batch_size or min(BATCH, fitting_batch(network, image)))
         except Exception:  # a network of others may raise anything
             continue
     return 0
@@ -270,6 +263,8 @@ def _load(ref: str, options: RunOptions, device: torch.device, class_map: ClassM
     if class_map and class_map.restricted:
         network = ChosenOutputs(model.network, class_map.outputs).eval()
         model = replace(model, network=network, num_classes=len(class_map.outputs), class_names=())
+    if model.num_classes == 0:
+        model = replace(model, network=Headless(model.network).eval())
     model.network.to(device)
     return model
 
@@ -280,7 +275,3 @@ def _on_device(images: ImageSet, device: torch.device) -> ImageSet:
 
 def _bytes(output: object) -> int:
     return output.numel() * output.element_size() if isinstance(output, Tensor) else 0
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of the shape {tuple(tensor.shape)}"

@@ -15,15 +15,15 @@ from audit.config.settings import AuditSettings
 from audit.representation.cache import ActivationCache
 from audit.representation.layers import Representation, encode_layers
 from audit.run.cell import DEFAULT_RULES, Cell
+from audit.run.encoders.results import EncoderResults
+from audit.run.gates.inputs import CellInputs
 from audit.run.identity import partial_identity
 from audit.run.intermediate import IntermediateResults, Memo
 from audit.run.layer_audit import LayerAudit, Reuse
-from audit.run.loading import CellInputs, InputCache
+from audit.run.loading import BATCH, InputCache
 from audit.run.sanity_checks import sanity_checks
 from audit.types import Encoded
 from model_zoo.load import LoadedModel
-
-_BATCH = 256  # images in one forward pass
 
 
 class ModelResults:
@@ -31,6 +31,7 @@ class ModelResults:
 
     def __init__(self, model: LoadedModel, intermediate: IntermediateResults) -> None:
         self.model, self._intermediate = model, intermediate
+        self.encoder = EncoderResults(model, intermediate)
         self._sanity: Memo[str, tuple[Check, ...]] = Memo()
         self._attacks: Memo[tuple[str, ThreatModel, LabelAttack, int], Robustness] = Memo()
         self._certificates: Memo[tuple[str, str, ThreatModel, LabelAttack, int, bool], LayerCertificate] = Memo()
@@ -55,6 +56,11 @@ class ModelResults:
         numbers = entry.published if as_published else ()
         published = next((number.value for number in numbers if number.metric == "natural_accuracy"), None)
         return self._sanity.get(images.sha256, lambda: sanity_checks(network, images.images, images.labels, published))
+
+    def accuracies(self, inputs: CellInputs) -> Robustness | None:
+        """Return the accuracies of the network, or of heads on the layer of an encoder; None if these have none."""
+        heads = self.encoder.accuracy(inputs)
+        return heads.robustness if heads else self.robustness(inputs)
 
     def robustness(self, inputs: CellInputs) -> Robustness:
         """Return the accuracies under the cell's attack: layers and estimators share them."""
@@ -83,7 +89,8 @@ class ModelResults:
         def compute() -> LayerCertificate:
             data = HeadTrainingData(training.images, training.labels) if training else None
             network, classes = self.model.network, images.label_count
-            certified = CertificationInputs(network, images.images, images.labels, classes, training_data=data)
+            headless = self.model.num_classes == 0
+            certified = CertificationInputs(network, images.images, images.labels, classes, headless, data)
             return certify_layers(certified, [cell.layer], [cell.threat], settings)[0].row
 
         def stored() -> LayerCertificate:
@@ -124,7 +131,7 @@ class ModelResults:
 
         def read(missing: Sequence[str]) -> Iterator[dict[str, Encoded]]:
             encoders = [Representation(self.model.network, layer, cell.settings.reduce) for layer in missing]
-            return encode_layers(encoders, pixels, _BATCH)
+            return encode_layers(encoders, pixels, BATCH)
 
         for wanted in (layers | {cell.layer}, {cell.layer}):
             try:

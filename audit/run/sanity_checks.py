@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from audit.adversary.attack_checks import Check
 from audit.adversary.check_rules import RULES
+from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import Batches, outputs_of, row_lengths
 from audit.flags import FlagCode, flag
 from audit.proportion import wilson
+from audit.representation.headless import Headless
 from audit.run.gates.pixel_scales import least_accuracy, pixel_scale
 from audit.types import Images, Labels
 
 _SAMPLE = 64  # images for the checks of activations and repeated passes
 _BATCH = 250
+_COMPANY = 8  # images that are passed together, whatever memory allows, to see whether they change each other
 _MIN_PER_CLASS = 10  # images that testing a renaming of the classes needs, lest one fit by chance
 _QUANTILE = 3.290527  # of the normal distribution: one correct network in 1,000 fails by chance
 
@@ -34,33 +37,54 @@ def sanity_checks(
     """Return the sanity checks of a network in eval mode, on images (N, C, H, W) with labels (N,).
 
     `published` is the clean accuracy published for these images, a fraction. They take about five forward passes an
-    image. Buffers that change are restored, and the global random generators are left as they were.
+    image. Checks of classes are skipped for an encoder. Buffers that change are restored, and the global random
+    generators are left as they were.
     """
-    sample, forward = images[:_SAMPLE], partial(outputs_of, network)
+    sample, forward = images[:_SAMPLE], partial(_rows, network)
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), _restored(network) as changes:
         not_finite = _not_finite(network, sample)
         passes = [Batches(_SAMPLE).run(forward, sample) for _ in range(3)]
         by_company = _logits_by_company(network, sample)
         changed = changes()
-        predictions = Batches(_BATCH).run(forward, images).argmax(1)
-        scale = pixel_scale(network, images, labels, predictions)
+        scale, scores, order, accuracy = _class_checks(network, images, labels, published, passes[0])
     repeated = RULES["repeated_passes"].at_most(_relative_difference(passes))
     independence = _relative_difference([passes[0][: len(by_company[0])], *by_company])
     independent = RULES["batch_independence"].at_most(independence)
     if not repeated.passed:
         independent = RULES["batch_independence"].skipped("forward passes differ by themselves")
-    probabilities = _share_of_probabilities(passes[0])
     return (
         scale,
         RULES["finite_activations"].result(
             passed=not not_finite, figure=len(not_finite), reason=_first_names(not_finite)
         ),
-        RULES["score_outputs"].result(passed=probabilities < 1, figure=probabilities),
+        scores,
         repeated,
         RULES["eval_mode"].result(passed=not changed, figure=len(changed), reason=_first_names(changed)),
         independent,
-        _label_order(predictions, labels, passes[0].shape[1]),
+        order,
+        accuracy,
+    )
+
+
+def _rows(network: nn.Module, images: Images) -> Tensor:
+    """Return the outputs of a network as (N, K); features of an encoder may have more axes."""
+    return outputs_of(network, images).flatten(1)
+
+
+def _class_checks(
+    network: nn.Module, images: Images, labels: Labels, published: float | None, logits: Tensor
+) -> tuple[Check, ...]:
+    """Return the checks that need classes, in the order of their names here; all are skipped for an encoder."""
+    if isinstance(network, Headless):
+        names = ("pixel_scale", "score_outputs", "label_order", "published_accuracy")
+        return tuple(RULES[name].skipped("the network has no classifier") for name in names)
+    predictions = Batches(_BATCH).run(partial(outputs_of, network), images).argmax(1)
+    probabilities = _share_of_probabilities(logits)
+    return (
+        pixel_scale(network, images, labels, predictions),
+        RULES["score_outputs"].result(passed=probabilities < 1, figure=probabilities),
+        _label_order(predictions, labels, logits.shape[1]),
         _published_accuracy(predictions, labels, published),
     )
 
@@ -84,7 +108,7 @@ def _not_finite(network: nn.Module, images: Images) -> list[str]:
     leaves = [(name, part) for name, part in network.named_modules() if not list(part.children())]
     hooks = [part.register_forward_hook(partial(look, name or "the network")) for name, part in leaves]
     try:
-        if not Batches(_SAMPLE).run(partial(outputs_of, network), images).isfinite().all():
+        if not Batches(_SAMPLE).run(partial(_rows, network), images).isfinite().all():
             found["the output"] = None
     finally:
         for hook in hooks:
@@ -131,11 +155,14 @@ def _equal(now: Tensor | None, before: Tensor) -> bool:
 
 def _logits_by_company(network: nn.Module, images: Images) -> list[Tensor]:
     """Return the logits of the first half of the images in a batch with other images, and in a batch of their own."""
-    half = max(1, len(images) // 2)
-    first = images[:half]
-    others = torch.cat([first, 1 - images[half:].flip(0)])
-    forward = partial(outputs_of, network)
-    return [Batches(_SAMPLE).run(forward, others)[:half], Batches(_SAMPLE).run(forward, first)]
+    size = max(_COMPANY, min(_SAMPLE, allowed(_SAMPLE)))
+    whole = Batches(size, exactly=True)
+    few = images[:size]  # one batch: the images of one are company to each other
+    half = max(1, len(few) // 2)
+    first = few[:half]
+    others = torch.cat([first, 1 - few[half:].flip(0)])
+    forward = partial(_rows, network)
+    return [whole.run(forward, others)[:half], whole.run(forward, first)]
 
 
 def _relative_difference(passes: list[Tensor]) -> float:

@@ -9,6 +9,8 @@ from torch import nn
 
 from audit.errors import UsageError
 from audit.information.estimator import Vulnerability
+from audit.representation.headless import resolved_layer
+from audit.representation.hooks import OUTPUTS
 from audit.representation.layers import Representation, find_module
 from audit.run.cell import module_path
 from audit.run.intermediate import IntermediateResults
@@ -65,7 +67,8 @@ def runs_before(network: nn.Module, layer: str, later: str, images: Images) -> b
 
     False for two calls of one module, whose order is not determined, and for layers that the network does not have.
     """
-    if layer in (later, "input") or later == "logits":
+    layer, later = (resolved_layer(network, each) for each in (layer, later))
+    if layer in (later, "input") or later in OUTPUTS:
         return True
     if module_path(layer) == module_path(later):
         return False
@@ -88,7 +91,7 @@ def _record_calls(
     network: nn.Module, layer: str, order: list[str], images: Images
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Append the layer's name to `order` whenever a forward pass reaches it; return the hooks."""
-    if layer in ("input", "logits"):
+    if layer == "input" or layer in OUTPUTS:
         return []
     if layer != "penultimate":
         module = find_module(network, module_path(layer))

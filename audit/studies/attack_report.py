@@ -11,20 +11,27 @@ from audit.adversary.accuracy import Accuracy
 from audit.adversary.attack_checks import Check, trustworthy, verdict
 from audit.adversary.comparison_checks import check_transfer
 from audit.adversary.label_attack import TIERS
+from audit.adversary.passes import frozen_parameters
 from audit.adversary.robustness import (
+    EPS_MULTIPLES,
     EpsCurve,
     EpsPoint,
+    Robustness,
     TargetModel,
     compare_attacks,
     evaluate_robustness,
     measure_eps_curve,
+    measure_target,
 )
 from audit.adversary.single_attacks import ATTACKS, SingleAttackResult, run_attack, transfer_matrix
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError
 from audit.run.cell import DEFAULT_RULES, InputRules
-from audit.run.loading import RunOptions, open_images_for, open_model
+from audit.run.loading import RunOptions, batches_for, open_images_for, open_model
+from audit.run.upkeep.pass_meter import StageMeter, expected_attack_passes
 
+CHECKS = ("all", "trust", "none")
+_SINGLE, _COMPARED = 100, 400  # passes of an image in a single attack, and in the comparison of attacks
 STAGES = 4  # of a report, beside the single attacks
 
 
@@ -34,8 +41,9 @@ class AttackRequest:
 
     `tier` is the name of the attack tier, `attacks` are further attacks, each run by itself, and `sources` are models
     whose adversarial images are transferred. `images` limits the number of images (None: all); they are preprocessed
-    and labelled for `model` under `rules`. Raises
-    UnknownNameError for an unknown attack or tier.
+    and labelled for `model` under `rules`. `checks` are the checks to make: `all`, also against weaker and stronger
+    attacks and over radii; `trust`, those that decide whether the attack can be trusted; `none`. Raises
+    UnknownNameError for an unknown attack, tier or set of checks.
     """
 
     model: str
@@ -47,13 +55,19 @@ class AttackRequest:
     images: int | None = None
     seed: int = 0
     rules: InputRules = DEFAULT_RULES
+    checks: str = "all"
 
     def __post_init__(self) -> None:
+        if self.checks not in CHECKS:
+            raise UnknownNameError("set of checks", self.checks, CHECKS)
         if self.tier not in TIERS:
             raise UnknownNameError("attack tier", self.tier, TIERS)
         for name in self.attacks:
             if name not in ATTACKS and name != "autoattack":
                 raise UnknownNameError("attack", name, ATTACKS)
+
+
+_UNCHECKED: dict[str, Any] = {"trustworthy": None, "verdict": "not checked", "checks": []}
 
 
 class AttackReport(NamedTuple):
@@ -71,15 +85,34 @@ def attack_report(
     request: AttackRequest, options: RunOptions, watch: Watch = lambda _stage, _done: None
 ) -> AttackReport:
     """Attack a model and report on it. Raises what loading and the attacks raise."""
-    attack, seed, threat = TIERS[request.tier], request.seed, request.threat
+    watch("loading", 0)
     targets = _targets(request, options)
+    network, images, stages = targets[request.model].network, targets[request.model].images, StageMeter(watch)
+    with batches_for(network, images, options), stages.counting(_expected_passes(request, len(images))):
+        return _report(request, targets, stages)
+
+
+def _expected_passes(request: AttackRequest, images: int) -> float:
+    """Return about how many passes a report takes."""
+    found = expected_attack_passes(TIERS[request.tier], images) + _SINGLE * images * len(request.attacks)
+    if request.checks == "all":
+        found += _COMPARED * min(images, 100) + len(EPS_MULTIPLES) * expected_attack_passes(TIERS["smoke"], images)
+    return found
+
+
+def _report(request: AttackRequest, targets: dict[str, TargetModel], watch: Watch) -> AttackReport:
+    attack, seed, threat = TIERS[request.tier], request.seed, request.threat
     target = targets[request.model]
     watch(f"{request.model}: {attack.name_in(threat.norm)}", 0)
-    robustness = evaluate_robustness(target, threat, attack, seed)
-    watch("comparison of attacks", 1)
-    comparison = compare_attacks(target, threat, attack, seed)
-    watch("accuracy against eps", 2)
-    curve = measure_eps_curve(target, threat, seed)
+    robustness, curve, checks = _attacked(request, target), None, list[Check]()
+    if request.checks == "trust":
+        checks += [check for check in robustness.checks if check.level == "trust"]
+    if request.checks == "all":
+        watch("comparison of attacks", 1)
+        comparison = compare_attacks(target, threat, attack, seed)
+        watch("accuracy against eps", 2)
+        curve = measure_eps_curve(target, threat, seed)
+        checks += [*robustness.checks, *comparison, *curve.checks]
     singles = []
     for done, name in enumerate(request.attacks):
         watch(name, 3 + done)
@@ -88,8 +121,8 @@ def attack_report(
     matrix = transfer_matrix(targets, threat, seed) if request.sources else {}
     accuracy = robustness.accuracy
     robust = accuracy.robust
-    transfers = [check_transfer(robust, robust & matrix[source][request.model]) for source in request.sources]
-    checks = [*robustness.checks, *comparison, *curve.checks, *transfers]
+    if request.checks != "none":
+        checks += [check_transfer(robust, robust & matrix[source][request.model]) for source in request.sources]
     summary = {
         "model": request.model,
         "dataset": request.dataset,
@@ -97,12 +130,22 @@ def attack_report(
         "eps": threat.eps,
         "seed": seed,
         **_accuracy_entries(accuracy),
-        **_verdict_entries(checks),
-        "eps_curve": [_point_entries(point) for point in curve.points],
+        **(_verdict_entries(checks) if request.checks != "none" else _UNCHECKED),
+        "eps_curve": [_point_entries(point) for point in curve.points] if curve else [],
         "attacks": [_single_entries(each) for each in singles],
         "transfer": {source: _shares(row) for source, row in matrix.items()},
     }
     return AttackReport(summary, _image_rows(target, accuracy, curve))
+
+
+def _attacked(request: AttackRequest, target: TargetModel) -> Robustness:
+    """Return the accuracies under the tier, with its checks unless none is asked for."""
+    attack, threat, seed = TIERS[request.tier], request.threat, request.seed
+    if request.checks != "none":
+        return evaluate_robustness(target, threat, attack, seed)
+    with frozen_parameters(target.network):
+        found = target.detect_randomness(seed)
+        return Robustness(measure_target(found, threat.within(found.images), attack, seed), ())
 
 
 def _targets(request: AttackRequest, options: RunOptions) -> dict[str, TargetModel]:
@@ -159,8 +202,11 @@ def _shares(row: dict[str, Tensor]) -> dict[str, float]:
     return {target: float(correct.float().mean()) for target, correct in row.items()}
 
 
-def _image_rows(target: TargetModel, found: Accuracy, curve: EpsCurve) -> list[dict[str, Any]]:
-    """Return one row per image: its label, the stage and step that broke it, and the smallest radius that did."""
+def _image_rows(target: TargetModel, found: Accuracy, curve: EpsCurve | None) -> list[dict[str, Any]]:
+    """Return one row per image: its label, the stage and step that broke it, and the smallest radius that did.
+
+    Without a curve over radii the smallest one is not known.
+    """
     outcome = found.outcome
     columns = zip(
         target.labels.tolist(),
@@ -169,7 +215,7 @@ def _image_rows(target: TargetModel, found: Accuracy, curve: EpsCurve) -> list[d
         outcome.stage.tolist(),
         outcome.step.tolist(),
         outcome.margin.tolist(),
-        curve.smallest.tolist(),
+        curve.smallest.tolist() if curve else [inf] * len(target.labels),
         strict=True,
     )
     return [

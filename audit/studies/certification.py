@@ -28,7 +28,7 @@ from audit.errors import IntegrityError, MismatchError, UnknownNameError, UsageE
 from audit.hashing import weights_sha256
 from audit.representation.layers import Representation
 from audit.run.cell import DEFAULT_RULES, InputRules
-from audit.run.loading import RunOptions, open_images_for, open_representation
+from audit.run.loading import RunOptions, batches_for, open_images_for, open_representation
 from model_zoo.images.datasets import ImageRequest, ImageSet, load_at_most, load_images
 from model_zoo.load import LoadedModel
 from model_zoo.lookup import WITH_TRAINING_SPLIT
@@ -136,7 +136,8 @@ def certify_model(
     """
     settings = request.settings
     model, inputs = load_inputs(request, options)
-    results = certify_layers(inputs, request.layers, request.threats, settings, on_progress)
+    with batches_for(model.network, inputs.clean, options):
+        results = certify_layers(inputs, request.layers, request.threats, settings, on_progress)
     return CertificationReport(request, model, inputs, results)
 
 

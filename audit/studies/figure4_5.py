@@ -24,7 +24,7 @@ from audit.attribution.saliency import (
 from audit.attribution.single_features import FeatureRequest
 from audit.representation.layers import Representation
 from audit.run.cell import Cell
-from audit.run.loading import RunOptions
+from audit.run.loading import RunOptions, batches_for
 from audit.storage import write_atomically
 from audit.studies.figure_networks import CellProgress, LoadedCell, figure_cells, load_cell, second_convolutions
 from audit.studies.rows import write_rows
@@ -68,7 +68,9 @@ def saliency_study(
     for done, cell in enumerate(cells):
         loaded = load_cell(cell, options)
         progress(f"{loaded.facts['model']}, {cell.layer}", done)
-        for feature, (maps, noise) in saliency_maps(loaded, study).items():
+        with batches_for(loaded.network, loaded.images, options):
+            found_maps = saliency_maps(loaded, study)
+        for feature, (maps, noise) in found_maps.items():
             found = alignment(loaded.images, maps)
             rows.append({**alignment_row(loaded, feature, found), "noise": noise})
             _add_to_panel(panels, loaded, study.drawn, (feature, maps, found))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audit.adversary.label_attack import cross_entropy_objective
+from audit.adversary.memory.limit import allowed
 from audit.adversary.pgd import PGD, minimise, without_early_stopping
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError, UsageError
@@ -123,13 +124,20 @@ def train_standard_heads(
 
     Raises UsageError if there are no images.
     """
-    if len(images) == 0:
-        raise UsageError("a head cannot be trained on 0 images: at least 1 is needed")
     features = _features(layer, images, training.batch_size)
     return {
         "slf": LayerClassifier(layer, fit_linear(features, labels, classes, training.probe)).eval(),
         "mlp": LayerClassifier(layer, fit_hidden(features, labels, classes, training.probe)).eval(),
     }
+
+
+def train_linear_head(
+    layer: nn.Module, images: Images, labels: Labels, classes: int, training: HeadTraining
+) -> LayerClassifier:
+    """Return the linear head of `train_standard_heads` alone; raises UsageError if there are no images."""
+    return LayerClassifier(
+        layer, fit_linear(_features(layer, images, training.batch_size), labels, classes, training.probe)
+    ).eval()
 
 
 def train_adversarial_head(
@@ -163,7 +171,9 @@ def train_adversarial_head(
 
 @torch.no_grad()
 def _features(layer: nn.Module, images: Images, batch_size: int) -> Tensor:
-    return torch.cat([layer(batch) for batch in images.split(batch_size)])
+    if len(images) == 0:
+        raise UsageError("a head cannot be trained on 0 images: at least 1 is needed")
+    return torch.cat([layer(batch) for batch in images.split(allowed(batch_size))])
 
 
 def make_head(features: int, settings: HeadFitSettings) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from audit.errors import MismatchError, UnknownNameError, UsageError
-from audit.types import standard_torch_state
+from audit.types import image_slices, standard_torch_state
 from model_zoo.images.arrays import read_npy, read_npz
 from model_zoo.images.classes import ClassMap, Outputs, map_classes, read_class_map
 from model_zoo.images.files import read_folder
@@ -162,7 +162,7 @@ def check_fit(model: LoadedModel, images: ImageSet) -> None:
     check_shape(model, images)
     if model.num_classes == 0:
         message = f"{name} has no classifier, so its accuracy on {images.ref} is not defined"
-        raise MismatchError(f"{message}; audit it with a head, or bound the accuracy of every head: rvaudit certify")
+        raise MismatchError(f"{message}; audit trains heads on it (--layer output), certify bounds every head")
     if classes != model.num_classes and images.class_map is None:
         raise MismatchError(f"{name} has {model.num_classes} outputs, data set {images.ref} has {classes} classes")
     if model.image_shape is None:
@@ -220,5 +220,6 @@ def _check_labels(labels: Tensor, classes: int, ref: str) -> None:
 def _digest(images: Tensor, labels: Tensor, indices: tuple[int, ...]) -> str:
     digest = sha256(str(tuple(images.shape)).encode())
     for tensor in (images, labels, torch.tensor(indices, dtype=torch.int64)):
-        digest.update(tensor.contiguous().numpy().tobytes())
+        for part in image_slices(tensor):
+            digest.update(tensor[part].contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ import torch
 
 from audit.errors import EnvironmentFault, UsageError
 from model_zoo.images.decoding import decode
-from model_zoo.images.named import RawImages, stack
+from model_zoo.images.named import RawImages, check_count, stack
 from model_zoo.images.preprocessing import Preprocessing
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -33,10 +33,12 @@ def read_folder(
     files = [(file, label) for label, members in enumerate(listed) for file in members]
     if not files:
         raise EnvironmentFault(f"folder {path} has no images in class subfolders ({', '.join(_SUFFIXES)})")
+    check_count(count, len(files), f"folder {path}")
     position = {file: index for index, (file, _) in enumerate(files)}
     turns = ((file, label) for turn in zip_longest(*listed) for label, file in enumerate(turn) if file is not None)
     chosen = list(islice(turns, count))
-    pixels = stack([(str(file), decode(str(file), file, preprocessing, upright=upright)) for file, _ in chosen])
+    decoded = ((str(file), decode(str(file), file, preprocessing, upright=upright)) for file, _ in chosen)
+    pixels = stack(decoded, len(chosen))
     labels = torch.tensor([label for _, label in chosen])
     classes = tuple(folder.name for folder in folders)
     return RawImages(pixels, labels, classes, tuple(position[file] for file, _ in chosen), len(files))

@@ -12,7 +12,7 @@ import torch
 from audit.errors import EnvironmentFault, MismatchError, UnknownNameError
 from model_zoo.images.decoding import decode
 from model_zoo.images.files import read_folder
-from model_zoo.images.named import RawImages, stack
+from model_zoo.images.named import RawImages, check_count, stack
 from model_zoo.images.preprocessing import Preprocessing
 from model_zoo.images.tables import read_parquet
 
@@ -68,10 +68,12 @@ def _read_listed(folder: Path, wnids: list[str], count: int | None, preprocessin
 
     ids = robustbench_image_ids()
     position = {wnid: place for place, wnid in enumerate(wnids)}
+    check_count(count, len(ids), "imagenet:robustbench-5k")
     chosen = list(islice(ids, count))
     absent = next((name for name in chosen if not (folder / name).is_file()), None)
     if absent:
         raise EnvironmentFault(f"{folder / absent}, which RobustBench lists, does not exist; put the whole set there")
-    pixels = stack([(name, decode(str(folder / name), folder / name, preprocessing, upright=False)) for name in chosen])
+    decoded = ((name, decode(str(folder / name), folder / name, preprocessing, upright=False)) for name in chosen)
+    pixels = stack(decoded, len(chosen))
     labels = torch.tensor([position[Path(name).parent.name] for name in chosen])
     return RawImages(pixels, labels, tuple(wnids), tuple(range(len(chosen))), len(ids))

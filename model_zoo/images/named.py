@@ -2,7 +2,7 @@
 
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from audit.errors import EnvironmentFault, UsageError
+from audit.types import empty_pixels
 
 UNKNOWN_PREPROCESSING = (
     "where the model's preprocessing is not known, add it to its file: reference, such as "
@@ -20,6 +21,12 @@ UNKNOWN_PREPROCESSING = (
 )
 _DIGITS_TEST = 900
 _DIGITS_SEED = 20210419
+
+
+def check_count(count: int | None, available: int, owner: object) -> None:
+    """Raise UsageError where more images are asked for than there are, before any is decoded."""
+    if count is not None and count > available:
+        raise UsageError(f"{count} images were asked for; {owner} has {available}")
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,22 @@ class RawImages:
         return replace(self, pixels=self.pixels[chosen], labels=self.labels[chosen], indices=indices)
 
 
-def stack(decoded: Sequence[tuple[str, Tensor]]) -> Tensor:
-    """Return decoded images (C, H, W), each with its origin, as one tensor; raises UsageError for unequal shapes."""
-    origin, first = decoded[0]
-    for other, image in decoded:
+def stack(decoded: Iterable[tuple[str, Tensor]], count: int) -> Tensor:
+    """Return `count` decoded images (C, H, W), each with its origin, as one tensor; they are taken one at a time.
+
+    Raises UsageError for unequal shapes.
+    """
+    rest = iter(decoded)
+    origin, first = next(rest)
+    pixels = empty_pixels((count, *first.shape), first)
+    pixels[0] = first
+    for number, (other, image) in enumerate(rest, 1):
         if image.shape != first.shape:
             sizes = " and ".join("x".join(map(str, tensor.shape)) for tensor in (first, image))
             message = f"{origin} and {other} are {sizes}; all images must share channels and size"
             raise UsageError(f"{message}: {UNKNOWN_PREPROCESSING}")
-    return torch.stack([image for _, image in decoded])
+        pixels[number] = image
+    return pixels
 
 
 def read_digits(split: str) -> RawImages:

@@ -1,9 +1,13 @@
 """Pixels as float images in [0, 1]: checks of their range, and the preprocessing of stored arrays."""
 
+from collections.abc import Callable
+from math import isfinite
+
 import torch
 from torch import Tensor
 
 from audit.errors import UsageError
+from audit.types import empty_pixels, image_slices, pixel_extremes
 from model_zoo.images.preprocessing import Preprocessing
 from model_zoo.images.transforms import preprocess
 
@@ -19,22 +23,31 @@ def unit_floats(pixels: Tensor, ref: str) -> Tensor:
     Raises UsageError for another type or range.
     """
     if pixels.dtype == torch.uint8:
-        return pixels.to(torch.float32) / 255
+        return _converted(pixels, lambda part: part.to(torch.float32) / 255)
     if not pixels.is_floating_point():
         kind = str(pixels.dtype).removeprefix("torch.")
         raise UsageError(f"the images of {ref} are {kind}; store uint8, or floats in [0, 1]")
+    low, high = pixel_extremes(pixels.to(torch.float32))
+    if low >= -_ROUNDING and high <= 1 + _ROUNDING:  # false for NaN
+        return _converted(pixels, lambda part: part.to(torch.float32).clamp(0, 1))
     images = pixels.to(torch.float32)
-    if images.isfinite().all() and images.min() >= -_ROUNDING and images.max() <= 1 + _ROUNDING:
-        return images.clamp(0, 1)
     check_range(images, ref)
+    return images
+
+
+def _converted(pixels: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return stored pixels (N, C, H, W) as float32, converted part by part."""
+    images = empty_pixels(pixels.shape, torch.empty(0))
+    for part in image_slices(images):
+        images[part] = convert(pixels[part])
     return images
 
 
 def check_range(images: Tensor, ref: str) -> None:
     """Raise UsageError for pixels outside [0, 1], naming the likely cause."""
-    if not torch.isfinite(images).all():
+    low, high = pixel_extremes(images)
+    if not (isfinite(low) and isfinite(high)):
         raise UsageError(f"the images of {ref} hold values that are not finite; store uint8, or floats in [0, 1]")
-    low, high = float(images.min()), float(images.max())
     if low >= 0 and high <= 1:
         return
     if low < _NORMALISED_BELOW:

@@ -4,10 +4,12 @@ Both happen before any search, so that eps is in pixels of the image that the ne
 inside the network.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from math import floor
-from typing import Any
+from typing import Any, Literal
 
 from audit.errors import UnknownNameError, UsageError
 
@@ -23,7 +25,9 @@ class Preprocessing:
 
     `fit` says what `resize` means: (side,) is the length of the `shorter` side; (height, width) is the size itself
     (`exact`), a size around the whole image (`inside`, with borders of the colour `fill` in [0, 1]), or one that the
-    image covers (`cover`). Raises UsageError for a size, UnknownNameError for an interpolation that is not legal.
+    image covers (`cover`). Of an odd number of pixels to crop, `centre` says which side loses more: "rounded" as by
+    torchvision, "floored" (the lower right) as by transformers. Raises UsageError for a size, UnknownNameError for an
+    interpolation that is not legal.
     """
 
     resize: tuple[int, ...] = ()
@@ -32,6 +36,7 @@ class Preprocessing:
     fit: str = "shorter"
     channels: int = 3
     fill: tuple[float, ...] = ()
+    centre: Literal["rounded", "floored"] = "rounded"
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
@@ -53,6 +58,8 @@ class Preprocessing:
             found |= {"fit": self.fit, "interpolation": self.interpolation}
         if self.fill:
             found["fill"] = list(self.fill)
+        if self.crop and self.centre != "rounded":
+            found["centre"] = self.centre
         return {name: value for name, value in found.items() if value != []}
 
 
@@ -72,13 +79,19 @@ def from_crop_fraction(size: tuple[int, int, int], config: Mapping[str, Any]) ->
     fit = {"squash": "exact", "border": "inside"}.get(mode, "shorter" if scaled[0] == scaled[1] else "cover")
     if fit == "inside":
         fill = tuple(float(value) for value in config.get("mean") or (0.485, 0.456, 0.406))
-    elif fit == "cover":
-        interpolation = "bilinear"  # as timm does for sizes that are not square, whatever the configuration says
+    elif fit == "cover" and not _timm_keeps_interpolation():
+        interpolation = "bilinear"  # whatever the configuration says
     elif fit == "shorter":
         scaled = scaled[:1]
     return Preprocessing(
         resize=scaled, crop=tuple(sides), interpolation=interpolation, fit=fit, channels=channels, fill=fill
     )
+
+
+def _timm_keeps_interpolation() -> bool:
+    """Return whether the installed timm resizes to sizes that are not square as the configuration says."""
+    found = re.findall(r"\d+", version("timm"))
+    return tuple(map(int, found[:3])) >= (1, 0, 31)
 
 
 def from_options(resize: str, crop: str, interpolation: str, channels: int = 3) -> Preprocessing | None:

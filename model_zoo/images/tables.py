@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import glob
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from audit.errors import AuditError, EnvironmentFault, UnsafeError, UsageError
 from model_zoo.images.decoding import decode
 from model_zoo.images.labels import integer_labels, numbered_classes
-from model_zoo.images.named import RawImages, stack
+from model_zoo.images.named import RawImages, check_count, stack
 from model_zoo.images.preprocessing import Preprocessing
 from model_zoo.untrusted import check_file, check_unpacked_size, printable, reason
 
@@ -38,11 +38,11 @@ def read_parquet(path: Path, count: int | None, preprocessing: Preprocessing | N
     if not len(numbers):
         raise UsageError(f"{path} has no rows; give a file with images")
     classes = names or numbered_classes(numbers, str(path))  # before images are decoded, which takes longest
-    tensors: list[tuple[str, Tensor]] = []
-    for file in files:
-        tensors += _read_images(file, None if count is None else count - len(tensors), preprocessing)
-    indices = tuple(range(len(tensors)))
-    return RawImages(stack(tensors), numbers[: len(tensors)], classes, indices, len(numbers), numbered=not names)
+    check_count(count, len(numbers), path)
+    chosen = len(numbers[:count])
+    decoded = chain.from_iterable(_read_images(file, preprocessing) for file in files)
+    pixels, indices = stack(islice(decoded, chosen), chosen), tuple(range(chosen))
+    return RawImages(pixels, numbers[:chosen], classes, indices, len(numbers), numbered=not names)
 
 
 def parquet_files(path: Path) -> list[Path]:
@@ -76,12 +76,13 @@ def _read_labels(path: Path) -> tuple[list[Any], tuple[str, ...]]:
         return labels, _class_names(file.schema_arrow.metadata or {}, column)
 
 
-def _read_images(path: Path, count: int | None, preprocessing: Preprocessing | None) -> list[tuple[str, Tensor]]:
-    """Return the first images of a file, each with its origin."""
+def _read_images(path: Path, preprocessing: Preprocessing | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the images of a file, each with its origin."""
     with _opened(path) as file:
         column, _ = _find_columns(file.schema_arrow.names, path)
-        rows = ((f"row {row} of {path}", data) for row, data in enumerate(_images(file, column, path)))
-        return [(origin, decode(origin, data, preprocessing)) for origin, data in islice(rows, count)]
+        for row, data in enumerate(_images(file, column, path)):
+            origin = f"row {row} of {path}"
+            yield origin, decode(origin, data, preprocessing)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Apply a preprocessing with the transforms of the libraries that define it."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from model_zoo.images.preprocessing import Preprocessing
@@ -26,5 +26,16 @@ def _transform(chosen: Preprocessing) -> Any:
         size = chosen.resize[0] if chosen.fit == "shorter" else list(chosen.resize)
         steps.append(Resize(size, interpolation=mode, antialias=True))
     if chosen.crop and chosen.fit != "inside":
-        steps.append(CenterCrop(list(chosen.crop)))
+        floored = partial(_crop_floored, size=chosen.crop)
+        steps.append(CenterCrop(list(chosen.crop)) if chosen.centre == "rounded" else floored)
     return Compose(steps)
+
+
+def _crop_floored(image: Any, size: tuple[int, ...]) -> Any:
+    """Return the central part of an image, with the smaller of two unequal borders above and to the left."""
+    from torchvision.transforms import functional
+
+    _, height, width = functional.get_dimensions(image)
+    if height < size[0] or width < size[1]:
+        return functional.center_crop(image, list(size))
+    return functional.crop(image, (height - size[0]) // 2, (width - size[1]) // 2, size[0], size[1])

@@ -4,28 +4,33 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
 from audit.errors import AuditError, EnvironmentFault, MismatchError, UnknownNameError, UnsafeError, UsageError
 from model_zoo import catalogue, libraries
+from model_zoo.adapters import without_classifier
 from model_zoo.architectures import build
-from model_zoo.entries import TRAININGS, ModelEntry, ModelRef, is_model_ref, parse_fraction, parse_ref
-from model_zoo.images.classes import read_class_file
-from model_zoo.images.preprocessing import Preprocessing, from_options
+from model_zoo.entries import ModelEntry, ModelRef, is_model_ref, parse_ref
 from model_zoo.model_types import ImageShape, LocatedModel, SourceSettings
 from model_zoo.sources.cards import locate_carded
+from model_zoo.sources.onnx_files import is_onnx, locate_onnx
+from model_zoo.sources.reference_options import (
+    parse_images,
+    parse_normalisation,
+    parse_num_classes,
+    read_class_names,
+    with_labels,
+)
 from model_zoo.untrusted import file_sha256
 from model_zoo.weights import key_rules
 from model_zoo.weights.checkpoints import read_weights
 from model_zoo.weights.shards import weights_sha256
-
-_NORMS = ("linf", "l2", "l1")
 
 
 @dataclass(frozen=True)
@@ -48,34 +53,30 @@ def locate_file(ref: ModelRef, sources: SourceSettings) -> LocatedModel:
     options = ref.options
     if not options and (card := catalogue.card_beside(Path(ref.target))):
         return locate_carded(Path(ref.target), card)
-    num_classes = _parse_num_classes(options.get("num_classes", ""))
-    shape = _parse_shape(options["shape"]) if "shape" in options else None
-    preprocessing = _parse_preprocessing(options, shape)
-    shape = shape or (preprocessing.shape if preprocessing else None)
-    architecture = _find_architecture(options.get("arch", ""), num_classes, shape, sources)
-    mean, std = _parse_normalisation(options.get("mean", ""), options.get("std", ""))
     path = Path(ref.target)
+    if is_onnx(path):
+        return locate_onnx(path, options)
+    num_classes = parse_num_classes(options.get("num_classes", ""))
+    shape, preprocessing = parse_images(options)
+    architecture = _find_architecture(options.get("arch", ""), num_classes, shape, sources)
+    mean, std = parse_normalisation(options.get("mean", ""), options.get("std", ""))
     if not path.exists():
         read_weights(path)  # raises EnvironmentFault
     library = options["arch"].partition(":")[0]
     wanted = options.get("sha256", "")
-    training, norm = _parse_training(options)
     entry = ModelEntry(
         ref=f"file:{ref.target}",
-        name=options.get("name", path.stem),
+        name=path.stem,
         source="file",
         architecture=architecture.name,
-        family=options.get("family", architecture.family),
-        training=training,
-        trained_norm=norm,
-        trained_eps=parse_fraction(options.get("trained_eps", "0"), "trained_eps"),
+        family=architecture.family,
         weights_sha256=weights_sha256(path, wanted),
         pinned=len(wanted) == 64,
         code_trusted=bool(architecture.code_sha256),
         code_sha256=architecture.code_sha256,
     )
     return LocatedModel(
-        entry=entry,
+        entry=with_labels(entry, options),
         build=architecture.build,
         build_single=_find_architecture(options["arch"], 1, shape, sources).build if num_classes == 2 else None,
         copy_weights=lambda network: key_rules.copy_file_weights(network, path, library, options.get("key", "")),
@@ -84,74 +85,8 @@ def locate_file(ref: ModelRef, sources: SourceSettings) -> LocatedModel:
         mean=mean,
         std=std,
         preprocessing=preprocessing,
-        class_names=_read_class_names(options.get("classes", ""), num_classes),
+        class_names=read_class_names(options.get("classes", ""), num_classes),
     )
-
-
-def _parse_training(options: Mapping[str, str]) -> tuple[str, str]:
-    training, norm = options.get("training", "unknown"), options.get("trained_norm", "")
-    if training not in TRAININGS:
-        raise UnknownNameError("training", training, TRAININGS)
-    if norm and norm not in _NORMS:
-        raise UnknownNameError("trained_norm", norm, _NORMS)
-    return training, norm
-
-
-def _parse_num_classes(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 1:
-        message = f"num_classes={text!r} of a file: reference is not a number of at least 2; write num_classes=10"
-        message += ", num_classes=2 for one output that decides between two classes"
-        raise UsageError(f"{message}, or num_classes=0 for an encoder without a classifier")
-    return int(text)
-
-
-def _parse_shape(text: str) -> ImageShape:
-    parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise UsageError(f"shape={text!r} is not channels x height x width; write shape=3x32x32")
-    return int(parts[0]), int(parts[1]), int(parts[2])
-
-
-def _parse_preprocessing(options: Mapping[str, str], shape: ImageShape | None) -> Preprocessing | None:
-    """Return resize and crop; raises UsageError where they do not give images of the stated shape."""
-    resize, crop, interpolation = (options.get(name, "") for name in ("resize", "crop", "interpolation"))
-    found = from_options(resize, crop, interpolation, shape[0] if shape else 3)
-    if found and shape and found.shape not in (None, shape):
-        stated = "x".join(map(str, shape))
-        raise UsageError(f"shape={stated} is not that of images with crop={options.get('crop', '')!r}; give one size")
-    return found
-
-
-def _read_class_names(path: str, num_classes: int) -> tuple[str, ...]:
-    """Return the names of the outputs in a JSON file: a list, or a mapping from names to outputs or the other way.
-
-    Outputs that a mapping leaves out are named ''. Raises UsageError, EnvironmentFault, MismatchError.
-    """
-    if not path:
-        return ()
-    held = read_class_file(Path(path))
-    pairs = list(enumerate(held)) if isinstance(held, list) else [_output_and_name(*item) for item in held.items()]
-    if len({output for output, _ in pairs} & set(range(num_classes))) < len(pairs):
-        message = f"{path} does not name outputs 0 to {num_classes - 1}, each once"
-        raise MismatchError(f"{message}; a map of a data set is given as folder:photos?classes=map.json")
-    names = dict(pairs)
-    return tuple(str(names.get(output, "")) for output in range(num_classes))
-
-
-def _output_and_name(key: str, value: Any) -> tuple[Any, Any]:
-    """Return output and name of an entry `"cat": 281` or, as in the `id2label` of configurations, `"281": "cat"`."""
-    return (value, key) if isinstance(value, int) else (int(key) if key.isdecimal() else None, value)
-
-
-def _parse_normalisation(mean: str, std: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if not mean and not std:
-        return (), ()
-    means = tuple(parse_fraction(value, "mean") for value in mean.split(","))
-    stds = tuple(parse_fraction(value, "std") for value in std.split(","))
-    if len(means) != len(stds) or not all(value > 0 for value in stds):
-        message = f"mean={mean!r} and std={std!r} do not fit"
-        raise UsageError(f"{message}; give one number per channel in both, the std above 0")
-    return means, stds
 
 
 def _find_architecture(arch: str, num_classes: int, shape: ImageShape | None, sources: SourceSettings) -> _Architecture:
@@ -167,13 +102,16 @@ def _library_architecture(arch: str, num_classes: int, shape: ImageShape | None)
     """Build the architecture of a model reference with the number of classes and image shape of this file."""
     parsed = parse_ref(arch)
     name = parsed.target.partition("/")[0]
-    if num_classes == 0 and parsed.source != "timm":
-        message = f"num_classes=0 does not fit arch={arch!r}: only timm: architectures and Python factories"
+    if num_classes == 0 and parsed.source not in ("timm", "torchvision"):
+        message = f"num_classes=0 does not fit arch={arch!r}: only timm: and torchvision: architectures and factories"
         raise UsageError(f"{message} can omit the classifier; audit a layer below it instead")
     match parsed.source:
         case "torchvision":
             size = shape[1] if shape else None
             family = catalogue.architecture_family(name)
+            if num_classes == 0:
+                build_whole = partial(libraries.torchvision_build, name, 1, size)
+                return _Architecture(lambda: without_classifier(build_whole(), name), arch, family)
             return _Architecture(lambda: libraries.torchvision_build(name, num_classes, size), arch, family)
         case "timm":
             arguments = _timm_arguments(name, num_classes, shape)

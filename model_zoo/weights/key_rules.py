@@ -1,11 +1,12 @@
 """Map the parameter names in timm, torchvision and RobustBench files onto their architectures."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from audit.errors import MismatchError
 from model_zoo import libraries
@@ -18,6 +19,7 @@ from model_zoo.weights.state_dicts import find_weights
 # Training-time modules that some RobustBench files hold and the published architectures omit, and normalisation
 # constants that the architectures define themselves.
 IGNORABLE = r"(^|\.)model_preact_hl1\.|(^|\.)scores$|(^|\.)normalizer?\.(new_)?(mean|std)$"
+_MOBILENET = re.compile(r"(.*features\.\d+\.conv\.)(\d+)\.(?=\D)")
 _DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 
@@ -63,8 +65,31 @@ def copy_file_weights(network: nn.Module, path: Path, library: str, key: str = "
 def _copy_torchvision(network: nn.Module, weights: Weights) -> tuple[str, ...]:
     renamed = {_DENSENET.sub(r"\1\2.", name): tensor for name, tensor in weights.tensors.items()}
     changed = len(set(renamed) - set(weights.tensors))
-    note = (f"joined the layer numbers of {changed} DenseNet names (norm.1 -> norm1)",) if changed else ()
-    return copy_weights(network, replace(weights, tensors=renamed, notes=(*weights.notes, *note)))
+    notes = [f"joined the layer numbers of {changed} DenseNet names (norm.1 -> norm1)"] if changed else []
+    blocks = _numbered_blocks(renamed)
+    if blocks and type(network).__name__ == "MobileNetV2":
+        notes.append(f"grouped the layers of {len(blocks)} MobileNetV2 blocks (conv.0, conv.1 -> conv.0.0, conv.0.1)")
+        renamed = {_MOBILENET.sub(partial(_grouped, blocks), name): tensor for name, tensor in renamed.items()}
+    return copy_weights(network, replace(weights, tensors=renamed, notes=(*weights.notes, *notes)))
+
+
+def _numbered_blocks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the last layer number of every block that has numbers 0, 1, 3, 4, as in the first MobileNetV2."""
+    numbers: dict[str, set[int]] = {}
+    for name in tensors:
+        if found := _MOBILENET.match(name):
+            numbers.setdefault(found[1], set()).add(int(found[2]))
+    return {block: max(each) for block, each in numbers.items() if {0, 1, 3, 4} <= each}
+
+
+def _grouped(blocks: Mapping[str, int], found: re.Match[str]) -> str:
+    """Return the present name of a layer: a convolution, its batch norm and ReLU6 are a group, but for the last two."""
+    block, number = found[1], int(found[2])
+    if block not in blocks:
+        return found[0]
+    group, place = divmod(number, 3)
+    last = blocks[block] // 3
+    return f"{block}{group}.{place}." if group < last else f"{block}{group + place}."
 
 
 def robustbench_files(folder: Path, name: str, parts: int) -> list[Path]:

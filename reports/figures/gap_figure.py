@@ -11,6 +11,7 @@ from reports.figures.marks import (
     family_key,
     fill_key,
     finish,
+    head_note,
     or_zero,
     plottable,
     point,
@@ -35,7 +36,9 @@ def figure1(frame: pd.DataFrame) -> Figure:
     rows = rows[rows["ranks"]] if rows["ranks"].any() else rows
     with paper_style():
         keys, groups = (family_key(rows), fill_key(rows)), panels(rows)
-        captions = ["\n".join(panel_sentences(_all_of(frame, panel.rows))) for panel in groups]
+        captions = [
+            "\n".join([*panel_sentences(_all_of(frame, panel.rows)), *head_note(panel.rows)]) for panel in groups
+        ]
         sheet = sheet_of(groups, captions, keys)
         figure, axes = sheet.draw()
         family_looks = looks(rows["family"])

@@ -18,6 +18,7 @@ from reports.figures.marks import (
     family_key,
     fill_key,
     finish,
+    head_note,
     named,
     or_else,
     or_zero,
@@ -61,7 +62,8 @@ def figure2(frame: pd.DataFrame) -> Figure:
         groups = panels(rows)
         used = [curve for curve in _LINES if curve in {_curve(panel.rows.iloc[0]) for panel in groups}]
         keys = family_key(rows), [*fill_key(rows), *_case_key(used, rows)]
-        sheet = sheet_of(groups, [_caption(panel) for panel in groups], keys)
+        captions = ["\n".join([_caption(panel), *head_note(panel.rows)]) for panel in groups]
+        sheet = sheet_of(groups, captions, keys)
         figure, axes = sheet.draw()
         family_looks = looks(rows["family"])
         for panel, ax in zip(groups, axes, strict=False):

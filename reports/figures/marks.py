@@ -46,6 +46,13 @@ def title_lines(panel: Panel) -> list[str]:
     return [panel.setting] if panel.title == panel.setting else [panel.estimator, panel.setting]
 
 
+def head_note(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence on the accuracies of encoders among the rows; none without encoders."""
+    heads = rows.get("adversarial_head", pd.Series(dtype="str"))  # rows of earlier versions have no such column
+    encoders = int((heads.notna() & heads.ne("")).sum())
+    return [f"Encoders ({encoders}): accuracies of the best linear heads found."] if encoders else []
+
+
 def point(ax: Axes, x: float, y: float, artist: Line2D, cell: str = "") -> None:
     """Put a marker at (x, y); `cell` is the record it stands for, by which a page finds it."""
     artist.set_data([x], [y])

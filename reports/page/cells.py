@@ -69,10 +69,12 @@ def estimate(title: str, name: str, *, on_demand: bool = False) -> Header:
 
 
 def accuracy(title: str, name: str) -> Header:
-    """Return a column that shows a fraction, and its 95 % interval in a second line."""
+    """Return a column that shows a fraction; in a second line its 95 % interval, and for an encoder its head."""
+    head = name.replace("_accuracy", "_head")
 
     def shown(row: Row) -> tuple[str, str]:
-        return _second(with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"]))
+        number, interval = _second(with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"]))
+        return number, f"{interval}, {plain_text(row[head])} head" if row.get(head) else interval
 
     return _number_header(title, name, shown, False)
 

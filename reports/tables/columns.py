@@ -72,6 +72,8 @@ _COLUMNS = (
     _measured("adversarial_accuracy_low", "fraction", "low end of its 95 % interval"),
     _measured("adversarial_accuracy_high", "fraction", "high end of its 95 % interval"),
     _measured("adversarial_gap", "fraction", "natural_accuracy - adversarial_accuracy"),
+    Column("natural_head", "text", "of an encoder: the head on the layer with its natural accuracy (slf or alf)"),
+    Column("adversarial_head", "text", "of an encoder: the head on the layer with its adversarial accuracy"),
     _measured("worst_probe_accuracy", "fraction", "share that the best classifier fitted on worst-case features gets"),
     _measured("worst_probe_accuracy_low", "fraction", "low end of its 95 % interval"),
     _measured("worst_probe_accuracy_high", "fraction", "high end of its 95 % interval"),
@@ -89,7 +91,13 @@ KINDS = {column.name: column.kind for column in _COLUMNS if column.kind}
 CERTIFICATE = tuple(name for name in COLUMNS if name.startswith(("certified_", "best_head")))
 """Columns that files leave out where no row has a certificate."""
 PROBE = tuple(name for name in COLUMNS if name.startswith("worst_probe_"))
-OPTIONAL = ((CERTIFICATE, "certified_tier"), (PROBE, "worst_probe_accuracy"), (("passes",), "passes"))
+HEADS = ("natural_head", "adversarial_head")
+OPTIONAL = (
+    (CERTIFICATE, "certified_tier"),
+    (PROBE, "worst_probe_accuracy"),
+    (("passes",), "passes"),
+    (HEADS, "adversarial_head"),
+)
 """Groups of columns that files leave out where no row has a value, each with the column that decides it."""
 UNITS = {column.name: column.unit for column in _COLUMNS}
 

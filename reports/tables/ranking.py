@@ -1,5 +1,6 @@
 """The leaderboard: rows ranked by RV, and rows excluded from the ranking."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from audit.records import read_records
 from audit.storage import write_atomically
 from reports.estimators import place
 from reports.tables.columns import OPTIONAL, columns_csv
+from reports.tables.notebook import LeaderboardFrame
 from reports.tables.table import GROUP, ranked, to_frame
 from reports.text import spreadsheet_text
 
@@ -31,7 +33,26 @@ def leaderboard(frame: pd.DataFrame) -> pd.DataFrame:
     ordered = rows.assign(rank=ranks, place=places).sort_values(keys, na_position="last").drop(columns="place")
     shown = [UNRANKED if pd.isna(rank) else str(int(rank)) for rank in ordered.pop("rank")]
     ordered.insert(0, "rank", pd.Series(shown, index=ordered.index, dtype="str"))
-    return ordered.reset_index(drop=True)
+    return LeaderboardFrame(ordered.reset_index(drop=True))
+
+
+def leaderboard_of(folders: Sequence[Path]) -> pd.DataFrame:
+    """Return the leaderboard of run folders; of several, the column `run` after the rank names each row's folders.
+
+    A cell that several folders hold has one row. Raises EnvironmentFault if a folder has no records.
+    """
+    records = {Path(folder): read_records(Path(folder)) for folder in folders}
+    frame = to_frame(record for found in records.values() for record in found)
+    if len(records) < 2:
+        return leaderboard(frame)
+    names = {folder: folder.resolve().name for folder in records}
+    unique = len(set(names.values())) == len(names)
+    holders: dict[str, dict[str, None]] = {}
+    for folder, found in records.items():
+        for record in found:
+            holders.setdefault(record.cell_id, {})[names[folder] if unique else str(folder)] = None
+    frame.insert(0, "run", frame["cell_id"].map({cell: ", ".join(runs) for cell, runs in holders.items()}))
+    return leaderboard(frame)
 
 
 def to_csv(table: pd.DataFrame) -> str:

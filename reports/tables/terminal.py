@@ -8,19 +8,20 @@ from rich.table import Table
 from rich.text import Text
 
 from audit.records import CalibrationRow
-from reports.page.cells import NO_CLAIM, Header, Row, flags_text, headers_of, unranked_reason
+from reports.page.cells import NO_CLAIM, Cell, Header, Row, flags_text, headers_of, unranked_reason
 from reports.page.explanations import flag_name
 from reports.tables.calibration import calibration_sentence
 from reports.tables.table import panels, split_flags
-from reports.text import short_name, shorten
+from reports.text import plain_text, short_name, shorten
 
 # by what a reader needs first; the table keeps the report's order whatever fits
 _WANTED = (
-    "rank", "model", "RV", "adversarial gap", "flags", "training", "adversarial accuracy", "natural accuracy",
+    "rank", "model", "run", "RV", "adversarial gap", "flags", "training", "adversarial accuracy", "natural accuracy",
     "worst-case MI", "normal-case MI", "Fano accuracy bound", "no head exceeds", "best head", "worst-case probe",
     "passes", "adversarial accuracy bound", "family",
 )  # fmt: skip
 _WIDEST = 34
+_RUN = Header("run", lambda row: Cell(plain_text(row["run"]), row["run"]))  # where several are ranked together
 _PADDING = 3
 
 
@@ -30,7 +31,7 @@ def fitting_table(table: pd.DataFrame, width: int, calibration: Sequence[Calibra
     Each title says how the estimator did in calibration.
     """
     parts: list[Table | Text] = []
-    heads = headers_of(table)
+    heads = [*headers_of(table)[:2], _RUN, *headers_of(table)[2:]] if "run" in table else list(headers_of(table))
     for panel in panels(table):
         rows = [{str(name): value for name, value in row.items()} for row in panel.rows.to_dict(orient="records")]
         columns = {header.title: [_shown(header, row) for row in rows] for header in heads}

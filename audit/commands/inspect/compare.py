@@ -16,6 +16,8 @@ def compare_command(runs: tuple[Path, Path], as_json: bool) -> int:
 
     Cells are paired by model, data set, layer, threat model and estimator; differences are over the common seeds, with
     95 % intervals. Entries of the cells' identities that differ are named as possible reasons.
+
+    Example: rvaudit compare runs/first runs/second
     """
     from audit.commands.display import plain, print_table
     from audit.records import read_records

@@ -14,6 +14,8 @@ def doctor_command(as_json: bool) -> int:
     """Check this machine: versions, devices, the cache folder, free disk space, optional packages.
 
     Exit code 3 where something is missing that every run needs.
+
+    Example: rvaudit doctor --json
     """
     from audit.commands.display import print_table
     from audit.run.upkeep.environment import BAD, check_environment

@@ -1,4 +1,4 @@
-"""The command `export`: write a leaderboard as csv, parquet or safetensors, or accuracies as RobustBench claims."""
+"""The command `export`: write a leaderboard as a file, or a run in the forms that others publish results in."""
 
 import json
 from collections.abc import Callable
@@ -10,16 +10,20 @@ import click
 from audit.commands.options import FOLDER, json_option
 from audit.errors import UsageError
 
-_FORMATS = ("csv", "parquet", "safetensors", "robustbench")
+_FORMATS = ("csv", "parquet", "safetensors", "robustbench", "hf-eval", "card")
+_DEFAULTS = {"robustbench": "robustbench", "hf-eval": "hf-eval", "card": "card.md"}  # others: leaderboard.<format>
 
 
 @click.command("export")
 @click.argument("run", type=FOLDER)
 @click.argument("target", metavar="[OUT]", type=click.Path(path_type=Path), required=False)
 @click.option("--format", "form", type=click.Choice(_FORMATS), default=None, help="[the suffix of OUT]")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="OUT as an option.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="OUT as an option. [below RUN/exports]")
+@click.option("--model", default=None, help="For --format card: the model, of a run of several.")
 @json_option("one JSON object")
-def export_command(run: Path, target: Path | None, form: str | None, out: Path | None, as_json: bool) -> int:
+def export_command(
+    run: Path, target: Path | None, form: str | None, out: Path | None, model: str | None, as_json: bool
+) -> int:
     """Write the leaderboard of the run folder RUN as OUT, a .csv, .parquet or .safetensors file.
 
     safetensors holds every numeric column as float64 with NaN for missing values, and text columns as JSON in its
@@ -29,13 +33,22 @@ def export_command(run: Path, target: Path | None, form: str | None, out: Path |
     fields of RobustBench's model_info files (accuracies in percent), and beside it clean and adversarial images with
     their labels, where the run has kept them (--keep-images).
 
-    Example: rvaudit export runs/mine --format robustbench --out model_info
+    With --format hf-eval, OUT is a folder that receives one YAML file for each model: its Hugging Face evaluation
+    results (model-index). With --format card, OUT is a Markdown file: the section of a model card for one model.
+
+    Example: rvaudit export runs/mine --format card --model digits-vgg-robust --out card.md
     """
-    if (target is None) == (out is None):
-        raise UsageError("name the file or folder to write once: rvaudit export RUN OUT, or --out OUT")
-    place = target or out
-    assert place is not None
-    facts = _write_claims(run, place) if form == "robustbench" else _write_table(run, place, form)
+    if (target is not None and out is not None) or (target is None and out is None and form is None):
+        raise UsageError("name the file or folder to write once: rvaudit export RUN OUT, or --out OUT, or --format")
+    if model is not None and form != "card":
+        raise UsageError(f"--model {model} is for --format card, the section of one model's card")
+    place = target or out or run / "exports" / _DEFAULTS.get(form or "", f"leaderboard.{form}")
+    if form == "robustbench":
+        facts = _write_claims(run, place)
+    elif form == "hf-eval":
+        facts = _write_evaluations(run, place)
+    else:
+        facts = _write_card(run, place, model) if form == "card" else _write_table(run, place, form)
     from audit.commands.display import print_facts
 
     if as_json:
@@ -68,6 +81,36 @@ def _write_table(run: Path, out: Path, form: str | None) -> dict[str, Any]:
     table = leaderboard(to_frame(read_records(run)))
     write_atomically(out, writers[suffix](table))
     return {"path": str(out), "rows": len(table), "columns": len(table.columns)}
+
+
+def _write_evaluations(run: Path, out: Path) -> dict[str, Any]:
+    """Write one YAML file of Hugging Face evaluation results for each model of a run."""
+    from audit.config.yaml_source import dump_yaml
+    from audit.records import read_records
+    from audit.storage import write_atomically
+    from reports.tables.hugging_face import model_indices
+
+    if out.is_file():
+        raise UsageError(f"{out} is a file; evaluation results are written into a folder, a file for each model")
+    found = model_indices(read_records(run))
+    if not found:
+        raise UsageError(f"{run} holds no valid record, so there is no result to write")
+    for name, index in found.items():
+        write_atomically(out / f"{name}.yaml", dump_yaml(index))
+    return {"path": str(out), "models": len(found)}
+
+
+def _write_card(run: Path, out: Path, model: str | None) -> dict[str, Any]:
+    """Write the Markdown section of a model card for one model of a run."""
+    from audit.records import read_records
+    from audit.storage import write_atomically
+    from reports.tables.model_card import card_section
+
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder; the section of a model card is written as one file")
+    text = card_section(read_records(run), model)
+    write_atomically(out, text)
+    return {"path": str(out), "lines": text.count("\n")}
 
 
 def _write_claims(run: Path, out: Path) -> dict[str, Any]:

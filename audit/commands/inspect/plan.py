@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from audit.commands.options import FOLDER, SourceOptions, json_option, source_options
+from audit.config.benchmark import BenchmarkConfig
 
 _SIZES = (("GB", 1e9), ("MB", 1e6))
 
@@ -22,15 +23,24 @@ def plan_command(config: Path, out: Path | None, as_json: bool, sources: SourceO
     """Forecast the cost of the benchmark CONFIG: cells, passes, time, memory and disk; completed cells cost nothing.
 
     The time is rough: it comes from a short calibration on this machine under its present load.
+
+    Example: rvaudit plan benchmark.yaml
     """
     from audit.config.yaml_source import read_config
+
+    benchmark, sources = read_config(config), replace(sources, base=config.parent.resolve())
+    print_forecast(benchmark, out or Path("runs") / benchmark.name, sources, as_json=as_json)
+    return 0
+
+
+def print_forecast(benchmark: BenchmarkConfig, folder: Path, sources: SourceOptions, *, as_json: bool) -> None:
+    """Print the forecast of a benchmark whose records lie in a folder, of the cells that have none."""
     from audit.records import RecordStore
     from audit.run.evidence.kept import finished
     from audit.run.upkeep.progress import cell_statuses, counts
     from model_zoo.lookup import expand_ref
 
-    benchmark, sources = read_config(config), replace(sources, base=config.parent.resolve())
-    store = RecordStore(out or Path("runs") / benchmark.name)
+    store = RecordStore(folder)
     known = finished(store.folder, store.present(), keep=benchmark.keep_images)
     statuses = cell_statuses(benchmark, known, expand_ref)
     from audit.commands.display import Display
@@ -48,7 +58,6 @@ def plan_command(config: Path, out: Path | None, as_json: bool, sources: SourceO
         click.echo(json.dumps({"cells": counts(statuses), **_totals(rows), "models": rows}, allow_nan=False))
     else:
         _print_plan(counts(statuses), rows)
-    return 0
 
 
 def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from audit.commands.options import FOLDER, json_option
 @click.argument("run", type=FOLDER)
 @json_option("one JSON array of cells")
 def status_command(run: Path, as_json: bool) -> int:
-    """Count the done, failed and unfinished cells of the run folder RUN; exit code 1 where one failed."""
+    """Count the done, failed and unfinished cells of the run folder RUN; exit code 1 where one failed.
+
+    Example: rvaudit status runs/digits
+    """
     from audit.run.upkeep.progress import FAILED, counts, run_statuses
     from model_zoo.lookup import expand_ref
     from reports.tables.leftovers import leftover_sentences

@@ -24,6 +24,8 @@ def validate_command(config: Path, schema: bool, as_json: bool, sources: SourceO
 
     Exit code 0 without a fault, else the largest of: 2 the file is wrong, 3 something is missing, 4 refused, 5 a hash
     differs.
+
+    Example: rvaudit validate benchmark.yaml --schema
     """
     from model_zoo.lookup import check_dataset, check_model
     from reports.text import plain_text

@@ -40,4 +40,7 @@ class StudyGroup(click.Group):
 
 @click.group("reproduce", cls=StudyGroup)
 def reproduce_command() -> None:
-    """Compute a table or figure of the paper."""
+    """Compute a table or figure of the paper.
+
+    Example: rvaudit reproduce theorem-3.2
+    """

@@ -35,7 +35,14 @@ class GuessFirstOptions:
     click.option(
         "--epochs", type=click.IntRange(1, 200), default=40, show_default=True, help="Epochs; the paper trains for 200."
     ),
-    click.option("--count", type=click.IntRange(1), default=None, help="Held-out images, from the first. [all]"),
+    click.option(
+        "--images",
+        "--count",
+        "count",
+        type=click.IntRange(1),
+        default=None,
+        help="Held-out images, from the first. [all]",
+    ),
     click.option(
         "--attack-images",
         type=click.IntRange(1),
@@ -56,6 +63,8 @@ def guess_first_command(chosen: GuessFirstOptions, out: Path | None) -> int:
     """Train the six models of "Guess First", attack and audit them, and print the paper's numbers beside.
 
     Writes <dataset>.csv (rows as they come), <dataset>.md and the figure. Re-running resumes.
+
+    Example: rvaudit reproduce guess-first --dataset digits --seeds 1 --epochs 10 --images 300
     """
     from audit.commands.display import Display
     from audit.studies.attack_table import AttackTableSettings

@@ -42,6 +42,8 @@ def figure1_command(chosen: ModelSetOptions, data: DataOptions) -> int:
 
     --data and --train-data must both be given, or neither. Writes models/ (weights and cards) and the run with its
     leaderboard, report and both figures. Re-running resumes.
+
+    Example: rvaudit reproduce figure1 --scale tiny
     """
     return _audit_model_set("figure1", chosen, data)
 
@@ -50,7 +52,10 @@ def figure1_command(chosen: ModelSetOptions, data: DataOptions) -> int:
 @_model_set_options
 @data_options
 def figure2_command(chosen: ModelSetOptions, data: DataOptions) -> int:
-    """Figure 2: worst-case information and the accuracy it allows, from the run of Figure 1."""
+    """Figure 2: worst-case information and the accuracy it allows, from the run of Figure 1.
+
+    Example: rvaudit reproduce figure2 --scale tiny
+    """
     return _audit_model_set("figure2", chosen, data)
 
 

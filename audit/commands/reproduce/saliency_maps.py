@@ -18,6 +18,8 @@ def figure4_command(preset: Path | None, out: Path, sources: SourceOptions) -> N
     """Figure 4: saliency maps of the information of a layer, standard against robust.
 
     PRESET is a benchmark file that names models and layers. [the bundled digits networks]
+
+    Example: rvaudit reproduce figure4
     """
     _draw_maps(out / "figure4", preset, (), sources)
 
@@ -33,6 +35,8 @@ def figure5_command(preset: Path | None, features: tuple[int, ...], out: Path, s
     """Figure 5: saliency maps of the information of single features, standard against robust.
 
     PRESET is a benchmark file that names models and layers. [the bundled digits networks]
+
+    Example: rvaudit reproduce figure5 --feature 0
     """
     _draw_maps(out / "figure5", preset, features, sources)
 

@@ -16,6 +16,8 @@ def figure3_command(preset: Path | None, out: Path, sources: SourceOptions) -> N
     """Figure 3: information and vulnerability of a second convolution's channels, standard against robust.
 
     PRESET is a benchmark file that names models, layers and radii. [the bundled digits networks]
+
+    Example: rvaudit reproduce figure3
     """
     from audit.attribution.single_features import FeatureSettings
     from audit.commands.display import Display

@@ -24,6 +24,8 @@ def table1_command(
 
     With --data alone, its last fifth is tested on. Writes rows.csv (one row per seed, table row and head), table1.md
     and the encoders. Re-running resumes.
+
+    Example: rvaudit reproduce table1 --dataset digits --seeds 1
     """
     from audit.commands.display import Display
     from audit.run.loading import device_of

@@ -16,7 +16,10 @@ from audit.commands.reproduce.shared import print_paths
 )
 @click.option("--out", type=FOLDER, default=Path("runs/theorem-3.2"), show_default=True, help="The folder of rows.")
 def theorem_3_2_command(samples: int, seeds: int, shifts: tuple[float, ...], out: Path) -> None:
-    """Theorem 3.2 on a Gaussian mixture: corrected bounds, exact curve and estimates (about two minutes)."""
+    """Theorem 3.2 on a Gaussian mixture: corrected bounds, exact curve and estimates (about two minutes).
+
+    Example: rvaudit reproduce theorem-3.2 --shift 1 --seeds 1
+    """
     from audit.commands.display import Display
     from audit.studies.theorem32 import Sweep, theorem32
     from reports.figures.mixture_figure import draw

@@ -12,15 +12,24 @@ from typing import NamedTuple
 
 import torch
 
+from audit.adversary.passes import deviations
 from audit.information.estimator import CARRIED, CLEAN, Origin
-from audit.information.probing.opponents import KINDS, Field, Opponent, ProbeDescent, fit_opponent
+from audit.information.probing.opponents import (
+    KINDS,
+    Field,
+    FieldDescent,
+    MergeDescent,
+    Opponent,
+    ProbeDescent,
+    fit_opponent,
+)
 from audit.information.probing.panel import ALL_MEMBERS, Panel
 from audit.information.probing.positions import Mixture, Position, PositionReader
 from audit.information.probing.settings import LabelInformationSettings
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Images
 
-PUSHED, PLAYED = Origin("pushed"), Origin("game")
+PUSHED, MERGED, PLAYED = Origin("pushed"), Origin("merged"), Origin("game")
 _CHOOSING = tuple(name for name in ALL_MEMBERS if name != "boosted")  # which is slow, and like the forest
 _FEWEST_ROUNDS = 4  # before the search may end because it stalls
 _JOINING = 2  # opponents that a round adds
@@ -60,23 +69,30 @@ class ProbeGame:
         return self.reader.passes + self.moves
 
     def search(self, clean: Encoded, starts: Mapping[Origin, Images], only: Origin | None = None) -> Found:
-        """Return the best position found from clean images, `starts`, and images pushed past a linear probe.
+        """Return the best position found from clean images, `starts`, and two starts of its own.
 
-        A start carried over from another search replaces the push. `only` is the origin of another seed's worst case:
-        if the game found it, the push is left out, else the game.
+        These are images pushed past a linear probe, and images moved to one point; a start carried over from another
+        search replaces both. `only` is the origin of another seed's worst case: if the game found it, the two are left
+        out, else the game and the other one.
         """
         best = self.reader.read(self.field.clean, clean, CLEAN)
         for origin, images in starts.items():
             best = _better(best, self.reader.at(images, origin))
-        plays = only in (None, CARRIED, PLAYED)
-        pushes = CARRIED not in starts and only != PLAYED
-        if pushes and not self._nothing_left(best.nats):
+        own_starts = CARRIED not in starts and only != PLAYED
+        if own_starts and only in (None, PUSHED) and not self._nothing_left(best.nats):
             best = _better(best, self._pushed(clean))
+        merged = best
+        if own_starts and only in (None, MERGED) and not self._nothing_left(best.nats):
+            merged = self._merged(clean)
         curve = [self._point(best)]
-        if plays and not self._nothing_left(best.nats):
+        if only in (None, CARRIED, PLAYED) and not self._nothing_left(min(best.nats, merged.nats)):
+            # not from the merged images, which neighbours of one class surround: the game stalls there
             best = self._play(best, curve)
         slope = self._slope(curve)
-        converged = slope <= max(self.settings.tolerance, best.reading.stderr)
+        if merged.nats < best.nats:
+            best = merged
+            curve.append(self._point(best))
+        converged = slope <= max(self.settings.tolerance, best.reading.stderr) or self._nothing_left(best.nats)
         return Found(best, self.passes, tuple(curve), slope, converged)
 
     def _play(self, best: Position, curve: list[tuple[int, float]]) -> Position:
@@ -111,7 +127,7 @@ class ProbeGame:
         return self.reader.at(images, PLAYED)
 
     def _descended(
-        self, descent: ProbeDescent, start: Images, number: int, share: torch.Tensor | None = None
+        self, descent: FieldDescent, start: Images, number: int, share: torch.Tensor | None = None
     ) -> Images:
         settings = self.settings
         first = self.field.threat.eps * settings.relative_step / (1 + _SLOWING * number)
@@ -132,6 +148,12 @@ class ProbeGame:
         """Return images pushed past the boundaries of a linear probe."""
         descent = ProbeDescent(self.field, [self._opponent("linear", clean)], hinge=False)
         return self.reader.at(self._descended(descent, self.field.clean, 0), PUSHED)
+
+    def _merged(self, clean: Encoded) -> Position:
+        """Return images whose features were moved towards the mean of the clean ones."""
+        features = clean.features
+        descent = MergeDescent(self.field, features.mean(0), deviations(features, correction=0))
+        return self.reader.at(self._descended(descent, self.field.clean, 0), MERGED)
 
     def _point(self, best: Position) -> tuple[int, float]:
         return round(self.passes / len(best.images)), best.nats

@@ -179,7 +179,10 @@ class _TreeModel(Protocol):
 
 def _fit_trees(model: _TreeModel, sample: Sample, training: Tensor) -> None:
     index = training.cpu().numpy()
-    model.fit(sample.reduced_array[index], sample.labels.cpu().numpy()[index])
+    with warnings.catch_warnings():
+        # few images of many classes, such as photographs of ImageNet, are no regression problem
+        warnings.filterwarnings("ignore", message="The number of unique classes", category=UserWarning)
+        model.fit(sample.reduced_array[index], sample.labels.cpu().numpy()[index])
 
 
 def _tree_log_probs(model: _TreeModel, sample: Sample, index: Tensor) -> LogProbs:

@@ -1,6 +1,8 @@
 """Probes as opponents of images: descent of images on what several probes read of their labels."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ from audit.adversary.threat import ThreatModel
 from audit.information.probing.members import Readers
 from audit.information.probing.neighbours import NeighbourProbe
 from audit.information.probing.probes import fit_hidden, fit_linear
-from audit.types import Encoded, Encoder, Images, Labels
+from audit.types import Encoded, Encoder, Images, Labels, copied_pixels, empty_pixels, image_slices, is_large
 
 Opponent = Callable[[Encoded], Tensor]
 """Maps the encoding of images to log-probabilities (N, K)."""
@@ -43,36 +45,71 @@ class Field(NamedTuple):
     batch_size: int
 
 
-class ProbeDescent(NamedTuple):
+@dataclass(frozen=True)
+class FieldDescent(ABC):
+    """Projected descent of images on a value that their encodings have."""
+
+    field: Field
+
+    @abstractmethod
+    def value(self, encoded: Encoded, index: Tensor) -> Tensor:
+        """Return the value (N,) of images with these indices (N,)."""
+
+    def run(self, start: Images, sizes: Sequence[float], share: Tensor | None = None) -> Images:
+        """Return images (N, C, H, W) after projected steps of these sizes, of which each image takes a share (N,)."""
+        clean, threat = self.field.clean, self.field.threat
+        images, buffer = copied_pixels(start), empty_pixels(start.shape, start)
+        # bounds take as much memory as the images: for many of them they are computed again in every step
+        bounds = (clean,) if is_large(start) else threat.step_bounds(clean)
+        index = torch.arange(len(start), device=start.device)
+        batches = Batches(self.field.batch_size)
+        for size in sizes:
+            batches.run(partial(self._step, size), images, buffer, index, *bounds)
+            if share is not None:
+                # a ball is convex: part of the way from one legal image to another is legal, up to rounding
+                shares = share.to(images)[:, None, None, None]
+                for part in image_slices(images):
+                    between = torch.lerp(images[part], buffer[part], shares[part])
+                    buffer[part] = threat.project(between, clean[part])
+            images, buffer = buffer, images
+        return images
+
+    def _step(self, size: float, images: Images, buffer: Images, index: Tensor, *bounds: Tensor) -> Tensor:
+        if len(bounds) == 1:  # the clean images alone
+            bounds = self.field.threat.step_bounds(bounds[0])
+        leaf = images.detach().requires_grad_()
+        gradient = input_gradient(self.value(self.field.encoder(leaf), index).sum(), leaf)
+        self.field.threat.step_into(buffer, images, (gradient, size), *bounds)
+        return index
+
+
+@dataclass(frozen=True)
+class MergeDescent(FieldDescent):
+    """Descent of images on the squared distance of their features from the mean (D,) of the clean ones.
+
+    Each feature is measured in clean standard deviations (D,), and constant ones are left out.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def value(self, encoded: Encoded, index: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the squared distance (N,)."""
+        varying = self.deviation > 0
+        distances = (encoded.features - self.mean)[:, varying] / self.deviation[varying]
+        return distances.square().sum(1)
+
+
+@dataclass(frozen=True)
+class ProbeDescent(FieldDescent):
     """Descent of images on the mean of max(0, ln p(y | z) - ln p(y)) over opponents.
 
     The hinge stops images where the posterior is the prior. Beyond that they would tell their class again, by being
     where it is unlikely.
     """
 
-    field: Field
     opponents: Sequence[Opponent]
     hinge: bool = True
-
-    def run(self, start: Images, sizes: Sequence[float], share: Tensor | None = None) -> Images:
-        """Return images (N, C, H, W) after projected steps of these sizes, of which each image takes a share (N,)."""
-        clean, threat = self.field.clean, self.field.threat
-        images, buffer = start.clone(), torch.empty_like(start)
-        index, bounds = torch.arange(len(start), device=start.device), threat.step_bounds(clean)
-        batches = Batches(self.field.batch_size)
-        for size in sizes:
-            batches.run(partial(self._step, size), images, buffer, index, *bounds)
-            if share is not None:
-                # a ball is convex: part of the way from one legal image to another is legal, up to rounding
-                buffer = threat.project(torch.lerp(images, buffer, share.to(images)[:, None, None, None]), clean)
-            images, buffer = buffer, images
-        return images
-
-    def _step(self, size: float, images: Images, buffer: Images, index: Tensor, *bounds: Tensor) -> Tensor:
-        leaf = images.detach().requires_grad_()
-        gradient = input_gradient(self.value(self.field.encoder(leaf), index).sum(), leaf)
-        self.field.threat.step_into(buffer, images, (gradient, size), *bounds)
-        return index
 
     def value(self, encoded: Encoded, index: Tensor) -> Tensor:
         """Return the value (N,) of images with these indices, in nats."""

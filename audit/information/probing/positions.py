@@ -9,7 +9,7 @@ from torch import Tensor
 from audit.information.encoding import encode
 from audit.information.estimator import Origin
 from audit.information.probing.panel import Panel, Reading
-from audit.types import Encoded, Encoder, Images, Labels
+from audit.types import Encoded, Encoder, Images, Labels, empty_pixels, image_slices
 
 CHOICE_SEED_OFFSET = 1_000_003  # candidates are compared on folds that no reported value uses
 
@@ -52,9 +52,13 @@ class PositionReader:
 
 def chosen(values: Sequence[Tensor], which: Tensor) -> Tensor:
     """Return a tensor (N, ...) whose row n is that of the tensor number `which[n]`."""
-    result = values[0].clone()
-    for number, value in enumerate(values[1:], 1):
-        result[which == number] = value[which == number]
+    result = empty_pixels(values[0].shape, values[0])
+    for part in image_slices(result):
+        rows = values[0][part].clone()
+        for number, value in enumerate(values[1:], 1):
+            here = which[part] == number
+            rows[here] = value[part][here]
+        result[part] = rows
     return result
 
 

@@ -61,9 +61,9 @@ class LabelInformationSettings(EstimatorSettings):
 
     probes: ProbeTraining = field(default_factory=ProbeTraining, metadata=FIXED)
     panel: PanelSettings = field(default_factory=PanelSettings, metadata=FIXED)
-    rounds: Count = 16
-    steps: Count = 10
-    memory: Count = 6
+    rounds: Count = 23
+    steps: Count = 7
+    memory: Count = 9
     relative_step: StepSize = 0.4
     gain: Positive = 0.02
     tolerance: Positive = 0.05

@@ -9,11 +9,14 @@ from audit.types import Images, Labels
 
 
 def kept_images(
-    clean: Images, labels: Labels, robustness: Robustness, per_seed: Mapping[int, Vulnerability]
+    clean: Images, labels: Labels, robustness: Robustness | None, per_seed: Mapping[int, Vulnerability]
 ) -> KeptImages:
-    """Return the clean images (N, C, H, W) of a cell, the adversarial ones, and the worst case of each of its seeds."""
+    """Return the clean images (N, C, H, W) of a cell, the adversarial ones, and the worst case of each of its seeds.
+
+    Without an attack, the adversarial images are the clean ones.
+    """
     worst = {seed: _all_images(clean, run) for seed, run in per_seed.items()}
-    return KeptImages(clean, labels, robustness.accuracy.outcome.images, worst)
+    return KeptImages(clean, labels, robustness.accuracy.outcome.images if robustness else clean, worst)
 
 
 def _all_images(clean: Images, run: Vulnerability) -> Images:

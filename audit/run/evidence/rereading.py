@@ -13,12 +13,14 @@ from audit.adversary.label_attack import margin
 from audit.adversary.threat import ThreatModel, threat_model
 from audit.errors import AuditError, IntegrityError
 from audit.records import AuditRecord
+from audit.representation.headless import Headless
 from audit.run.assembly import provenance
 from audit.run.cell import Cell
 from audit.run.evidence.kept import KeptImages, read_images
+from audit.run.gates.inputs import CellInputs
 from audit.run.intermediate import Memo
 from audit.run.layer_audit import LayerAudit
-from audit.run.loading import CellInputs, InputCache, RunOptions
+from audit.run.loading import InputCache, RunOptions
 from audit.storage import digest
 from audit.types import Images, standard_torch_state
 from model_zoo.load import LoadedModel
@@ -72,6 +74,8 @@ class Rereader:
             return Reading(unread=("accuracies and nats: the outputs of the network are random",))
         audit = LayerAudit(network, kept.clean, kept.labels, cell.layer, cell.settings)
         nats = self._nats(record, audit, kept)
+        if isinstance(network, Headless):
+            return Reading(nats.wrong, (*nats.unread, "accuracies: the heads would have to be trained again"))
         return Reading((*_accuracies(record, network, kept), *nats.wrong), nats.unread)
 
     def _nats(self, record: AuditRecord, audit: LayerAudit, kept: KeptImages) -> Reading:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from audit.adversary.attack_checks import Check
 from audit.adversary.check_rules import RULES
 from audit.adversary.passes import Batches, outputs_of
-from audit.types import Images, Labels
+from audit.types import Images, Labels, pixel_extremes
 
 _SCALED = 200  # images evaluated at other scales
 _BATCH = 250
@@ -66,7 +66,7 @@ def pixel_scale(network: nn.Module, images: Images, labels: Labels, predictions:
     The first images (N, C, H, W) are shifted and stretched as a normalisation does, as undoing one does, and as
     replacing the network's own by another does; `predictions` (N,) are those without any change.
     """
-    rule, low, high = RULES["pixel_scale"], float(images.min()), float(images.max())
+    rule, (low, high) = RULES["pixel_scale"], pixel_extremes(images)
     if not (low >= 0 and high <= 1):  # also for NaN
         return rule.result(passed=False, reason=f"pixels range from {low:.3g} to {high:.3g}")
     some, wanted = images[:_SCALED], labels[:_SCALED]

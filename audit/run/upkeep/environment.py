@@ -14,7 +14,6 @@ _LOW_SPACE = 2e9  # bytes
 # Versions that satisfy the requirements but are known to give wrong results or to load files unsafely.
 KNOWN_BAD = {
     "torch": ("<2.10", "its restricted unpickler has known holes (CVE-2025-32434, CVE-2026-24747)"),
-    "timm": ("!=1.0.9", "robustbench 1.1.1 pins timm 1.0.9"),
     "setuptools": (">=81", "robustbench imports pkg_resources, which later versions lack"),
     "huggingface_hub": (">=2", "timm 1.0.9 does not work with it"),
 }

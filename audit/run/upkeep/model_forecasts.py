@@ -4,15 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from audit.adversary.memory.batch_size import fitting_batch
 from audit.adversary.threat import Linf
 from audit.config.benchmark import BenchmarkConfig
 from audit.run.cell import input_rules
-from audit.run.loading import RunOptions, batch_bytes, open_images, open_images_for, open_model
+from audit.run.loading import (
+    BATCH,
+    RunOptions,
+    batch_bytes,
+    open_images,
+    open_images_for,
+    open_model,
+    open_representation,
+)
 from audit.run.upkeep import forecast
 from audit.run.upkeep.forecast import CalibrationSet, Forecast, Rates, Work
 from audit.run.upkeep.progress import DONE, CellStatus
 
-_BATCH = 256
 _CALIBRATION_MODEL, _CALIBRATION_DATA, _CALIBRATION_EPS = "bundled:digits-vgg-standard", "digits", 0.2
 Watch = Callable[[str, int], None]
 """Called with the step that begins and the number of completed ones."""
@@ -72,8 +80,10 @@ def _model_cost(
     first = unfinished[0]
     asked = options.request(first.images)
     images = open_images_for(first.model, first.dataset, options, asked, input_rules(config))
-    network = open_model(first.model, images, options, min_images=1).network
+    network = open_representation(first.model, images, options).network
     attacks = len({(each.norm, each.eps) for each in unfinished})
     work = Work(len(images.images), len(config.seeds), attacks, tuple(rates[each.estimator] for each in unfinished))
     pixels = images.images[:64]
-    return forecast.forecast(work, forecast.seconds_per_pass(network, pixels), batch_bytes(network, pixels, _BATCH))
+    batch = options.batch_size or min(BATCH, fitting_batch(network, pixels))
+    seconds = forecast.seconds_per_pass(network, pixels[:batch])
+    return forecast.forecast(work, seconds, batch_bytes(network, pixels, batch))

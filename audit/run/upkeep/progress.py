@@ -94,3 +94,14 @@ def _status(
     label = planned.model.name or ref  # the model of a failed record
     reason = failed.get((label, *setting, planned.estimator.shown))
     return cell if reason is None else cell._replace(state=FAILED, reason=reason)
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration in words.
+
+    >>> in_words(8), in_words(100), in_words(8000)
+    ('about 8 s', 'about 2 min', 'about 2.2 h')
+    """
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -7,7 +7,8 @@ from audit.config.validation import Finding, Request
 from audit.errors import AuditError, UsageError
 from audit.representation.layers import Representation
 from audit.run.cell import InputRules
-from audit.run.loading import RunOptions, open_images, open_model
+from audit.run.gates.inputs import check_inputs
+from audit.run.loading import RunOptions, open_images, open_representation
 from model_zoo.fitting import for_outputs
 from model_zoo.images.datasets import ImageSet
 from model_zoo.load import locate
@@ -53,12 +54,14 @@ def _try_one(ref: str, request: Request, options: RunOptions) -> Iterator[Findin
 
 
 def _rules(request: Request) -> InputRules:
-    return InputRules(preprocess=request.preprocess == "model", restrict_classes=request.restrict_classes)
+    return InputRules(request.preprocess == "model", request.restrict_classes, request.balanced)
 
 
 def _images(model: LocatedModel | None, request: Request, count: int | None, options: RunOptions) -> ImageSet:
     chosen = model.preprocessing if model and _rules(request).preprocess else None
-    return open_images(request.dataset, options, replace(options.request(count), preprocessing=chosen))
+    balanced = request.balanced and count == request.images
+    asked = replace(options.request(count, balanced=balanced), preprocessing=chosen)
+    return open_images(request.dataset, options, asked)
 
 
 def _only_the_count_is_wrong(model: LocatedModel | None, request: Request, options: RunOptions) -> bool:
@@ -72,7 +75,8 @@ def _only_the_count_is_wrong(model: LocatedModel | None, request: Request, optio
 
 def _try_layers(ref: str, request: Request, images: ImageSet, options: RunOptions) -> Iterator[Finding]:
     try:
-        model = open_model(ref, images, options, min_images=1)
+        model = open_representation(ref, images, options)
+        check_inputs(model, images, min_images=1)
     except Exception as error:  # a third-party network may raise anything
         yield Finding("ref", _as_audit_error(error))
         return

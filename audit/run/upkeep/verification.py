@@ -125,7 +125,15 @@ def _limits(record: AuditRecord) -> Iterator[str]:
         yield f"fano_accuracy_bound is {record.fano_accuracy_bound}, for {classes} classes it is at least {least}"
 
 
+def _not_measured(record: AuditRecord) -> bool:
+    """Return whether a record says that no head of an encoder could be measured, and states no accuracy."""
+    said = isinstance(heads := record.details.get("heads"), dict) and bool(heads.get("reason"))
+    return said and record.natural_accuracy is None and record.adversarial_accuracy is None
+
+
 def _accuracies(record: AuditRecord) -> Iterator[str]:
+    if _not_measured(record):
+        return
     natural, adversarial = _value(record.natural_accuracy), _value(record.adversarial_accuracy)
     if adversarial > natural:
         yield f"adversarial accuracy {adversarial} is above the clean accuracy {natural}"
@@ -154,6 +162,8 @@ def _bounds_shown(record: AuditRecord) -> Iterator[str]:
         return
     if worst > normal + margin + _ROUNDING:
         yield f"worst_nats {worst} is above normal_nats {normal} without a flag"
+    if _not_measured(record):
+        return
     bound, low = record.fano_accuracy_bound, _value(record.adversarial_accuracy_low)
     # elsewhere the network is no head on the layer, so that its accuracy refutes nothing
     if record.details.get("determines_logits", True) and bound is not None and bound < low - _ROUNDING:
@@ -195,6 +205,8 @@ def differences(stored: AuditRecord, again: AuditRecord) -> list[str]:
         allowed = _SAME_NATS + (0.0 if same else 3 * hypot(_error(stored, name), _error(again, name)))
         if abs(one - other) > allowed:
             found.append(f"{name} is {one}, recomputed {other}")
+    if _not_measured(stored) and _not_measured(again):
+        return found
     for name in ("natural_accuracy", "adversarial_accuracy"):
         one, other = _value(getattr(stored, name)), _value(getattr(again, name))
         width = _value(getattr(stored, f"{name}_high")) - _value(getattr(stored, f"{name}_low"))

@@ -95,7 +95,7 @@ def test_no_image_is_left_that_a_plain_loop_breaks(name, norm, eps):
     assert (threat_model(norm, eps).distance(found.outcome.images, images) <= eps + 1e-6).all()
 
 
-THIRD_PARTY_LEFT = {
+LEFT_BY_DESCENTS = {
     ("marabou-medium", "l2", 0.5): [31],
     ("marabou-medium", "l1", 4.0): [28, 51, 78],
     ("resnet20", "l1", 4.0): [31, 72, 124],
@@ -110,26 +110,37 @@ THIRD_PARTY_LEFT = {
     ("mnist-conv-small", "l2", 2.0): [54, 84, 194],
     ("mnist-conv-small", "l1", 5.0): [46],
 }
+# images that AutoAttack breaks, and that only walks along the boundary find
+BEHIND = {
+    ("mnist-cnn-a-adv", "l2", 2.0): [4, 5, 14],
+    ("mnist-cnn-a-certified", "l2", 2.0): [0, 23, 35],
+    ("mnist-cnn-a-certified", "l1", 5.0): [5, 13, 29],
+    ("cnn-a-wide", "l1", 12.0): [28, 36],
+}
 
 
 @pytest.mark.third_party
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no third-party files in {FOLDER} (see RVAUDIT_THIRD_PARTY)")
-@pytest.mark.parametrize(("name", "norm", "eps"), THIRD_PARTY_LEFT)
-def test_images_of_third_party_networks_that_were_left(name, norm, eps, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "norm", "eps", "left"),
+    [(*place, left) for each in (LEFT_BY_DESCENTS, BEHIND) for place, left in each.items()],
+)
+def test_images_of_third_party_networks_that_were_left(name, norm, eps, left, tmp_path):
     nets, text = "tests/third_party_nets.py", (ROOT / "tests" / "third_party.yaml").read_text()
     (tmp_path / "b.yaml").write_text(text.replace("../shared", str(FOLDER)).replace(nets, str(ROOT / nets)))
     (cell, *_) = [cell for cell in expand(read_config(tmp_path / "b.yaml")) if f"&name={name}&" in cell.ref]
     data = load_images(cell.dataset, ImageRequest(count=200))
     network = load_model(cell.ref, SourceSettings(trust_code=True, offline=True)).network
-    index = torch.tensor(THIRD_PARTY_LEFT[name, norm, eps])
-    found = measure_accuracy(network, data.images[index], data.labels[index], threat_model(norm, eps), AUDIT, 0)
+    images, labels = data.images[left], data.labels[left]
+    found = measure_accuracy(network, images, labels, threat_model(norm, eps), AUDIT, 0)
     assert not found.robust.any()
 
 
 def test_only_attacks_with_queries_in_l2_and_l1_search_thoroughly():
-    more = [stage.name for stage in AUDIT.thorough_in("l2")]
-    assert more == ["margin-60x3-outside", "ce-60x2-outside", "targeted-40x4-outside", "margin-100x4-inside"]
-    assert AUDIT.thorough_in("l1") == AUDIT.thorough_in("l2")
+    descents = ["margin-60x3-outside", "ce-60x2-outside", "targeted-40x4-outside", "margin-100x4-inside"]
+    assert [stage.name for stage in AUDIT.thorough_in("l2")] == [*descents, "margin-40x24-boundary"]
+    more = [stage.name for stage in AUDIT.thorough_in("l1")]
+    assert more == [*descents, "ce-50x16-boundary"]
     assert (
         AUDIT.thorough_in("linf") == TIERS["smoke"].thorough_in("l2") == LabelAttack(queries=5).thorough_in("l2") == ()
     )
@@ -138,7 +149,7 @@ def test_only_attacks_with_queries_in_l2_and_l1_search_thoroughly():
     assert names[len(AUDIT.stages) :] == ("noise-100", "differences-300", *more, "autoattack-standard")
     assert len(set(names)) == len(names)
     # versions enter the ids of cells: those of other norms and attacks are what they were
-    assert [AUDIT.version_in(norm) for norm in ("linf", "l2", "l1")] == [2, 4, 5]
+    assert [AUDIT.version_in(norm) for norm in ("linf", "l2", "l1")] == [2, 5, 6]
     assert [TIERS["smoke"].version_in(norm) for norm in ("linf", "l2", "l1")] == [2, 2, 3]
 
 
@@ -164,7 +175,9 @@ def test_thorough_stages_do_not_depend_on_the_batch_size(threat, balls, random_s
     for batch_size in (3, 20):
         pgd = PGD(12, 0.1, random_start, restarts=2, batch_size=batch_size)
         runs.append(
-            ThoroughStage("margin", pgd, balls=balls).search(objective, digits.images, threat, keyed_generator(1))
+            ThoroughStage("margin", pgd, balls=balls).search(
+                lambda _: objective, digits.images, threat, keyed_generator(1)
+            )
         )
     one, other = runs
     torch.testing.assert_close(one.images, other.images, rtol=0, atol=1e-5)
@@ -176,5 +189,6 @@ def test_thorough_stages_do_not_depend_on_the_batch_size(threat, balls, random_s
 
 
 def test_stage_settings_are_those_of_the_base_class():
-    assert replace(AUDIT.thorough_in("l2")[-1], pgd=PGD(7)).name == "margin-7-inside"
+    assert replace(AUDIT.thorough_in("l2")[-2], pgd=PGD(7)).name == "margin-7-inside"
+    assert replace(AUDIT.thorough_in("l2")[-1], pgd=PGD(7)).name == "margin-7-boundary"
     assert AUDIT.name_in("linf") == "ce-10+margin-10+margin-40x2+targeted-20x3+noise-100+square-300"

@@ -79,7 +79,7 @@ def test_a_game_without_hinge_fails(monkeypatch):
 
 def test_five_steps_fail(monkeypatch):
     monkeypatch.setattr(game.ProbeGame, "_play", lambda self, best, curve: best)
-    assert error(channel(*MEAN), replace(ESTIMATOR, steps=5)) > TOLERANCE
+    assert error(channel(*SIMPLEX), replace(ESTIMATOR, steps=5)) > TOLERANCE
 
 
 def test_one_probe_instead_of_an_ensemble_fails(monkeypatch):

@@ -20,9 +20,10 @@ from audit.certificate.layers import (
 )
 from audit.certificate.results import Certificate
 from audit.certificate.settings import CertificateSettings
-from audit.errors import UnknownNameError
+from audit.errors import UnknownNameError, UsageError
 from audit.information.probing.settings import ProbeTraining
 from audit.random_keys import keyed_generator
+from audit.representation.headless import Headless
 from audit.training.heads import HeadTraining
 
 EFFORT = SearchEffort(hubs=1, neighbours=4)
@@ -157,6 +158,19 @@ def test_a_headless_encoder_has_no_head_of_its_own():
     (bare,) = certify_layers(inputs(headless=True, training_data=None), ["logits"], [Linf(0.1)], QUICK)
     assert (bare.row.best_head, bare.row.best_head_accuracy, bare.row.attack) == (None, None, "")
     assert bare.row.certified_bound == outcome.row.certified_bound
+
+
+def test_the_output_of_an_encoder_is_certified_and_proved_as_the_same_layer_of_a_classifier():
+    subject = inputs()
+    encoder = replace(subject, network=Headless(subject.network[:2]).eval(), headless=True)
+    tier = replace(QUICK, certificate=replace(QUICK.certificate, tier="proved"), measured=())
+    for settings in (replace(QUICK, measured=()), tier):
+        (whole,) = certify_layers(subject, ["1"], [Linf(0.1)], settings)
+        bounds = [certify_layers(encoder, [layer], [Linf(0.1)], settings)[0].row for layer in ("output", "penultimate")]
+        assert [row.certified_bound for row in bounds] == [whole.row.certified_bound] * 2
+        assert (whole.row.certified_bound, whole.row.reason) != (None, "")
+    with pytest.raises(UsageError, match="layer 'logits' does not exist"):
+        certify_layers(encoder, ["logits"], [Linf(0.1)], QUICK)
 
 
 class _Bypassed(nn.Module):

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from audit.adversary.check_rules import RULES
+from audit.commands.attack import AttackOptions
 from reports.cli import main
 
 REF, OTHER = "bundled:digits-vgg-robust", "bundled:digits-resnet-robust"
@@ -52,11 +55,47 @@ def test_the_files_hold_what_was_measured(attacked):
 
 def test_json_is_one_object_and_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["attack", REF, *QUICK, "--json"]) == 0
+    assert main(["attack", REF, *QUICK, "--checks", "trust", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"adversarial_accuracy", "images", "passes", "forwards", "checks"} <= set(found)
     assert found["passes"] > 0
-    assert Path("runs/attack-digits-vgg-robust/images.csv").exists()
+    assert {RULES[check["id"]].level for check in found["checks"]} == {"trust"}
+    (folder,) = Path("runs").iterdir()
+    assert re.fullmatch(r"attack-digits-vgg-robust-[0-9a-f]{8}", folder.name)
+    assert sorted(path.name for path in folder.iterdir()) == ["attack.json", "images.csv"]  # no curve was measured
+
+
+def test_requests_have_folders_of_their_own_and_radii_and_attacks_repeat(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["attack", REF, *QUICK[:2], *QUICK[4:], "--checks", "none", "--eps", "0.2", "--attacks", "fgsm"]
+    assert main([*words, "--eps", "0.1", "--attacks", "pgd,fgsm", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["eps"] for each in found] == [0.1, 0.2]
+    assert found[0]["adversarial_accuracy"] > found[1]["adversarial_accuracy"]
+    for each in found:
+        assert [single["attack"] for single in each["attacks"]] == ["fgsm", "pgd"]
+        assert (each["trustworthy"], each["verdict"], each["checks"]) == (None, "not checked", [])
+    stored = [json.loads(path.read_text())["eps"] for path in Path("runs").glob("*/attack.json")]
+    assert sorted(stored) == [0.1, 0.2]
+    limit = str((found[0]["adversarial_accuracy"] + found[1]["adversarial_accuracy"]) / 2)
+    assert main([*words, "--eps", "1/10", "--fail-under", limit, "--out", "own"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("is below --fail-under") == 1
+    assert re.search(r"^fgsm +linf +0\.1 ", captured.out, re.M)
+    assert sorted(path.name for path in Path("own").iterdir()) == ["linf-0.1", "linf-0.2"]
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_options_that_decide_numbers_name_the_folder():
+    options = AttackOptions("digits", ("0.1",), "linf", "audit", ("fgsm",), "all", (), None, False, 0, "model", False)
+    own = options.folder("bundled:a", "linf", 0.1)
+    same = [replace(options, radii=("1/10", "0.2")), replace(options, attacks=("fgsm,", "fgsm"))]
+    assert {each.folder("bundled:a", "linf", 0.1) for each in same} == {own}
+    changes = {"dataset": "mnist", "attack": "smoke", "attacks": ("pgd",), "checks": "none", "transfer_from": ("b",),
+               "images": 5, "balanced": True, "seed": 1, "preprocess": "none", "restrict_classes": True}  # fmt: skip
+    others = {replace(options, **{name: value}).folder("bundled:a", "linf", 0.1) for name, value in changes.items()}
+    others |= {options.folder("bundled:b", "linf", 0.1), options.folder("bundled:a", "l2", 0.1)}
+    assert len(others | {own, options.folder("bundled:a", "linf", 0.2)}) == len(changes) + 4
 
 
 def test_the_table_names_every_check(attacked, capsys, tmp_path):

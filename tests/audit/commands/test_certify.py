@@ -175,7 +175,7 @@ def test_an_inapplicable_certificate_is_reported_with_exit_code_0(
         (("--eps", "8/0"), "--eps: not a number"),
         (("--eps", "8"), "outside [0, 1]"),
         (("--eps", "0.1", "--norm", "linfty"), "unknown norm 'linfty'"),
-        (("--eps", "0.1", "--tier", "float8"), "unknown tier 'float8'"),
+        (("--eps", "0.1", "--equality", "float8"), "unknown tier 'float8'"),
         (("--eps", "0.1", "--attack", "hard"), "unknown attack 'hard'"),
         (("--eps", "0.1", "--heads", "linear"), "unknown head 'linear'"),
         (("--eps", "0.1", "--confidence", "95"), "confidence 95.0 is not between 0 and 1"),
@@ -313,9 +313,13 @@ def test_an_encoder_without_a_head(
 
     monkeypatch.setattr(loading, "load_model", headless)
     path = tmp_path / "w.safetensors"
-    assert main(["certify", REF, *QUICK, "--eps", "0.3", "--out", str(path), "--json"]) == 0
+    assert main(["certify", REF, *QUICK, "--eps", "0.3"]) == 2
+    assert "layer 'logits' does not exist: the network has no classifier; its features are" in capsys.readouterr().err
+    chosen = ["--layer", "output", "--heads", "all", "--head-images", "20"]
+    assert main(["certify", REF, *QUICK, *chosen, "--eps", "0.3", "--out", str(path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["best_head"] is None
+    assert (row["layer"], row["best_head"] in ("slf", "mlp", "alf")) == ("output", True)
+    assert row["best_head_accuracy"] <= row["certified_bound"]
     assert row["certified_bound"] < 1
     assert verdict(path) == 0
     assert main(["certify", REF, "--dataset", f"npz:{_other_size(tmp_path)}", "--eps", "0.3"]) == 2

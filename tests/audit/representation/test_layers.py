@@ -262,7 +262,7 @@ def test_reductions(resnet, vit, images):
 
 
 class Odd(nn.Module):
-    """Layers whose output is no batch of features: a dictionary, a number, a scalar, windows."""
+    """Layers whose output is no batch of features: a dictionary of two, a number, a scalar, windows."""
 
     def __init__(self):
         super().__init__()
@@ -280,13 +280,15 @@ class Part(nn.Module):
         self.kind = kind
 
     def forward(self, images):
-        return ({"features": images}, 1.0, images.sum(), images.reshape(len(images) * 2, -1))[self.kind]
+        return ({"features": images, "scale": images}, 1.0, images.sum(), images.reshape(len(images) * 2, -1))[
+            self.kind
+        ]
 
 
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ("table", "returns a dict, not a tensor"),
+        ("table", r"returns 2 values \(features, scale\): select one, such as table#f"),
         ("number", "returns a float, not a tensor"),
         ("scalar", r"needs a batch and a feature axis, not the shape \(\)"),
         ("windows", r"returns the shape \(4, 8\) for 2 images: its first axis must be the batch"),

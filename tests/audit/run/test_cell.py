@@ -160,13 +160,14 @@ def test_benchmark_names_that_cannot_be_folder_names(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize(
-    ("written", "value"), [("8/255", 8 / 255), (" 8 / 255", 8 / 255), ("1e-3", 1e-3), (0.2, 0.2), (1, 1.0)]
+    ("written", "value"),
+    [("8/255", 8 / 255), (" 8 / 255", 8 / 255), ("1e-3", 1e-3), (0.2, 0.2), (1, 1.0), ("0.5/255", 0.5 / 255)],
 )
 def test_numbers(written: object, value: float) -> None:
     assert parse_number(written) == value
 
 
-@pytest.mark.parametrize("written", ["8/0", "eight", True, None, [1], "1e99999999/2", ""])
+@pytest.mark.parametrize("written", ["8/0", "8/2/2", "eight", True, None, [1], "1e99999999/2", "nan/2", ""])
 def test_invalid_numbers(written: object) -> None:
     with pytest.raises(ValueError, match="not a number or fraction such as 8/255"):
         parse_number(written)

@@ -29,7 +29,7 @@ from model_zoo.model_types import SourceSettings
 # Dataclasses that are no sections: which fields are part of a cell's identity, and which are not.
 CLASSES: dict[type, tuple[set[str], set[str]]] = {
     Cell: ({"ref", "dataset", "images", "layer", "threat", "settings", "after", "rules"}, {"name"}),
-    InputRules: ({"preprocess", "restrict_classes"}, set()),
+    InputRules: ({"preprocess", "restrict_classes", "balanced"}, set()),
     Preprocessing: ({known.name for known in fields(Preprocessing)}, set()),
     AuditSettings: ({"estimator", "attack", "seeds", "reduce", "certificate", "ledger"}, set()),
     Linf: ({"eps"}, {"pixel_range"}),  # the range is the same for all images
@@ -40,7 +40,7 @@ CLASSES: dict[type, tuple[set[str], set[str]]] = {
     CriticShape: ({known.name for known in fields(CriticShape)}, set()),
     WorstCaseSearch: ({known.name for known in fields(WorstCaseSearch)}, set()),
     ProbeTraining: ({known.name for known in fields(ProbeTraining)}, set()),
-    RunOptions: (set(), {"sources", "data_dir", "device", "keep_images"}),
+    RunOptions: (set(), {"sources", "data_dir", "device", "keep_images", "batch_size"}),
     SourceSettings: (set(), {"trust_code", "offline", "cache_dir", "model_dir", "base"}),
     # through the hash of the images
     ImageRequest: (set(), {"count", "split", "data_dir", "offline", "balanced", "preprocessing"}),
@@ -49,7 +49,7 @@ VALUES: dict[str, Any] = {
     "name": "other", "dataset": "mnist", "images": 77, "layers": ["input"], "seeds": [9], "reduce": "mean",
     "estimators": ["label-level"], "certificate": True, "attack": "smoke", "models": ["bundled:digits-mlp-robust"],
     "threats": {"norm": "l2", "eps": 0.1}, "preprocess": "none", "restrict_classes": True,
-    "keep_images": True,
+    "keep_images": True, "balanced": True,
 }  # fmt: skip
 ENTRY = ModelEntry(ref="bundled:x", name="x", source="bundled", weights_sha256="1" * 64)
 BASE: dict[str, Any] = {
@@ -57,16 +57,19 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def images(dataset: str, count: int | None) -> ImageSet:
+def images(dataset: str, count: int | None, *, balanced: bool = False) -> ImageSet:
     """Return a set whose hash depends on the requested images, as that of a real one."""
-    return ImageSet(torch.zeros(1), torch.zeros(1), ("0", "1"), dataset, "test", (0,), digest([dataset, count]))
+    return ImageSet(
+        torch.zeros(1), torch.zeros(1), ("0", "1"), dataset, "test", (0,), digest([dataset, count, balanced])
+    )
 
 
 def fitted(cell: Cell) -> ImageSet:
     """Return the images of a cell as a model with preprocessing and more outputs than classes receives them."""
     chosen = Preprocessing(resize=(4,)) if cell.rules.preprocess else None
     class_map = ClassMap((5, 3), "name", restricted=cell.rules.restrict_classes)
-    return replace(images(cell.dataset, cell.images), preprocessing=chosen, class_map=class_map)
+    found = images(cell.dataset, cell.images, balanced=cell.rules.balanced)
+    return replace(found, preprocessing=chosen, class_map=class_map)
 
 
 def ids(values: dict[str, Any], entry: ModelEntry = ENTRY) -> list[str]:

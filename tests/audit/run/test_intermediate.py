@@ -28,7 +28,7 @@ from audit.records import RecordStore
 from audit.run import model_results
 from audit.run.cell import Cell
 from audit.run.cell_runner import STORED_TYPES, CellRunner
-from audit.run.intermediate import IntermediateResults, Memo, read_result, to_bytes
+from audit.run.intermediate import IntermediateResults, Memo, file_parts, read_result
 from audit.run.layer_audit import LayerAudit
 from audit.run.loading import RunOptions, open_images, open_model
 from audit.run.run_loop import run
@@ -166,7 +166,7 @@ def test_attacks_and_certificates_round_trip(tmp_path):
 
 
 def again(part, folder: Path):
-    (folder / "part").write_bytes(to_bytes(part, STORED_TYPES))
+    (folder / "part").write_bytes(b"".join(file_parts(part, STORED_TYPES)))
     return read_result(folder / "part", STORED_TYPES, CPU)
 
 

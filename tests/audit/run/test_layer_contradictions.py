@@ -14,7 +14,7 @@ from audit.certificate.results import LayerCertificate
 from audit.config.settings import AuditSettings
 from audit.information.estimator import COLD_START, Estimator, MIEstimate, Vulnerability
 from audit.run.assembly import _head_flags
-from audit.run.network_audit import audit_model
+from audit.run.network_audit import audit_network
 from audit.run.upkeep.verification import check_record
 
 
@@ -81,13 +81,13 @@ JOINS = {
 @pytest.mark.parametrize("join", JOINS)
 def test_the_networks_accuracy_contradicts_no_layer_that_it_goes_round(join, classifier, held_out):
     network = Beside(classifier, JOINS[join]).eval()
-    inside = audit_model(network, *held_out, "branch", Linf(0.01), SETTINGS)
+    inside = audit_network(network, *held_out, "branch", Linf(0.01), SETTINGS)
     assert inside.adversarial_accuracy_low > 0.5 > inside.fano_accuracy_bound
     assert inside.floor_nats is None
     assert not inside.contradicted
     assert inside.details["determines_logits"] is False
     for layer in ("norm", "logits"):
-        whole = audit_model(network, *held_out, layer, Linf(0.01), SETTINGS)
+        whole = audit_network(network, *held_out, layer, Linf(0.01), SETTINGS)
         assert whole.contradicted
         assert any("below the measured adversarial accuracy's" in flag for flag in whole.flags)
         assert whole.details["determines_logits"] is True
@@ -96,7 +96,7 @@ def test_the_networks_accuracy_contradicts_no_layer_that_it_goes_round(join, cla
 @pytest.mark.parametrize("join", JOINS)
 def test_verification_accepts_the_record_of_such_a_layer(join, classifier, held_out):
     network = Beside(classifier, JOINS[join]).eval()
-    record = audit_model(network, *held_out, "branch", Linf(0.01), SETTINGS)
+    record = audit_network(network, *held_out, "branch", Linf(0.01), SETTINGS)
     assert not [fault for fault in check_record(record) if "bound" in str(fault)]
     claimed = replace(record, details={**record.details, "determines_logits": True})
     assert [fault for fault in check_record(claimed) if "without a flag" in str(fault)]

@@ -12,7 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from audit.adversary.label_attack import two_losses
+from audit.adversary.pgd import PGD
+from audit.adversary.threat import Linf
+from audit.config.settings import AuditSettings
+from audit.information.mine import Mine
+from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
+from audit.run.cell import Cell
 from audit.run.loading import RunOptions, open_images_for, open_model
+from audit.run.run_loop import run
 from model_zoo import libraries
 from model_zoo.load import SourceSettings
 from model_zoo.untrusted import file_sha256
@@ -128,3 +136,27 @@ def test_repositories_of_the_hub(tmp_path: Path, options: RunOptions, transform:
     (folder / "config.json").write_text(json.dumps(wrong))
     with pytest.raises(Exception, match="the classes n01440764, n01491361, n15075141 are not among the outputs"):
         open_images_for("hf-hub:someone/net", f"folder:{tmp_path / 'photos'}", options)
+
+
+def test_a_network_of_timm_is_audited_on_photographs_of_unequal_size(tmp_path: Path, options: RunOptions) -> None:
+    """Random weights where timm's are looked for; the classes of the folder are named by wnid."""
+    name, wnids = "test_vit.r160_in1k", [wnid for wnid, _ in libraries.imagenet_names(1000)[::400]]
+    generator = np.random.default_rng(0)
+    for wnid in wnids:
+        (tmp_path / "photos" / wnid).mkdir(parents=True)
+        for number in range(17):
+            pixels = generator.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+            size = (150 + 4 * number, 200 - 3 * number)
+            Image.fromarray(pixels).resize(size, 2).save(tmp_path / "photos" / wnid / f"{number}.png")
+    (options.sources.cache / "timm").mkdir(parents=True)
+    network = libraries.timm_build("test_vit", {"num_classes": 1000})
+    write_safetensors(network.state_dict(), options.sources.cache / "timm" / f"{name}.safetensors")
+    shape = CriticShape(width=16, embedding=8, channels=4, view=8)
+    training, search = CriticTraining(steps=6, every=3, shape=shape), WorstCaseSearch(1, rounds=1, critic_steps=1)
+    settings = AuditSettings(Mine(training, search), two_losses(PGD(steps=1)), seeds=(0,), reduce="mean")
+    cell = Cell(f"timm:{name}", None, f"folder:{tmp_path / 'photos'}", None, "blocks.0", Linf(1 / 255), settings)
+    (record,) = run([cell], tmp_path / "run", options)
+    assert record.valid, record.reason
+    assert record.details["preprocessing"]["crop"] == [160, 160]
+    assert record.details["classes"]["mapped_by"] == "wnid"
+    assert (record.num_classes, record.dimension, record.images) == (1000, 64, 51)

@@ -11,7 +11,7 @@ from audit.adversary.threat import Linf
 from audit.config.settings import AuditSettings
 from audit.errors import UsageError
 from audit.information.label_entropy import LabelEntropy
-from audit.run.network_audit import audit_model
+from audit.run.network_audit import audit_network
 
 SETTINGS = AuditSettings(LabelEntropy(), two_losses(PGD(steps=1)), seeds=(0,))
 
@@ -27,11 +27,11 @@ def _data(value: float) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("value", [1.0000001, 1.000005, -1e-7])
 def test_rounding_is_clipped(value: float) -> None:
     network, images, labels = _data(value)
-    found = audit_model(network, images, labels, "logits", Linf(0.01), SETTINGS)
-    clipped = audit_model(network, images.clamp(0, 1), labels, "logits", Linf(0.01), SETTINGS)
+    found = audit_network(network, images, labels, "logits", Linf(0.01), SETTINGS)
+    clipped = audit_network(network, images.clamp(0, 1), labels, "logits", Linf(0.01), SETTINGS)
     assert found.details["data_sha256"] == clipped.details["data_sha256"]
     assert found.natural_accuracy == clipped.natural_accuracy
-    as_array = audit_model(network, np.asarray(images), labels, "logits", Linf(0.01), SETTINGS)  # type: ignore[arg-type]
+    as_array = audit_network(network, np.asarray(images), labels, "logits", Linf(0.01), SETTINGS)  # type: ignore[arg-type]
     assert as_array.details["data_sha256"] == clipped.details["data_sha256"]
 
 
@@ -42,4 +42,4 @@ def test_the_figure_that_is_wrong_is_told(value: float, shown: str) -> None:
     with pytest.raises(
         UsageError, match=rf"images range {'from .* ' if 'to' in shown else ''}{shown}.*not within \[0, 1\]"
     ):
-        audit_model(*_data(value), "logits", Linf(0.01), SETTINGS)
+        audit_network(*_data(value), "logits", Linf(0.01), SETTINGS)

@@ -18,7 +18,7 @@ from audit.information.label_entropy import LabelEntropy
 from audit.records import RecordStore
 from audit.run.cell import Cell, cells
 from audit.run.loading import RunOptions
-from audit.run.network_audit import audit_model
+from audit.run.network_audit import audit_network
 from audit.run.run_loop import run
 from audit.run.sanity_checks import sanity_checks, sanity_flags
 from model_zoo.catalogue import bundled_names, read_card
@@ -231,13 +231,13 @@ def test_few_classes_and_few_images(digits):
 
 
 def test_a_gated_network_is_shown_and_never_ranked(honest, digits, tmp_path):
-    record = audit_model(Permuted(honest), *digits, "logits", Linf(0.1), QUICK)
+    record = audit_network(Permuted(honest), *digits, "logits", Linf(0.1), QUICK)
     assert record.valid
     assert record.gated
     (flag,) = [flag for flag in record.flags if flag.startswith("gated")]
     assert "failed labels (labels look permuted" in flag
     assert ";" not in flag
-    fit = replace(audit_model(honest, *digits, "logits", Linf(0.1), QUICK), cell_id="fit")
+    fit = replace(audit_network(honest, *digits, "logits", Linf(0.1), QUICK), cell_id="fit")
     assert not fit.gated
     assert [check["id"] for check in fit.checks][:8] == CHECKS
     records = [replace(found, ranks=True) for found in (record, fit)]
@@ -248,7 +248,7 @@ def test_a_gated_network_is_shown_and_never_ranked(honest, digits, tmp_path):
 
 
 def test_a_record_without_failures_gets_no_flag(honest, digits):
-    record = audit_model(honest, *digits, "logits", Linf(0.1), QUICK)
+    record = audit_network(honest, *digits, "logits", Linf(0.1), QUICK)
     assert not record.gated
     assert sanity_flags([Check("pixel_scale", "pixels", "gate", True, 0.0, "")]) == []
 

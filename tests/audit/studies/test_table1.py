@@ -161,17 +161,34 @@ def test_an_encoder_with_head_is_audited_at_its_features(run, tmp_path):
     assert record.worst_nats < record.normal_nats
 
 
-def test_an_encoder_without_a_head_can_be_certified_but_not_audited(run, tmp_path, capsys):
+def test_an_encoder_without_a_head_can_be_certified_but_not_attacked(run, capsys):
     ref = f"file:{run[0]}/encoders/digits-micro-standard-seed0.safetensors"
     options = ["--dataset", "digits", "--eps", "0.2", "--images", "4"]
-    assert main(["certify", ref, *options, "--hubs", "1", "--hubs-only", "--head-images", "0", "--json"]) == 0
+    assert (
+        main(
+            [
+                "certify",
+                ref,
+                *options,
+                "--layer",
+                "output",
+                "--hubs",
+                "1",
+                "--hubs-only",
+                "--head-images",
+                "0",
+                "--json",
+            ]
+        )
+        == 0
+    )
     (row,) = json.loads(capsys.readouterr().out)
     assert row["dimension"] == 64
     assert 0 < row["certified_bound"] <= 1
-    assert main(["audit", ref, *options, "--out", str(tmp_path / "run")]) == 2
+    assert main(["attack", ref, *options]) == 2
     said = capsys.readouterr().err
     assert "has no classifier, so its accuracy on digits is not defined" in said
-    assert "audit it with a head, or bound the accuracy of every head: rvaudit certify" in said
+    assert "audit trains heads on it (--layer output), certify bounds every head" in said
 
 
 def test_accuracies_are_measured_in_full_precision(tmp_path, monkeypatch):

@@ -185,3 +185,14 @@ def test_parquet_faults(tmp_path: Path) -> None:
     pq.write_table(pa.table({"img": ["a"], "label": [0]}), tmp_path / "c.parquet")
     with pytest.raises(EnvironmentFault, match="cannot be read as a Hugging Face image parquet"):
         load_images(f"parquet:{tmp_path / 'c.parquet'}")
+
+
+def test_more_images_than_there_are_is_said_before_any_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = [f"folder:{_folder(tmp_path / 'set')}", _parquet(tmp_path)]
+    for module in ("files", "tables"):
+        monkeypatch.setattr(f"model_zoo.images.{module}.decode", lambda *_, **__: pytest.fail("an image was decoded"))
+    for ref, available in zip(refs, (6, 5), strict=True):
+        with pytest.raises(UsageError, match=f"7 images were asked for; .* has {available}$"):
+            load_images(ref, ImageRequest(count=7))

@@ -169,7 +169,7 @@ def test_an_encoder_without_a_classifier(tmp_path: Path) -> None:
     assert model.num_classes == 0
     assert model.network(torch.rand(2, 3, 32, 32)).shape == (2, 64)
     with pytest.raises(UsageError, match="audit a layer below it instead"):
-        load_model(ref.replace("timm:test_vit", "torchvision:resnet18"), SourceSettings(offline=True))
+        load_model(ref.replace("timm:test_vit", "bundled:digits-vgg-robust"), SourceSettings(offline=True))
 
 
 def test_the_blank_image_is_on_the_device_of_the_network():

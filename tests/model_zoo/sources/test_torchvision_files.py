@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from audit.errors import MismatchError
 from model_zoo import libraries
 from model_zoo.load import SourceSettings, load_model
 from model_zoo.untrusted import file_sha256
@@ -18,6 +19,7 @@ from model_zoo.weights.checkpoints import copy_weights, read_weights, write_safe
 from model_zoo.weights.contents import Renamed
 from model_zoo.weights.rehearsal import rehearse
 
+OFFLINE = SourceSettings(offline=True)
 MNASNETS = ["mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3"]
 VITS = ["vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"]
 
@@ -140,3 +142,45 @@ def test_every_transformer_takes_its_published_names(name: str) -> None:
     found = rehearse(network, Renamed(dict(state), state._metadata))
     assert (found.missing, found.unexpected, found.error) == ((), (), "")
     assert found.filled.keys() == network.state_dict().keys()
+
+
+def _first_layout(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict of MobileNetV2 with the flat layer numbers of torchvision's first version."""
+    expanded = {name.split(".")[1] for name in state if ".conv.3." in name}
+    renamed = {}
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if len(parts) > 3 and parts[2] == "conv":
+            *path, _ = parts
+            place = ".".join(path[3:])
+            flat = {"0.0": 0, "0.1": 1, "1.0": 3, "1.1": 4}.get(place)
+            flat = flat if flat is not None else int(place) + (4 if parts[1] in expanded else 2)
+            name = ".".join([*parts[:3], str(flat), parts[-1]])
+        renamed[name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("first_layout", [True, False])
+def test_a_mobilenet_loads_in_both_layouts_with_and_without_its_classifier(tmp_path: Path, first_layout: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = libraries.torchvision_build("mobilenet_v2", 10, None).eval()
+    state = network.state_dict()
+    torch.save(_first_layout(state) if first_layout else state, tmp_path / "net.pt")
+    images = torch.rand(2, 3, 64, 64)
+    ref = f"file:{tmp_path / 'net.pt'}?arch=torchvision:mobilenet_v2"
+    with torch.no_grad():
+        features = network.features(images).mean((2, 3))
+        assert torch.allclose(load_model(f"{ref}&num_classes=10", OFFLINE).network(images), network(images), atol=1e-5)
+        headless = {k: v for k, v in state.items() if "classifier" not in k}
+        torch.save(_first_layout(headless) if first_layout else headless, tmp_path / "net.pt")
+        encoder = load_model(f"{ref}&num_classes=0", OFFLINE)
+        assert torch.allclose(encoder.network(images), features, atol=1e-5)
+    assert encoder.num_classes == 0
+
+
+def test_a_network_whose_classifier_is_no_last_linear_layer_keeps_it(tmp_path: Path) -> None:
+    network = libraries.torchvision_build("squeezenet1_1", 10, None)
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(MismatchError, match="squeezenet1_1 has no classifier that can be left out"):
+        load_model(f"file:{tmp_path / 'net.pt'}?arch=torchvision:squeezenet1_1&num_classes=0", OFFLINE)

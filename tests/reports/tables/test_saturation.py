@@ -14,7 +14,7 @@ from audit.adversary.threat import Linf
 from audit.config.settings import AuditSettings
 from audit.flags import FlagCode
 from audit.information.sandwich import Sandwich
-from audit.run.network_audit import audit_model
+from audit.run.network_audit import audit_network
 from reports.page.cells import unranked_reason
 from reports.tables.ranking import UNRANKED, leaderboard
 from reports.tables.table import to_frame
@@ -56,7 +56,7 @@ def board(noise, dimensions):
             network = nn.Sequential(nn.Flatten(), nn.Linear(36, dimensions), nn.Tanh(), nn.Linear(dimensions, 3))
         settings = AuditSettings(Sandwich(noise=noise, **QUICK), two_losses(PGD(2, 0.5)), seeds=(0,))
         labels = network(images).argmax(1)
-        records.append(audit_model(network.requires_grad_(False), images, labels, "2", Linf(0.001), settings))
+        records.append(audit_network(network.requires_grad_(False), images, labels, "2", Linf(0.001), settings))
     return leaderboard(to_frame(records))
 
 

@@ -14,7 +14,7 @@ from audit.information.probing.positions import Mixture, Position
 from audit.information.probing.settings import PanelSettings, ProbeTraining
 from audit.types import Encoded
 
-QUICK = LabelInformation(ProbeTraining(folds=3, steps=60), PanelSettings(trees=30), rounds=6)
+QUICK = LabelInformation(ProbeTraining(folds=3, steps=60), PanelSettings(trees=30), rounds=9)
 
 
 def seeded(seed=0):

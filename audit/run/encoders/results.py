@@ -1,0 +1,55 @@
+"""Accuracies of one encoder's layers, which cells of one layer and threat model share."""
+
+from audit.adversary.label_attack import LabelAttack
+from audit.adversary.threat import ThreatModel
+from audit.config.settings import AuditSettings
+from audit.errors import UsageError
+from audit.representation.layers import Reduction, Representation
+from audit.run.encoders.head_images import head_plan
+from audit.run.encoders.heads import AuditedImages, EncoderAccuracy, measure_encoder
+from audit.run.gates.inputs import CellInputs
+from audit.run.identity import partial_identity
+from audit.run.intermediate import IntermediateResults, Memo
+from model_zoo.model_types import LoadedModel
+
+_Key = tuple[str, str, Reduction, ThreatModel, LabelAttack, int]
+
+
+class EncoderResults:
+    """Accuracies of the best heads found on the layers of one encoder."""
+
+    def __init__(self, model: LoadedModel, intermediate: IntermediateResults) -> None:
+        self._model, self._intermediate = model, intermediate
+        self._accuracies: Memo[_Key, EncoderAccuracy] = Memo()
+
+    def accuracy(self, inputs: CellInputs) -> EncoderAccuracy | None:
+        """Return the accuracies of a cell's layer under its attack; None for a classifier.
+
+        Raises UsageError where no accuracy can be measured and the cell's estimator needs labels.
+        """
+        if self._model.num_classes:
+            return None
+        cell, images = inputs.cell, inputs.images
+        settings, seed = cell.settings, cell.settings.seeds[0]
+        names = ("layer", "norm", "eps", "heads")
+        part = partial_identity(inputs.identity, "encoder attack", *names)
+        part |= {"attack": repr(settings.attack), "seed": seed, "reduce": settings.reduce}
+
+        def compute() -> EncoderAccuracy:
+            layer = Representation(self._model.network, cell.layer, settings.reduce)
+            plan = head_plan(images, inputs.others, seed)
+            audited = AuditedImages(images.images, images.labels, images.label_count, plan)
+            return measure_encoder(layer, audited, cell.threat, settings.attack, seed)
+
+        key = (images.sha256, cell.layer, settings.reduce, cell.threat, settings.attack, seed)
+        found = self._accuracies.get(key, lambda: self._intermediate.get(part, compute))
+        check_labels(found, settings)
+        return found
+
+
+def check_labels(found: EncoderAccuracy, settings: AuditSettings) -> None:
+    """Raise UsageError where no head can be measured and the estimator reads labels, too."""
+    estimator = settings.estimator
+    if found.robustness is None and estimator.floor_kind == "labels":
+        message = f"{estimator.name} reads labels from features, and {found.reason.partition(': ')[2]}"
+        raise UsageError(f"{message}; use sandwich or mine, or more images a class")

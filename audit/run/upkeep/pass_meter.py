@@ -1,0 +1,116 @@
+"""Progress of long work in passes of single images: done, expected, and the time that the rest will take.
+
+How many passes a search takes depends on what it finds, so the expected number is rough; it is never below the number
+done.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from audit.adversary.label_attack import LabelAttack
+from audit.adversary.memory.counting import counted_by
+from audit.config.settings import AuditSettings
+from audit.information.estimator import Estimator
+from audit.information.probing.settings import LabelInformationSettings
+from audit.information.settings import LabelEntropySettings, MineSettings, ReferenceSettings, SandwichSettings
+from audit.run.upkeep.progress import in_words
+
+_CHECKED, _CHECKS = 100, 90  # images that an attack is checked on, and passes of each
+_SURVIVORS = 0.3  # share of images that the first two stages of an attack leave
+_ROUNDS_PLAYED = 0.5  # share of the rounds of a game before it ends
+_EVERY = 1.0  # seconds between two reports
+
+
+class PassMeter:
+    """Reports a stage with its passes, at most once a second: `12,300 of about 50,000 passes, about 3 min left`."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report, self._stage = report, ""
+        self._expected, self._done, self._began, self._last = 0.0, 0, 0.0, 0.0
+
+    def stage(self, name: str) -> None:
+        """Report the start of a stage."""
+        self._stage, self._last = name, time.monotonic()
+        self._report(self._text)
+
+    @contextmanager
+    def counting(self, expected: float) -> Iterator[None]:
+        """Count and report the passes of the work inside, of which about so many are expected."""
+        self._expected, self._done, self._began = expected, 0, time.monotonic()
+        try:
+            with counted_by(self._count):
+                yield
+        finally:
+            self._done = 0
+
+    def _count(self, images: int) -> None:
+        self._done += images
+        now = time.monotonic()
+        if now - self._last >= _EVERY:
+            self._last = now
+            self._report(self._text)
+
+    @property
+    def _text(self) -> str:
+        if not self._done:
+            return self._stage
+        expected = max(self._expected, 1.05 * self._done)
+        left = (time.monotonic() - self._began) * (expected - self._done) / self._done
+        return f"{self._stage}, {self._done:,} of about {_rounded(expected):,} passes, {in_words(left)} left"
+
+
+class StageMeter(PassMeter):
+    """A meter of work that consists of stages: called with a stage's name and the number of completed stages."""
+
+    def __init__(self, watch: Callable[[str, int], None]) -> None:
+        self._finished = 0
+        super().__init__(lambda text: watch(text, self._finished))
+
+    def __call__(self, stage: str, finished: int) -> None:
+        """Report the start of a stage."""
+        self._finished = finished
+        self.stage(stage)
+
+
+def _rounded(count: float) -> int:
+    """Return a count rounded to two digits.
+
+    >>> _rounded(123456), _rounded(7)
+    (120000, 7)
+    """
+    unit = 10 ** max(0, len(str(int(count))) - 2)
+    return round(count / unit) * unit
+
+
+def expected_attack_passes(attack: LabelAttack, images: int) -> float:
+    """Return about how many passes an attack with its checks takes; one forward pass counts as one."""
+    costs = [stage.pgd.restarts * stage.pgd.steps * max(1, stage.targets) for stage in attack.stages]
+    later = sum(costs[2:]) + attack.noise + attack.queries
+    return _CHECKS * min(images, _CHECKED) + images * (3 + sum(costs[:2]) + _SURVIVORS * later)
+
+
+def expected_passes(settings: AuditSettings, images: int) -> float:
+    """Return about how many passes the audit of one layer under one threat model takes, its attack included."""
+    first, later = _seed_passes(settings.estimator, images)
+    seeds = first + later * (len(settings.seeds) - 1)
+    return expected_attack_passes(settings.attack, images) + images * (8 + seeds)
+
+
+def _seed_passes(estimator: Estimator, images: int) -> tuple[float, float]:
+    """Return the passes an image of the worst-case search, for the first seed and for each later one."""
+    if isinstance(estimator, SandwichSettings):
+        starts = (len(estimator.quantisers) + 1) * estimator.start_steps + 56 * min(1.0, 50 / images)
+        annealed = len(estimator.widths) * estimator.annealing_steps
+        return starts + annealed + estimator.steps, max(estimator.annealing_steps, estimator.steps)
+    if isinstance(estimator, LabelInformationSettings):
+        played = estimator.steps * _ROUNDS_PLAYED * estimator.rounds
+        return played, played
+    found = 0.0
+    if isinstance(estimator, LabelEntropySettings):
+        found = estimator.kept * estimator.steps + estimator.targets
+    elif isinstance(estimator, MineSettings):
+        found = estimator.search.collapse_steps + estimator.search.rounds
+    elif isinstance(estimator, ReferenceSettings):
+        found = estimator.steps * (estimator.search_steps + 1) * estimator.batch_size / images
+    return found, found
