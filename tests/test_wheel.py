@@ -6,9 +6,12 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("audit", "model_zoo", "reports", "rvaudit.py", "pyproject.toml", "README.md", "LICENSE")
@@ -20,8 +23,42 @@ layers: [logits]
 threats: {norm: linf, eps: 0.2}
 estimators: [sandwich]
 seeds: [101]
-attack: smoke
+attack: audit
 """
+
+
+def closure(name, extras=()):
+    """Return the normalised names of a distribution and of everything that it requires here."""
+    found, todo = set(), [(name, frozenset(extras))]
+    while todo:
+        name, extras = todo.pop()
+        key = (canonicalize_name(name), extras)
+        if key in found or not list(metadata.distributions(name=name)):
+            continue
+        found.add(key)
+        for requirement in map(Requirement, metadata.requires(name) or ()):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in (*extras, "")):
+                todo.append((requirement.name, frozenset(requirement.extras)))
+    return {name for name, _ in found}
+
+
+def link_dependencies(requirements, site):
+    """Link what an installation with some requirements would hold into its site-packages, and nothing else."""
+    here = Path(sysconfig.get_path("purelib"))
+    names = set().union(*(closure(each.name, each.extras) for each in requirements))
+    homes = metadata.packages_distributions().items()
+    lacking = {module for module, owners in homes if not names & {canonicalize_name(owner) for owner in owners}}
+    for path in here.iterdir():
+        owner, _, kind = path.name.partition("-")
+        declared = (
+            canonicalize_name(owner) in names
+            if kind.endswith(".dist-info")
+            else path.name.partition(".")[0] not in lacking
+        )
+        if declared and path.suffix != ".pth" and not path.name.startswith(("__", "rvaudit")):
+            (site / path.name).symlink_to(path)
+    return lacking
 
 
 def run(*command, folder):
@@ -75,9 +112,14 @@ def test_an_installed_wheel_runs_a_benchmark_from_another_folder(wheel, tmp_path
         wheel,
         folder=tmp_path,
     )
-    # the dependencies are those of this environment; a plain path does not carry its editable installs along
     (site,) = environment.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (path,) = site.glob("rvaudit-*.dist-info")
+    asked = [Requirement(text) for text in metadata.PathDistribution(path).requires]
+    lacking = link_dependencies(
+        [each for each in asked if not each.marker or each.marker.evaluate({"extra": ""})], site
+    )
+    assert {"ray", "robustbench", "pytest"} <= lacking
+    assert not {"torch", "timm", "pyautoattack", "numpy"} & lacking
     where = run(python, "-c", "import audit, model_zoo, reports; print(audit.__file__)", folder=elsewhere)
     assert Path(where.strip()).is_relative_to(environment)
 

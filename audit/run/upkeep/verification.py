@@ -4,7 +4,7 @@ Reads records only and imports no torch; the command recomputes cells.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from math import hypot, sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -102,14 +102,11 @@ def _reduced(record: AuditRecord) -> Iterator[str]:
     }
     for name, sampling in errors.items():
         values = [row[name] for row in seeds]
+        by_seeds = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
         yield from _deviation(record, name, fmean(values), "the mean of its seeds")
-        yield from _deviation(record, f"{name}_se", _stderr(values, sampling), "the standard error of its seeds")
+        stderr = hypot(by_seeds, fmean(sampling))
+        yield from _deviation(record, f"{name}_se", stderr, "the standard error of its seeds and images")
     yield from _deviation(record, "rv", _value(record.normal_nats) - _value(record.worst_nats), "normal - worst")
-
-
-def _stderr(values: Sequence[float], sampling: Sequence[float]) -> float:
-    by_sampling = fmean(sampling) / sqrt(len(values))
-    return max(by_sampling, stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0)
 
 
 def _limits(record: AuditRecord) -> Iterator[str]:

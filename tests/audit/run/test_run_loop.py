@@ -374,7 +374,7 @@ images: 50
 models: [bundled:digits-vgg-standard]
 layers: [logits]
 threats: {norm: linf, eps: 0.2}
-estimators: [{name: label-level, steps: 5}, {name: label-information, steps: 5}]
+estimators: [{name: label-level, steps: 5}, {name: label-information, rounds: 1, steps: 5}]
 seeds: [0]
 attack: {steps: 2}
 certificate: true

@@ -287,7 +287,7 @@ def test_third_party_networks_pass_all_checks():
         seen.add(one.ref)
         local = one.ref.replace("../shared", str(FOLDER)).replace("tests/third", str(ROOT / "tests" / "third"))
         network = load_model(local, SourceSettings(trust_code=True)).network
-        found = load_images(one.dataset.replace("../shared", str(FOLDER)), ImageRequest(count=one.images))
+        found = load_images(one.dataset.replace("../shared", str(FOLDER)), ImageRequest(count=200))
         checks = sanity_checks(network, found.images, found.labels)
         assert failed(checks) == {}, one.ref
     assert len(seen) >= 10
