@@ -86,6 +86,8 @@ class AuditRecord:
     certified_tier: str = ""
     best_head: str = ""
     best_head_accuracy: float | None = None
+    proved_share: float | None = None  # of the ledger of images, as is the next
+    not_broken_share: float | None = None
     flags: tuple[str, ...] = ()
     checks: tuple[dict[str, Any], ...] = ()  # each: number, name, level, passed, figure, ...
     passes: int | None = None
@@ -134,8 +136,7 @@ class AuditRecord:
         if data.get("schema") != SCHEMA:
             raise IntegrityError(f"record schema {data.get('schema')!r} is not {SCHEMA!r}, which this version reads")
         values = {name: value for name, value in data.items() if name != "schema"}
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
+        if unknown := set(values) - {f.name for f in fields(cls)}:
             raise IntegrityError(f"record has fields unknown to this version: {', '.join(sorted(unknown))}")
         try:
             return cls(**{**values, **{name: tuple(values.get(name, ())) for name in ("flags", "checks")}})
@@ -254,8 +255,7 @@ class RecordStore:
 
         Raises IntegrityError for a file that is not a plan.
         """
-        path = self.folder / "plan.json"
-        if not path.exists():
+        if not (path := self.folder / "plan.json").exists():
             return None
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

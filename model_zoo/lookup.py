@@ -5,7 +5,6 @@ Names of timm and torchvision models need those libraries, so they are checked w
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from glob import glob
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,7 +19,7 @@ from model_zoo.catalogue import (
     robustbench_rows,
 )
 from model_zoo.entries import ModelRef, is_model_ref, parse_ref
-from model_zoo.relative import dataset_beside, model_beside
+from model_zoo.relative import Folders, beside, dataset_beside, matching_files, model_beside
 from model_zoo.untrusted import verify_sha256
 
 NAMED_DATASETS = ("digits", "cifar10", "cifar100", "mnist", "fashion-mnist", "svhn", "imagenet")
@@ -36,17 +35,18 @@ DATASET_FORMS = (*NAMED_DATASETS, *_SUBSETS, *(f"{prefix}:<path>" for prefix in 
 _CLASSES = "?classes="
 
 
-def expand_ref(ref: str) -> list[str]:
+def expand_ref(ref: str, base: Folders = None) -> list[str]:
     """Expand a pattern to references: `bundled:digits-*`, `robustbench:cifar10/Linf/*`, `file:nets/*.pth?arch=...`.
 
     Any other reference is returned unchanged, as is one of files that matches none, which is then reported as missing.
+    Patterns of files are matched in the working folder, then in `base`; the paths stay relative.
     Raises UnknownNameError for a pattern of names that matches none.
     """
     source, _, pattern = ref.partition(":")
     if source == "file":
         path, mark, options = pattern.partition("?")
-        is_pattern = bool(set("*[") & set(path)) and not Path(unquote(path)).exists()
-        files = sorted(name for name in glob(unquote(path)) if Path(name).is_file()) if is_pattern else []
+        is_pattern = bool(set("*[") & set(path)) and not Path(beside(unquote(path), base)).exists()
+        files = matching_files(unquote(path), base) if is_pattern else []
         return [f"file:{name.replace('%', '%25').replace('?', '%3F')}{mark}{options}" for name in files] or [ref]
     if source not in _NAMES or not set("*?[") & set(pattern):
         return [ref]
@@ -64,20 +64,20 @@ def _robustbench_names() -> list[str]:
 _NAMES: dict[str, Callable[[], list[str]]] = {"bundled": bundled_names, "robustbench": _robustbench_names}
 
 
-def check_model(ref: str, base: Path | None = None) -> None:
+def check_model(ref: str, base: Folders = None) -> None:
     """Check a model reference by its names, files and hashes, without loading the model.
 
     Relative paths are also looked for in the folder `base`.
     Raises UsageError and its subclasses for an invalid reference, EnvironmentFault for a missing file, IntegrityError
     for a hash mismatch.
     """
-    for each in expand_ref(ref):
+    for each in expand_ref(ref, base):
         parsed = model_beside(parse_ref(each), base)
         if parsed.source in _MODEL_CHECKS:
             _MODEL_CHECKS[parsed.source](parsed)
 
 
-def check_dataset(ref: str, base: Path | None = None) -> None:
+def check_dataset(ref: str, base: Folders = None) -> None:
     """Check a data set reference; raises UnknownNameError, UsageError, or EnvironmentFault for a missing path.
 
     Relative paths are also looked for in the folder `base`.

@@ -27,14 +27,15 @@ class SourceSettings:
 
     `trust_code` allows `file:` references to run a Python factory; `offline` forbids network access; `model_dir` is a
     folder in RobustBench's layout (`<dataset>/<threat>/<id>.pt`), ./models by default; `base` is the folder of the file
-    that names the references, in which relative paths are looked for that do not exist as they stand.
+    that names the references, in which relative paths are looked for that do not exist as they stand; folders of a
+    tuple come first.
     """
 
     trust_code: bool = False
     offline: bool = False
     cache_dir: Path | None = None
     model_dir: Path | None = None
-    base: Path | None = None
+    base: Path | tuple[Path, ...] | None = None
 
     @property
     def cache(self) -> Path:

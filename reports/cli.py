@@ -118,7 +118,9 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array, nothing else.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the table as FILE.csv.")
 def leaderboard_command(runs: tuple[Path, ...], as_json: bool, out: Path | None) -> None:
-    """Rank the models of run folders; of several, the column `run` says which folder a row is from.
+    """Rank the models of one or more run folders.
+
+    Of several, the column `run` says which folder a row is from.
 
     Rebuilds the leaderboard files of each folder from its records.
 

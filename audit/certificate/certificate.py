@@ -74,7 +74,7 @@ def certify(
     Source: Bhagoji, Cullina & Zhao, fixed feature extractors (AdvML-Frontiers 2023): for pairs of two classes the
     bound is N minus a maximum matching of the graph of collisions. Hubs and more classes are our extension.
     """
-    if reason := reason_not_applicable(layer, clean, labels, settings.tier):
+    if reason := _reason_not_applicable(layer, clean, labels, settings):
         return NotApplicable(reason)
     search = CollisionSearch(layer, clean, threat, settings.effort, settings.batch_size, on_progress=on_progress)
     noise = noise_floor(layer.working, clean)
@@ -100,7 +100,7 @@ def certify_held_out(
     Source: Clopper & Pearson 1934 for the limit; Bhagoji, Cullina & Zhao (AdvML-Frontiers 2023) for collisions on a
     fixed feature extractor; frozen hubs are our extension.
     """
-    if reason := reason_not_applicable(layer, clean, labels, settings.tier):
+    if reason := _reason_not_applicable(layer, clean, labels, settings):
         return NotApplicable(reason)
     if len(clean) < 2:
         return NotApplicable("a held-out bound needs at least two images, not one")
@@ -140,6 +140,23 @@ def bound_at_frozen_hubs(
     collisions = _valid(search, found, EqualityCriterion(settings.tier, frozen.noise))
     bound = collision_bound(collisions, labels[indices], settings.seconds)
     return HeldOutBound(bound, held_out_limit(bound.kept, bound.images, settings.confidence), indices, collisions)
+
+
+def _reason_not_applicable(
+    layer: DualPrecisionLayer, clean: Images, labels: Labels, settings: CertificateSettings
+) -> str | None:
+    """Return why a layer cannot be certified, or why it is not tried at this cost, or None."""
+    if reason := reason_not_applicable(layer, clean, labels, settings.tier):
+        return reason
+    with torch.no_grad():
+        dimension = layer.working(clean[:1]).shape[1]
+    passes = (1 + dimension) / 2
+    if passes <= settings.jacobian_passes:
+        return None
+    return (
+        f"a single Jacobian of its {dimension:,} features costs {passes:,.0f} passes an image, more than the limit of "
+        f"{settings.jacobian_passes:,.0f}, which --pair-passes inf lifts"
+    )
 
 
 def _tolerance(noise: float, scale: float) -> float:

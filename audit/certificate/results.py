@@ -105,6 +105,11 @@ class LayerCertificate:
     ledger_reason: str = ""
     ledger_passes: int = 0
 
+    @property
+    def not_broken(self) -> float | None:
+        """The share of images without a known adversarial image, a multiple of 1 / `images`; None without a ledger."""
+        return None if self.broken is None else (self.images - round(self.broken * self.images)) / self.images
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
         return {**asdict(self), "delta_curve": [point._asdict() for point in self.delta_curve]}

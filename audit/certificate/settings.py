@@ -1,6 +1,7 @@
 """Settings of a certificate."""
 
 from dataclasses import dataclass, field
+from math import inf
 
 from audit.certificate.collision_search import SearchEffort
 from audit.certificate.equality import EqualityTier, find_tier
@@ -14,8 +15,9 @@ LEDGER_VERSION = 1  # raised when the same settings may prove other images
 class CertificateSettings:
     """Equality tier, search effort, confidence of the population bound, and resources.
 
-    `seconds` limits branch and bound: stopped early, it gives a looser but still valid bound. Raises UnknownNameError
-    for an unknown tier, UsageError for a confidence outside (0, 1).
+    `seconds` limits branch and bound: stopped early, it gives a looser but still valid bound. A layer is not applicable
+    if a single Jacobian costs more than `jacobian_passes` forward+backward passes an image. Raises UnknownNameError for
+    an unknown tier, UsageError for a confidence outside (0, 1).
     """
 
     tier: EqualityTier = "bit-identical at float32"
@@ -24,6 +26,7 @@ class CertificateSettings:
     seconds: float = 60.0
     seed: int = 0
     batch_size: int = 32  # on a CPU a larger one is slower: images and Jacobians no longer fit into the cache
+    jacobian_passes: float = inf
 
     def __post_init__(self) -> None:
         find_tier(self.tier)

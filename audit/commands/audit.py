@@ -173,7 +173,7 @@ def audit_command(
     is_new = not folder.exists()
     records = run_benchmark(config, to_yaml(config), folder, sources, ExecutorOptions(jobs=execution.jobs))
     publish(records, folder, as_json=as_json)
-    if is_new and all(_code(record) == _USAGE for record in records):
+    if is_new and records and all(_code(record) == _USAGE for record in records):
         shutil.rmtree(folder)
     return max(map(_code, records), default=0) or below(records, execution.fail_under)
 

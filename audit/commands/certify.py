@@ -97,7 +97,7 @@ class CertifyOptions:
         type=click.FloatRange(0),
         default=12.0,
         show_default=True,
-        help="Limit on passes per image spent on pairs; inf tries every pair and every hub.",
+        help="Limit on passes per image spent on pairs; inf tries every pair and hub, and layers of over 799 features.",
     ),
     click.option("--held-out", is_flag=True, help="Add a population bound from hubs chosen on half of the images."),
     click.option(

@@ -17,6 +17,8 @@ from audit.errors import UsageError
 def convert_command(checkpoint: Path, out: Path, key: str, as_json: bool) -> int:
     """Write the tensors of CHECKPOINT as OUT.safetensors; no code in the checkpoint is run.
 
+    The versions of modules that torch stores beside tensors, by which networks read older layouts, go into the header.
+
     Exit code 3 for a file that is missing or corrupt, 4 for one that would run code.
 
     Example: rvaudit convert net.pth net.safetensors --key model_ema
@@ -28,6 +30,7 @@ def convert_command(checkpoint: Path, out: Path, key: str, as_json: bool) -> int
     from audit.commands.display import print_facts
     from audit.storage import write_atomically
     from model_zoo.weights.checkpoints import read_weights
+    from model_zoo.weights.versions import versions_header
 
     if out.suffix != ".safetensors":
         raise UsageError(f"{out.name!r} must end in .safetensors")
@@ -37,7 +40,8 @@ def convert_command(checkpoint: Path, out: Path, key: str, as_json: bool) -> int
     prefix = weights.prefix or ""
     tensors = {name.removeprefix(prefix): t for name, t in weights.tensors.items() if name.startswith(prefix)}
     # tensors may share memory, which safetensors cannot express
-    data = safetensors.torch.save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
+    separate = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(separate, versions_header(weights.metadata, prefix))
     write_atomically(out, data)
     facts = {
         "path": str(out),

@@ -39,8 +39,9 @@ def run_benchmark(
 
     `text` is the YAML that the folder keeps. Raises UsageError where the folder holds a run of another benchmark.
     """
-    cells = expand(config)
-    claim(folder, config, text)
+    base = sources.base if isinstance(sources.base, Path) else None
+    cells = expand(config, base)
+    claim(folder, config, text, base)
     records = run_cells(cells, folder, sources, executor, keep_images=config.keep_images)
     calibrate_briefly(config, records, folder)
     return records

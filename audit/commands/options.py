@@ -115,7 +115,7 @@ class SourceOptions:
     model_dir: Path | None = None
     device: str = "auto"
     batch_size: int | None = None
-    base: Path | None = None
+    base: Path | tuple[Path, ...] | None = None
 
 
 source_options = grouped_options(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from audit.commands.options import (
     restrict_option,
     source_options,
 )
-from audit.errors import UsageError
+from audit.errors import AuditError, EnvironmentFault, UsageError
 from audit.records import AuditRecord, RecordStore
 from audit.run.upkeep.verification import Violation
 
@@ -75,8 +75,10 @@ def verify_command(subject: Path, chosen: VerifyOptions, as_json: bool, sources:
 
 
 def _verify_run(folder: Path, replay: int, sources: SourceOptions, *, as_json: bool) -> int:
+    from audit.run.upkeep.start_folders import start_folders
     from audit.run.upkeep.verification import check_run
 
+    sources = replace(sources, base=start_folders(folder))
     records, found = check_run(folder)
     plan = RecordStore(folder).plan()
     present = [record for record in records if plan is None or record.cell_id in plan]
@@ -129,7 +131,7 @@ def _reread(
     from audit.run.evidence.rereading import Rereader
     from audit.run.upkeep.progress import record_key
 
-    cells, reader = _cells_by_key(folder), Rereader(folder, run_options(sources))
+    cells, reader = _cells_by_key(folder, sources), Rereader(folder, run_options(sources))
     wrong, unread = [], []
     with Display(len(records)) as display:
         ordered = sorted(records, key=lambda each: (record_key(each), each.cell_id))  # so that a model is loaded once
@@ -141,14 +143,14 @@ def _reread(
     return wrong, unread
 
 
-def _cells_by_key(folder: Path) -> dict[Any, Any]:
+def _cells_by_key(folder: Path, sources: SourceOptions) -> dict[Any, Any]:
     """Return the cells of a run folder's benchmark by the keys of their records."""
     from audit.config.yaml_source import read_config
     from audit.run.cell import expand
 
     return {
         (c.ref, c.dataset, c.layer, c.threat.norm, c.threat.eps, c.settings.estimator.name): c
-        for c in expand(read_config(folder / "benchmark.yaml"))
+        for c in expand(read_config(folder / "benchmark.yaml"), sources.base)
     }
 
 
@@ -168,17 +170,39 @@ def _replay(
     plan = RecordStore(folder).plan()
     stored = {record_key(record): record for record in records if record.valid}
     present = {record_key(each): each for each in records if each.valid and (plan is None or each.cell_id in plan)}
-    cells = _cells_by_key(folder)
+    cells = _cells_by_key(folder, sources)
     unknown = [Violation(stored[key].cell_id, "is not a cell of the benchmark") for key in stored if key not in cells]
+    for key in stored.keys() - cells.keys():
+        _check_files(folder, key[0], key[1], sources)  # of a pattern that no longer matches it, the file may be gone
     keys = sorted(set(present) & set(cells))
     # unpredictable, so that nobody can forge the records of the other cells
     chosen = random.SystemRandom().sample(keys, min(count, len(keys)))
+    for key in chosen:
+        _check_files(folder, key[0], key[1], sources)
     with tempfile.TemporaryDirectory() as scratch, Display(len(chosen)) as display:
         watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), display.done)
         recomputed = run([cells[key] for key in chosen], Path(scratch), run_options(sources), watcher)
     pairs = [(present[key], record) for key, record in zip(chosen, recomputed, strict=True)]
     different = [Violation(f"{old.cell_id}.json", what) for old, new in pairs for what in differences(old, new)]
     return [old.cell_id for old, _ in pairs], unknown + different
+
+
+def _check_files(folder: Path, model: str, dataset: str, sources: SourceOptions) -> None:
+    """Raise EnvironmentFault where a file that a cell needs does not exist; other faults are those of the cell."""
+    from audit.run.upkeep.start_folders import stated_folders
+    from model_zoo.lookup import check_dataset, check_model
+
+    for check, ref in ((check_model, model), (check_dataset, dataset)):
+        try:
+            check(ref, sources.base)
+        except EnvironmentFault as error:
+            places = " and ".join(stated_folders(folder))
+            where = (
+                f"the run was started with paths from {places}" if places else "the run keeps no folder of its paths"
+            )
+            raise EnvironmentFault(f"{ref} cannot be recomputed: {error}; {where}") from error
+        except AuditError:
+            continue
 
 
 def _verify_witness(witness: Path, chosen: VerifyOptions, sources: SourceOptions, *, as_json: bool) -> None:

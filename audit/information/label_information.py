@@ -8,6 +8,7 @@ from torch import Tensor
 
 from audit.adversary.passes import deviations
 from audit.adversary.threat import ThreatModel
+from audit.errors import UsageError
 from audit.flags import FlagCode, flag
 from audit.information.encoding import encode, encode_clean
 from audit.information.estimator import (
@@ -28,9 +29,10 @@ from audit.information.probing.members import Readers, of_present_classes
 from audit.information.probing.opponents import Field
 from audit.information.probing.panel import Panel
 from audit.information.probing.settings import LabelInformationSettings
-from audit.types import Encoded, Images, empty_pixels, image_slices
+from audit.types import Encoded, Images, Labels, empty_pixels, image_slices
 
 _TWO_SIDED = 1.959964  # normal quantile of a 95 % interval
+_LEAST_A_CLASS, _ENOUGH_A_CLASS = 2, 20  # images
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class LabelInformation(LabelInformationSettings, Estimator):
     The worst case is the smallest value that a repeated game between images and probes finds
     (`audit.information.probing.game`), from clean and from attacked images.
 
-    Raises UsageError for a setting that is not legal; InvalidModelError if a feature or a gradient is not finite.
+    Fewer than 20 images a class are flagged `few_images`: classifiers then read too little.
+
+    Raises UsageError for a setting that is not legal and for fewer than two images a class; InvalidModelError if a
+    feature or a gradient is not finite.
 
     Source: Barber & Agakov 2003, the variational bound H(Y) - E[-ln q]; Zhu, Zhang & Evans 2020, Definition 3.1, with
     the label in place of the image.
@@ -82,7 +87,8 @@ class LabelInformation(LabelInformationSettings, Estimator):
         }
         candidates, read = {**candidates, CLEAN: inputs.images}, {**read, CLEAN: normal}
         origin = min(read, key=lambda each: read[each].nats)
-        worst = replace(read[origin], validated=found.best.nats, history=found.curve, flags=self._search_flags(found))
+        worst = replace(read[origin], validated=found.best.nats, history=found.curve)
+        worst = replace(worst, flags=(*worst.flags, *self._search_flags(found)))
         return Vulnerability(normal, worst, candidates[origin], indices, found.passes, origin)
 
     def read_worst(self, inputs: EstimatorInputs, images: Images, seed: int) -> MIEstimate:
@@ -108,6 +114,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
         return Readers(self.panel, self.probes)
 
     def _estimate(self, inputs: EstimatorInputs, encoded: Encoded, seed: int, unit: Tensor | None = None) -> MIEstimate:
+        _check_images_a_class(inputs.labels)
         reading = Panel(self._readers, unit=unit).read(encoded, inputs.labels, seed)
         ceiling = empirical_entropy(inputs.labels)
         return MIEstimate(
@@ -117,6 +124,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
             ceiling,
             reading.nats,
             reading.parts,
+            flags=_few_images_flags(inputs.labels),
             upper=min(ceiling, reading.nats + _TWO_SIDED * reading.stderr),
             accuracy=reading.accuracy,
         )
@@ -133,6 +141,25 @@ def _projected(images: Images, inputs: EstimatorInputs, threat: ThreatModel) -> 
     for part in image_slices(images):
         legal[part] = threat.project(images[part], inputs.images[part])
     return legal
+
+
+def _check_images_a_class(labels: Labels) -> None:
+    """Raise UsageError if labels (N,) have fewer than two images a class, so that nothing can be read of most."""
+    classes = len(labels.unique())
+    if len(labels) < _LEAST_A_CLASS * classes:
+        raise UsageError(
+            f"label-information reads labels from features, and {len(labels)} images of {classes} classes are fewer "
+            f"than {_LEAST_A_CLASS} a class; use sandwich or mine, or more images a class"
+        )
+
+
+def _few_images_flags(labels: Labels) -> tuple[str, ...]:
+    """Return a flag if labels (N,) have so few images a class that classifiers read much too little."""
+    each = len(labels) / len(labels.unique())
+    if each >= _ENOUGH_A_CLASS:
+        return ()
+    particulars = f"{each:.0f} images a class: fewer than {_ENOUGH_A_CLASS} make nats and the bound on heads too small"
+    return (flag(FlagCode.FEW_IMAGES, particulars),)
 
 
 def _unit(clean: Encoded) -> Tensor:

@@ -213,8 +213,10 @@ def _certificate_fields(found: LayerCertificate | None) -> tuple[dict[str, Any],
         "certified_tier": found.certified_tier if found.certified_bound is not None else "",
         "best_head": found.best_head or "",
         "best_head_accuracy": found.best_head_accuracy,
+        "proved_share": found.proved,
+        "not_broken_share": found.not_broken,
     }
-    return fields, found.passes + found.attack_passes
+    return fields, found.passes + found.attack_passes + found.ledger_passes
 
 
 def _flags(parts: AuditParts, summary: Summary) -> tuple[str, ...]:

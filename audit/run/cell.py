@@ -14,6 +14,7 @@ from audit.adversary.threat import ThreatModel, threat_model
 from audit.config.benchmark import BenchmarkConfig
 from audit.config.settings import AuditSettings
 from model_zoo.lookup import expand_ref
+from model_zoo.relative import Folders
 
 _NAMED_DEPTHS = {"input": 0, "penultimate": 2, "logits": 3, "output": 3}
 _INNER_DEPTH = 1
@@ -78,13 +79,13 @@ def input_rules(config: BenchmarkConfig) -> InputRules:
     return InputRules(config.preprocess == "model", config.restrict_classes, config.balanced)
 
 
-def expand(config: BenchmarkConfig) -> list[Cell]:
+def expand(config: BenchmarkConfig, base: Folders = None) -> list[Cell]:
     """Return the cells of a benchmark with patterns such as `bundled:digits-*` expanded, and with their warm starts.
 
-    The cells of one model stay together, so that it is loaded and attacked once. Raises UnknownNameError for a pattern
-    without a match.
+    The cells of one model stay together, so that it is loaded and attacked once. Patterns of files are matched in the
+    working folder and in `base`. Raises UnknownNameError for a pattern without a match.
     """
-    found = [replace(cell, ref=ref) for cell in cells(config) for ref in expand_ref(cell.ref)]
+    found = [replace(cell, ref=ref) for cell in cells(config) for ref in expand_ref(cell.ref, base)]
     first = {cell.ref: number for number, cell in reversed(list(enumerate(found)))}
     return with_warm_starts(sorted(found, key=lambda cell: first[cell.ref]))
 

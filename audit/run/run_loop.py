@@ -15,6 +15,7 @@ from audit.run.identity import failure_id
 from audit.run.intermediate import remove_stale_files
 from audit.run.loading import RunOptions
 from audit.run.locks import lock, remove_locks
+from audit.run.upkeep.start_folders import write_start_folders
 from audit.storage import digest, write_atomically
 
 
@@ -82,10 +83,11 @@ class InProcess:
             waiting = skipped
 
 
-def claim(folder: Path, config: BenchmarkConfig, text: str) -> None:
+def claim(folder: Path, config: BenchmarkConfig, text: str, base: Path | None = None) -> None:
     """Reserve a run folder for a benchmark; raises UsageError if it holds results of another one.
 
-    A folder without a single valid record is taken over, so that a corrected typo needs no new folder.
+    A folder without a single valid record is taken over, so that a corrected typo needs no new folder. `base` is the
+    folder of the benchmark file, kept with the working folder so that relative paths are found from elsewhere.
     """
     stamp, copy = folder / "run.sha256", folder / "benchmark.yaml"
     own = digest(config.canonical())
@@ -98,6 +100,7 @@ def claim(folder: Path, config: BenchmarkConfig, text: str) -> None:
             RecordStore(folder).path(record.cell_id).unlink()
     write_atomically(copy, text)
     write_atomically(stamp, own + "\n")
+    write_start_folders(folder, base)
 
 
 def run(

@@ -33,6 +33,7 @@ from model_zoo.images.datasets import ImageRequest, ImageSet, load_at_most, load
 from model_zoo.load import LoadedModel
 from model_zoo.lookup import WITH_TRAINING_SPLIT
 
+_JACOBIAN_PASSES = 400.0  # an image: up to 799 features; a wider layer needs thousands for a handful of steps
 _PROBE = 16  # images that try a hub before the others, if the budget is limited
 
 
@@ -43,10 +44,10 @@ class CertificationRequest:
     `images` limits the certified images (None: all); `balanced` takes equally many of each class. `head_images` is the
     number of images that heads are trained on: of `train_dataset`, else of the training split of a named data set,
     else those after the certified ones. `pairs` also searches pairs of images outside large hubs, with at most
-    `pair_passes` forward+backward passes per image (infinite: every hub and pair is tried); `held_out` adds the
-    held-out population bound. `attack` is the name of an attack tier, `heads` are the heads that it measures, and
-    `ledger` adds the ledger of images that the network provably keeps. Raises UnknownNameError for an unknown attack
-    or head.
+    `pair_passes` forward+backward passes per image (infinite: every hub and pair is tried, of however wide a layer);
+    `held_out` adds the held-out population bound. `attack` is the name of an attack tier, `heads` are the heads that
+    it measures, and `ledger` adds the ledger of images that the network provably keeps. Raises UnknownNameError for an
+    unknown attack or head.
     """
 
     model: str
@@ -81,7 +82,10 @@ class CertificationRequest:
         """The settings of the certificates. Raises UnknownNameError, UsageError for an illegal tier or confidence."""
         neighbours, probe = SearchEffort.neighbours if self.pairs else 0, 0 if self.pair_passes == inf else _PROBE
         effort = SearchEffort(hubs=self.hubs, neighbours=neighbours, pair_passes=self.pair_passes, probe=probe)
-        certificate = CertificateSettings(find_tier(self.tier), effort, self.confidence, seed=self.seed)
+        limit = inf if self.pair_passes == inf else _JACOBIAN_PASSES
+        certificate = CertificateSettings(
+            find_tier(self.tier), effort, self.confidence, seed=self.seed, jacobian_passes=limit
+        )
         return CertificationSettings(
             certificate, TIERS[self.attack], held_out=self.held_out, measured=self.heads, ledger=self.ledger
         )

@@ -24,6 +24,7 @@ from model_zoo.weights.matching import copy_weights
 from model_zoo.weights.pickles import ALLOWED, check_tuple_nesting, scan_pickles
 from model_zoo.weights.shards import is_index, read_shards
 from model_zoo.weights.state_dicts import choose_weights, find_weights
+from model_zoo.weights.versions import with_versions
 
 __all__ = ["Weights", "copy_weights", "read_contents", "read_weights", "write_safetensors"]
 
@@ -118,7 +119,7 @@ def _refuse_unmarked_pickle(data: bytes, origin: str) -> None:
 def _parse_safetensors(data: bytes, origin: str) -> dict[str, Tensor]:
     check_safetensors(data, origin)
     try:
-        return safetensors.torch.load(data)
+        return with_versions(safetensors.torch.load(data), data)
     except Exception as error:  # errors of safetensors and of torch
         message = f"{origin} is not a valid safetensors file ({_first_line(error)}); fetch it again"
         raise CheckpointError("not_a_checkpoint", message) from error

@@ -12,6 +12,8 @@ from model_zoo.weights.rivals import AVERAGED_KEYS, STATE_KEYS, find_rival, tens
 
 _MAX_DEPTH = 8
 _EXTRA_STATE = "_extra_state"
+# left by load_state_dict(assign=True): it would replace the tensors of a network by those of the file, of any kind
+_ASSIGN = "assign_to_params_buffers"
 
 
 def find_state_dict(
@@ -141,7 +143,11 @@ def _metadata(contents: Mapping[object, object]) -> dict[str, dict[str, object]]
     found = getattr(contents, "_metadata", None)
     if not isinstance(found, Mapping):
         return None
-    return {key: dict(value) for key, value in found.items() if isinstance(key, str) and isinstance(value, Mapping)}
+    return {
+        key: {name: item for name, item in value.items() if name != _ASSIGN}
+        for key, value in found.items()
+        if isinstance(key, str) and isinstance(value, Mapping)
+    }
 
 
 def describe(contents: object) -> str:

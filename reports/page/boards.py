@@ -15,17 +15,22 @@ from reports.statistics.gap_statistics import correlations
 from reports.statistics.sentences import describe, panel_caption
 from reports.tables.calibration import calibration_sentence, channel_name, errors, failed_calibration, verdict
 from reports.tables.table import Panel, contradicted, panels
-from reports.text import layer_place, plain_text, short_name
+from reports.text import format_eps, format_norm, layer_place, plain_text, short_name, shorten
 
 
 @dataclass(frozen=True)
 class Board:
-    """One estimator: calibration, leaderboard, contradicted models with the figures, correlations."""
+    """One estimator: calibration, leaderboard, contradicted models with the figures, correlations.
+
+    `headers` are the columns that its rows fill; `limits_none` is set where no valid row bounds the accuracy of heads.
+    """
 
     estimator: str
     quantity: str
     calibration: str
     failed: bool
+    limits_none: bool
+    headers: Sequence[Header]
     rows: Sequence[tuple[str, Sequence[Cell]]]
     refuted: Sequence[str]
     caption: str
@@ -36,12 +41,13 @@ class Board:
 class Setting:
     """The estimators of one data set, layer and threat, the default for ranking first.
 
-    `view` is its name as a view of the page; the `leading` one is shown first.
+    `view` is its name as a view of the page; the `leading` one is shown first; `facts` say what was audited, and how.
     """
 
     title: str
     view: str
     leading: bool
+    facts: str
     boards: Sequence[Board]
 
 
@@ -67,11 +73,11 @@ class Trial:
 
 def settings(frame: pd.DataFrame, calibration: Sequence[CalibrationRow]) -> list[Setting]:
     """Return the boards of a leaderboard, by setting."""
-    heads, alone = headers_of(frame), frame["model"].nunique() == 1
+    alone = frame["model"].nunique() == 1
     grouped = [(title, list(group)) for title, group in groupby(panels(frame), key=lambda panel: panel.setting)]
     leading = max(range(len(grouped)), key=lambda i: _importance(grouped[i][1]), default=0)
     return [
-        Setting(title, f"view-{i}", i == leading, [_board(panel, calibration, heads, alone=alone) for panel in group])
+        Setting(title, f"view-{i}", i == leading, _facts(group), [_board(p, calibration, alone=alone) for p in group])
         for i, (title, group) in enumerate(grouped)
     ]
 
@@ -92,9 +98,31 @@ def trials(calibration: Sequence[CalibrationRow]) -> list[Trial]:
     return [_trial(row) for row in sorted(calibration, key=lambda row: (place(row.estimator), channel_name(row)))]
 
 
-def _board(panel: Panel, calibration: Sequence[CalibrationRow], heads: Sequence[Header], *, alone: bool) -> Board:
+def _facts(group: Sequence[Panel]) -> str:
+    """Return what the tables of a setting are over: images, classes, layer, radius, seeds, and the named attack."""
+    rows = pd.concat([panel.rows for panel in group])
+    shared = rows[rows["status"].eq("valid")]
+    first = rows.iloc[0]
+
+    def listed(name: str) -> str:
+        return " or ".join(dict.fromkeys(plain_text(str(value)) for value in shared[name].dropna() if value))
+
+    classes = f" in {listed('num_classes')} classes" if listed("num_classes") else ""  # older records tell none
+    told = [
+        f"{listed('images')} images of {shorten(plain_text(first['dataset']), 80)}{classes}",
+        f"layer {shorten(plain_text(first['layer']), 80)}",
+        f"radius {format_norm(first['norm'])} {format_eps(first['eps'])} for pixels from 0 to 1",
+        f"seeds: {listed('seeds')}",
+    ]
+    attack = listed("attack")
+    named = f" Adversarial accuracy is measured under {attack}." if attack else ""
+    return f"{', '.join(told)}.{named}" if len(shared) else "No audit of this setting succeeded."
+
+
+def _board(panel: Panel, calibration: Sequence[CalibrationRow], *, alone: bool) -> Board:
     """Return one table; a model that is alone in its run has no correlations to caption."""
-    first = panel.rows.iloc[0]
+    first, heads = panel.rows.iloc[0], headers_of(panel.rows)
+    valid = panel.rows[panel.rows["status"].eq("valid")]
     rows = [cast(Row, row) for row in panel.rows.to_dict(orient="records")]
     refuted = [row for row, mark in zip(rows, contradicted(panel.rows), strict=True) if mark]
     claims = bool(panel.rows["ranks"].any())
@@ -104,6 +132,8 @@ def _board(panel: Panel, calibration: Sequence[CalibrationRow], heads: Sequence[
         quantity=plain_text(first["quantity"]),
         calibration=calibration_sentence(calibration, first["estimator"]),
         failed=failed_calibration(calibration, first["estimator"]),
+        limits_none=bool(len(valid)) and bool(valid["fano_accuracy_bound"].isna().all()),
+        headers=heads,
         rows=[
             ("unranked" if row["rank"] == "unranked" else "ranked", [head.cell(row) for head in heads]) for row in rows
         ],

@@ -69,12 +69,12 @@ def estimate(title: str, name: str, *, on_demand: bool = False) -> Header:
 
 
 def accuracy(title: str, name: str) -> Header:
-    """Return a column that shows a fraction; in a second line its 95 % interval, and for an encoder its head."""
+    """Return a column that shows a fraction; in lines under it its 95 % interval, and the head of an encoder."""
     head = name.replace("_accuracy", "_head")
 
     def shown(row: Row) -> tuple[str, str]:
         number, interval = _second(with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"]))
-        return number, f"{interval}, {plain_text(row[head])} head" if row.get(head) else interval
+        return number, f"{interval}\n{plain_text(row[head])} head" if row.get(head) else interval
 
     return _number_header(title, name, shown, False)
 
@@ -174,6 +174,10 @@ def _certificate(title: str, name: str, *, on_demand: bool = False) -> Header:
     return Header(title, cell, UNITS[name], KINDS[name], needs=name, on_demand=on_demand)
 
 
+def _share(title: str, name: str) -> Header:
+    return _number_header(title, name, lambda row: (with_error(row[name], None), ""), False)
+
+
 def _best_head(row: Row) -> Cell:
     name = "best_head_accuracy"
     return _number(row[name], (with_error(row[name], None), plain_text(row["best_head"])))
@@ -213,6 +217,8 @@ HEADERS = (
     accuracy("worst-case probe", "worst_probe_accuracy"),
     Header("best head", _best_head, "fraction", "measured", needs="best_head_accuracy"),
     _certificate("no head exceeds", "certified_bound"),
+    _share("proved to stay right", "proved_share"),
+    _share("not broken", "not_broken_share"),
     _certificate("no head exceeds, all images of their kind", "certified_bound_population", on_demand=True),
     Header("passes", _passes, "count", needs="passes"),
     Header("flags", _flags),

@@ -17,15 +17,15 @@ from reports.figures.all_figures import agreement_figure, calibration_figure
 from reports.page.boards import concords, settings, trials
 from reports.page.cells import headers_of
 from reports.page.drawings import spark
-from reports.page.explanations import explain, flag_name
 from reports.page.model_pages import anchors, model_pages
+from reports.page.opening import flagged, opening
 from reports.page.origin import versions
 from reports.page.pictures import Picture, picture, pictures
 from reports.page.side_by_side import Other, side_by_side
 from reports.statistics.sentences import family_order, summary
 from reports.tables.calibration import calibration_sentence, failed_calibration
 from reports.tables.ranking import leaderboard
-from reports.tables.table import split_flags, to_frame
+from reports.tables.table import to_frame
 from reports.text import plain_text, short_name, shorten
 
 _TEMPLATE = "report.html.j2"
@@ -50,6 +50,8 @@ def render_report(
     template = _environment().get_template(_TEMPLATE)
     pages, boards = model_pages(records, frame), settings(frame, calibration)
     links, views = anchors(pages), {board.title: board.view for board in boards}
+    counts, *findings = summary(frame)
+    leading = next((board.title for board in boards if board.leading), "")
     return template.render(
         policy=_policy(css, js),
         css=css,
@@ -57,7 +59,7 @@ def render_report(
         headers=headers_of(frame),
         alone=len(pages) == 1,
         origin=[*origin, *versions(records)],
-        summary=summary(frame),
+        summary=[counts, *opening(records, frame, leading), *findings],
         notices=[*_notices(records), *_uncalibrated(frame, calibration), *left],
         settings=boards,
         order=family_order(frame).to_dict(orient="records"),
@@ -66,14 +68,15 @@ def render_report(
         agreement=_optional("Agreement of estimators", agreement_figure(frame), _AGREEMENT),
         trials=trials(calibration),
         calibrated=_optional("Calibration", calibration_figure(calibration), _CALIBRATION),
-        flags=_flags(frame),
+        flags=flagged(frame),
         failures=_failures(frame),
         attacks=sorted({plain_text(attack) for attack in frame["attack"]}),
         models=pages,
         links=links,
         views=views,
         compared=side_by_side(records, other) if other else None,
-        certified=any(record.certified_bound is not None for record in records),
+        headed=any(record.adversarial_head or record.best_head for record in records),
+        certified=any(bound is not None for each in records for bound in (each.certified_bound, each.proved_share)),
     )
 
 
@@ -125,8 +128,8 @@ def _notices(records: Sequence[AuditRecord]) -> list[str]:
 
 
 _AGREEMENT = (
-    "Kendall's tau-b (estimate) of the RVs of every two estimators, with the number of models it is over; the table "
-    "under it says the same in words."
+    "Kendall's tau-b (estimate) of the RVs of every two estimators, with the number of models it is over; the lines "
+    "under it say the same in words."
 )
 _CALIBRATION = (
     "Estimate less truth (nats, measured) on channels whose information is known, normal and worst case; grey is the "
@@ -141,11 +144,6 @@ def _uncalibrated(frame: pd.DataFrame, calibration: Sequence[CalibrationRow]) ->
 
 def _optional(title: str, figure: Figure | None, words: str) -> Picture | None:
     return None if figure is None else picture(title, figure, words)
-
-
-def _flags(frame: pd.DataFrame) -> list[tuple[str, str]]:
-    told = {flag_name(flag): explain(flag) for cell in frame["flags"] for flag in split_flags(cell)}
-    return sorted(told.items())
 
 
 def _failures(frame: pd.DataFrame) -> list[tuple[str, str]]:

@@ -25,11 +25,11 @@ class Limit:
 
 @dataclass(frozen=True)
 class Place:
-    """One layer under one threat: accuracies and limits, and the checks of every attack."""
+    """One layer under one threat: accuracies and limits, and the checks of every attack with its estimators."""
 
     title: str
     limits: Sequence[Limit]
-    checks: Sequence[Sequence[CheckRow]]
+    checks: Sequence[tuple[str, Sequence[CheckRow]]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def places(records: Sequence[AuditRecord], titles: Mapping[str, str]) -> list[Pl
     """Return the accuracies, limits (fractions) and checks of one model, a place each; `titles` go by cell."""
     ordered = sorted(records, key=lambda record: (record.dataset, layer_place(record.layer), record.norm, record.eps))
     settings = _grouped(ordered, lambda record: titles[record.cell_id])
-    found = [Place(title, _limits(group), check_rows(group)) for title, group in settings]
+    found = [Place(title, _limits(group), _checks(group)) for title, group in settings]
     return [place for place in found if place.limits or place.checks]
 
 
@@ -87,6 +87,15 @@ def _threat(record: AuditRecord) -> str:
     return f"{short_name(record.dataset)}, {threat}, {plain_text(record.estimator)}"
 
 
+def _checks(records: Sequence[AuditRecord]) -> list[tuple[str, Sequence[CheckRow]]]:
+    """Return the checks of every attack, each with the names of the estimators whose audits share them."""
+    ordered = sorted(records, key=lambda record: estimator_place(record.estimator))
+    return [
+        (", ".join(dict.fromkeys(plain_text(r.estimator) for r in ordered if rows in check_rows([r]))), rows)
+        for rows in check_rows(ordered)
+    ]
+
+
 def _limits(records: Sequence[AuditRecord]) -> list[Limit]:
     """Return what was measured, what is estimated and what is certified, one row each, equal rows once."""
     rows = [row for record in records if record.valid for row in _measured(record)]
@@ -102,7 +111,8 @@ def _measured(record: AuditRecord) -> list[Limit]:
     rows = []
     for case, under in (("natural", ""), ("adversarial", f" under {plain_text(record.attack)}")):
         value, low, high = (number(getattr(record, f"{case}_accuracy{end}")) for end in ("", "_low", "_high"))
-        name = f"{case} accuracy{under}, {record.images} images"
+        head = plain_text(getattr(record, f"{case}_head"))
+        name = f"{case} accuracy{f' of the {head} head' if head else ''}{under}, {record.images} images"
         rows.append(Limit(name, "measured", with_interval(value, low, high), strip(value, interval=(low, high))))
     head = f"best head found ({plain_text(record.best_head)}), {record.images} images"
     return [*rows, _limit(head, "measured", record.best_head_accuracy)]
@@ -118,7 +128,10 @@ def _estimated(record: AuditRecord) -> list[Limit]:
 
 def _certified(record: AuditRecord) -> list[Limit]:
     tier = plain_text(record.certified_tier)
+    ledger = f"the network, under every attack in the ball, {record.images} images"
     return [
+        _limit(f"proved to stay right: {ledger}", "certified", record.proved_share),
+        _limit(f"not broken: {ledger}", "certified", record.not_broken_share),
         _limit(f"no head exceeds, {tier}, {record.images} images", "certified", record.certified_bound),
         _limit(f"no head exceeds, {tier}, all images of their kind", "certified", record.certified_bound_population),
     ]

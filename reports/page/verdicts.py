@@ -28,11 +28,12 @@ def verdict(records: Sequence[AuditRecord]) -> str:
     leading = max(valid, key=_importance)
     same = [record for record in valid if _setting(record) == _setting(leading)]
     threat = f"{format_norm(leading.norm)} {format_eps(leading.eps)}"
-    return f"Under {threat}, {_limit(same)}; {_kept(leading)}."
+    return f"Under {threat}, {_limit(same)}; {_proved(same)}{_kept(leading)}."
 
 
 def _importance(record: AuditRecord) -> tuple[bool, int, float]:
-    return record.certified_bound is not None, _ENDS.get(record.layer, 0), record.eps
+    certified = record.certified_bound is not None or record.proved_share is not None
+    return certified, _ENDS.get(record.layer, 0), record.eps
 
 
 def _setting(record: AuditRecord) -> tuple[str, str, str, float]:
@@ -58,6 +59,16 @@ def _limit(records: Sequence[AuditRecord]) -> str:
     return f"heads on {where} are not limited by what was estimated"
 
 
+def _proved(records: Sequence[AuditRecord]) -> str:
+    """Return the clause on what the network itself provably keeps; "" without a ledger of images."""
+    found = next((r for r in records if r.proved_share is not None and r.not_broken_share is not None), None)
+    if found is None:
+        return ""
+    low, high = (with_error(share or 0.0, None) for share in (found.proved_share, found.not_broken_share))
+    share = low if low == high else f"between {low} and {high}"
+    return f"{share} of the images stay right, proved ({found.images} images); "
+
+
 def _in_doubt(record: AuditRecord) -> str:
     """Return why the bound of a record must not be used; "" where nothing speaks against it."""
     if record.contradicted:
@@ -72,5 +83,8 @@ def _kept(record: AuditRecord) -> str:
     ends = [getattr(record, f"adversarial_accuracy_{end}") for end in ("low", "high")]
     low, high = (float("nan") if end is None else end for end in ends)
     how = "an upper bound: the attack failed a trust check" if FlagCode.UNTRUSTED in record.codes else "measured"
-    clean = "" if natural is None else f", {natural:.3f} without attack"
-    return f"its own answers keep {with_interval(adversarial, low, high)} under attack ({how}){clean}"
+    head = record.adversarial_head  # of an encoder, which has no answers of its own
+    other = f" ({plain_text(record.natural_head)})" if record.natural_head != head else ""  # heads may differ
+    clean = "" if natural is None else f", {natural:.3f} without attack{other}"
+    whose = f"the best linear head found ({plain_text(head)}) keeps" if head else "its own answers keep"
+    return f"{whose} {with_interval(adversarial, low, high)} under attack ({how}){clean}"

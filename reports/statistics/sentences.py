@@ -39,7 +39,7 @@ def summary(frame: pd.DataFrame) -> list[str]:
         return [counts]
     leading = frame[frame["estimator"].isin(names[:1])]
     by = f"By {plain_text(names[0])}: " if frame["estimator"].nunique() > 1 else ""
-    return [counts, by + order_sentence(leading), by + caption(leading)]
+    return [counts, by + order_sentence(leading), f"{by}RV against adversarial gap: {caption(leading)}"]
 
 
 def describe(correlation: Correlation) -> str:
@@ -74,8 +74,8 @@ def order_sentence(frame: pd.DataFrame) -> str:
     named = [f"{short_name(str(weaker))} against {short_name(str(stronger))}" for weaker, stronger in pairs]
     exceptions = f" (not: {'; '.join(named)})" if named else ""
     return (
-        f"{len(order) - len(failures)} of {plural(len(order), 'comparison')} hold: inside a family, the model trained "
-        f"for the smaller radius has the larger RV{exceptions}."
+        f"{len(order) - len(failures)} of {plural(len(order), 'comparison')} hold: inside a family, training for "
+        f"the larger radius leaves the smaller RV, standard training taken as radius 0{exceptions}."
     )
 
 

@@ -15,7 +15,10 @@ PROVENANCE = (FlagCode.UNPINNED, FlagCode.CODE_TRUSTED)
 """Flags that say where weights and code come from, and nothing about the numbers."""
 AUDITED_WITH = f"rvaudit {version('rvaudit')}"
 NOTE = "Accuracies are measured; nats, RV and the bound are estimates."
-_CERTIFIED = "A certified bound is proved on these images."
+_CERTIFIED = {
+    "certified bound": "A certified bound is proved on these images.",
+    "kept, proved": "Proved of these images: the network keeps at least the first share and at most the second.",
+}
 
 
 class ClosingTable(NamedTuple):
@@ -45,7 +48,7 @@ def closing_table(records: Iterable[AuditRecord]) -> ClosingTable:
         return ClosingTable((), [], [])
     columns = {name: [cell(record) for record in found] for name, cell in _COLUMNS.items()}
     filled = {name: cells for name, cells in columns.items() if any(cells)}
-    certified = [_CERTIFIED] if "certified bound" in filled else []
+    certified = [note for name, note in _CERTIFIED.items() if name in filled]
     rows = list(zip(*filled.values(), strict=True))
     return ClosingTable(tuple(filled), rows, [" ".join([NOTE, *certified]), *_verdicts(found), *_provenance(found)])
 
@@ -81,6 +84,11 @@ def _codes(record: AuditRecord, *, provenance: bool) -> list[str]:
     return [str(code) for code in codes if (code in PROVENANCE) == provenance]
 
 
+def _ledger(record: AuditRecord) -> str:
+    ends = (record.proved_share, record.not_broken_share)
+    return " to ".join(f"{share:.3f}" for share in ends if share is not None)
+
+
 _COLUMNS: Mapping[str, Callable[[AuditRecord], str]] = {
     "model": lambda record: short_name(record.model),
     "layer": lambda record: plain_text(record.layer),
@@ -92,6 +100,7 @@ _COLUMNS: Mapping[str, Callable[[AuditRecord], str]] = {
     "RV": _number("rv", 2),
     "Fano bound": _number("fano_accuracy_bound"),
     "certified bound": _number("certified_bound"),
+    "kept, proved": _ledger,
     "best head": _head,
     "natural": _number("natural_accuracy"),
     "adversarial": _number("adversarial_accuracy"),

@@ -65,6 +65,8 @@ _COLUMNS = (
     Column("certified_tier", "text", "what the same features means in the certificate"),
     Column("best_head", "text", "the best head found: own, or trained on the layer (slf, mlp, alf)"),
     _measured("best_head_accuracy", "fraction", "share it keeps under the attack"),
+    _certified("proved_share", "fraction", "share that no image in the ball makes the network misclassify, proved"),
+    _certified("not_broken_share", "fraction", "share without a known adversarial image; the accuracy is at most this"),
     _measured("natural_accuracy", "fraction", "share of the images answered rightly"),
     _measured("natural_accuracy_low", "fraction", "low end of its 95 % interval"),
     _measured("natural_accuracy_high", "fraction", "high end of its 95 % interval"),
@@ -90,10 +92,12 @@ COLUMNS = tuple(column.name for column in _COLUMNS)
 KINDS = {column.name: column.kind for column in _COLUMNS if column.kind}
 CERTIFICATE = tuple(name for name in COLUMNS if name.startswith(("certified_", "best_head")))
 """Columns that files leave out where no row has a certificate."""
+LEDGER = ("proved_share", "not_broken_share")
 PROBE = tuple(name for name in COLUMNS if name.startswith("worst_probe_"))
 HEADS = ("natural_head", "adversarial_head")
 OPTIONAL = (
     (CERTIFICATE, "certified_tier"),
+    (LEDGER, "proved_share"),
     (PROBE, "worst_probe_accuracy"),
     (("passes",), "passes"),
     (HEADS, "adversarial_head"),

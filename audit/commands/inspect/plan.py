@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def print_forecast(benchmark: BenchmarkConfig, folder: Path, sources: SourceOpti
 
     store = RecordStore(folder)
     known = finished(store.folder, store.present(), keep=benchmark.keep_images)
-    statuses = cell_statuses(benchmark, known, expand_ref)
+    statuses = cell_statuses(benchmark, known, partial(expand_ref, base=sources.base))
     from audit.commands.display import Display
     from audit.commands.resolve import run_options
     from audit.run.upkeep.model_forecasts import estimator_rates, model_forecasts

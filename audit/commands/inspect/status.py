@@ -1,6 +1,7 @@
 """The command `status`: progress of a run."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,11 +18,12 @@ def status_command(run: Path, as_json: bool) -> int:
     Example: rvaudit status runs/digits
     """
     from audit.run.upkeep.progress import FAILED, counts, run_statuses
+    from audit.run.upkeep.start_folders import start_folders
     from model_zoo.lookup import expand_ref
     from reports.tables.leftovers import leftover_sentences
     from reports.text import format_eps, plain_text
 
-    found = run_statuses(run, expand_ref)
+    found = run_statuses(run, partial(expand_ref, base=start_folders(run)))
     numbers = counts(found)
     if as_json:
         click.echo(json.dumps([each._asdict() for each in found]))

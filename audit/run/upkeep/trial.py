@@ -19,7 +19,7 @@ from model_zoo.model_types import LocatedModel
 def try_model(request: Request, options: RunOptions) -> Iterator[Finding]:
     """Yield the faults of a model or of all models that a pattern matches, each once, on the CPU."""
     try:
-        refs = expand_ref(request.ref)
+        refs = expand_ref(request.ref, options.sources.base)
     except AuditError as error:
         yield Finding("ref", error)
         return

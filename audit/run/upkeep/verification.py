@@ -153,6 +153,12 @@ def _bounds_shown(record: AuditRecord) -> Iterator[str]:
     certified, best = record.certified_bound, record.best_head_accuracy
     if certified is not None and best is not None and best > certified + _ROUNDING:
         yield f"its best head reaches {best}, above the certified bound {certified}"
+    proved, kept = record.proved_share, record.not_broken_share
+    if proved is not None and kept is not None and proved > kept + _ROUNDING:
+        yield f"its proved share {proved} is above {kept}, the share not broken"
+    measured = record.adversarial_accuracy
+    if proved is not None and measured is not None and measured < proved - _ROUNDING:
+        yield f"its adversarial accuracy {measured} is below {proved}, the share proved to stay right"
     worst, normal = _value(record.worst_nats), _value(record.normal_nats)
     margin = 2 * (_value(record.worst_nats_se) + _value(record.normal_nats_se))
     if record.contradicted:

@@ -294,3 +294,22 @@ def test_inputs_that_do_not_fit_are_refused():
         CertificateSettings(tier="bit-identical")
     with pytest.raises(UsageError, match=r"confidence 95.0 is not between 0 and 1"):
         CertificateSettings(confidence=95.0)
+
+
+def test_a_layer_whose_jacobian_costs_more_than_the_limit_is_not_tried_and_says_what_it_costs():
+    calls = []
+
+    def features(images):
+        calls.append(images.requires_grad)
+        return images.flatten(1) @ weight.to(images).T
+
+    weight = drawn(19, 36, low=-1.0, high=1.0)
+    clean, labels = drawn(4, 1, 6, 6), torch.arange(4) % 2
+    layer = DualPrecisionLayer(features, features)
+    for run in (certify, certify_held_out):
+        found = run(layer, clean, labels, Linf(0.1), CertificateSettings(jacobian_passes=9.0))
+        assert isinstance(found, NotApplicable)
+        assert found.reason.startswith("a single Jacobian of its 19 features costs 10 passes an image")
+        assert "more than the limit of 9, which --pair-passes inf lifts" in found.reason
+    assert not any(calls)  # no gradient was asked for
+    assert isinstance(certify(layer, clean, labels, Linf(0.1), CertificateSettings(jacobian_passes=10.0)), Certificate)

@@ -331,3 +331,14 @@ def _other_size(folder: Path) -> Path:
 
     np.savez(folder / "large.npz", images=np.zeros((4, 1, 9, 9), dtype=np.float32), labels=np.arange(4))
     return folder / "large.npz"
+
+
+def test_only_unlimited_passes_try_layers_of_every_width():
+    from math import inf
+
+    from audit.adversary.threat import Linf
+    from audit.studies.certification import CertificationRequest
+
+    asked = {"model": REF, "dataset": "digits", "layers": ("logits",), "threats": (Linf(0.1),)}
+    assert CertificationRequest(**asked).settings.certificate.jacobian_passes == 400
+    assert CertificationRequest(**asked, pair_passes=inf).settings.certificate.jacobian_passes == inf

@@ -157,3 +157,25 @@ def test_rejects_a_network_without_gradient():
 def test_rejects_illegal_settings(setting, message):
     with pytest.raises(UsageError, match=message):
         LabelInformation(**setting)
+
+
+def sample_of(count, classes):
+    labels = torch.arange(count) % classes
+    return EstimatorInputs(
+        lambda images: Encoded(images.flatten(1), images.new_empty(len(images), 0)),
+        torch.rand(count, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
+        labels,
+    )
+
+
+@pytest.mark.parametrize(("count", "classes"), [(100, 100), (59, 30), (7, 4)])
+def test_fewer_than_two_images_a_class_are_refused(count, classes):
+    with pytest.raises(UsageError, match=f"{count} images of {classes} classes are fewer than 2 a class"):
+        QUICK.normal(sample_of(count, classes), 0)
+
+
+@pytest.mark.parametrize(("count", "classes", "flagged"), [(39, 2, True), (40, 2, False), (57, 3, True)])
+def test_fewer_than_twenty_images_a_class_are_flagged_in_both_cases(count, classes, flagged):
+    found = QUICK.vulnerability(sample_of(count, classes), Linf(0.1), 0)
+    for case in (found.normal, found.worst):
+        assert any(flag.startswith("few_images") for flag in case.flags) is flagged

@@ -4,6 +4,7 @@ import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from filelock import FileLock
 from audit.adversary.label_attack import LabelAttack, two_losses
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import L2, Linf
+from audit.certificate.collision_search import SearchEffort
+from audit.certificate.layers import CertificationSettings
+from audit.certificate.settings import CertificateSettings
 from audit.config.settings import AuditSettings
 from audit.config.yaml_source import read_config
 from audit.errors import EnvironmentFault, IntegrityError, UsageError
@@ -34,7 +38,8 @@ from audit.storage import digest
 from model_zoo.images.datasets import ImageRequest, load_images
 from model_zoo.load import identify, load_model
 from reports.cli import main
-from reports.tables.columns import CERTIFICATE
+from reports.page.verdicts import verdict
+from reports.tables.columns import CERTIFICATE, LEDGER
 from reports.tables.ranking import write_leaderboard
 
 REF = "bundled:digits-vgg-robust"
@@ -405,12 +410,50 @@ def test_estimators_share_a_certificate(tmp_path: Path, monkeypatch: pytest.Monk
     table = pd.read_csv(path)
     assert set(CERTIFICATE) <= set(table.columns)
     assert not table[list(CERTIFICATE)].isna().any().any()
+    assert not set(LEDGER) & set(table.columns)
+
+
+LEDGERED = """\
+name: ledgered
+dataset: digits
+images: 50
+models: [bundled:digits-baseline-h-robust]
+layers: [logits]
+threats: {norm: linf, eps: 0.01}
+estimators: [{name: label-level, steps: 2}]
+seeds: [0]
+attack: {steps: 2}
+certificate: {ledger: true}
+"""
+
+
+def test_a_ledger_reaches_the_record_the_leaderboard_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # neither collisions nor trained heads are what is tested
+    quick = partial(CertificateSettings, effort=SearchEffort(hubs=0, neighbours=0))
+    monkeypatch.setattr(model_results, "CertificateSettings", quick)
+    monkeypatch.setattr(model_results, "CertificationSettings", partial(CertificationSettings, measured=("own",)))
+    (tmp_path / "b.yaml").write_text(LEDGERED)
+    (record,) = run(expand(read_config(tmp_path / "b.yaml")), tmp_path / "run")
+    row = record.details["certificate"]
+    assert record.proved_share == row["proved"] > 0
+    assert record.not_broken_share == (50 - round(50 * row["broken"])) / 50 < 1
+    assert record.adversarial_accuracy is not None
+    assert record.proved_share <= record.adversarial_accuracy <= record.not_broken_share
+    assert record.proved_share < record.not_broken_share
+    assert record.passes is not None
+    assert record.passes > row["passes"] + row["attack_passes"] + row["ledger_passes"] > row["ledger_passes"] > 0
+    (path, *_) = write_leaderboard(tmp_path / "run")
+    assert pd.read_csv(path).loc[0, list(LEDGER)].tolist() == [record.proved_share, record.not_broken_share]
+    between = f"between {record.proved_share:.3f} and {record.not_broken_share:.3f} of the images stay right, proved"
+    assert f"; {between} (50 images); " in verdict([record])
 
 
 def test_without_a_certificate_records_have_no_trace_of_it(small: Path) -> None:
     (record, *_) = RecordStore(small / "run")
     assert "certificate" not in record.details["identity"]["settings"]
-    assert not set(CERTIFICATE) & set(pd.read_csv(small / "run" / "leaderboard.csv").columns)
+    assert not {*CERTIFICATE, *LEDGER} & set(pd.read_csv(small / "run" / "leaderboard.csv").columns)
 
 
 def test_the_failures_of_two_estimators_are_two_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

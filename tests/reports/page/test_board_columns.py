@@ -46,6 +46,16 @@ def test_columns_that_no_row_fills_are_left_out(zoo):
     assert "worst-case probe" in heads([full(zoo[0]), zoo[1]])
 
 
+def test_both_ends_of_the_ledger_are_columns_after_the_bound_on_heads(zoo):
+    records = [full(zoo[0], proved_share=0.315, not_broken_share=0.495), zoo[1]]
+    titles = heads(records)
+    start = titles.index("no head exceeds")
+    assert titles[start:] == ["no head exceeds", "proved to stay right", "not broken", "passes", "flags"]
+    text = render_report(records)
+    assert "<span>0.315</span>" in text
+    assert "<span>0.495</span>" in text
+
+
 def test_cells_show_the_value_and_its_error_under_it(zoo):
     text = render_report([full(zoo[0])])
     assert "<span>0.410 <small>[0.380, 0.440]</small></span>" in text

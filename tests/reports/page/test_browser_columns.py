@@ -26,7 +26,8 @@ SATURATED = "the estimate says little but the number of images"
 def full(records):
     made = {"certified_bound_population": 0.5, "best_head": "alf", "best_head_accuracy": 0.3, "passes": 1_234_567}
     probe = {"worst_probe_accuracy": 0.41, "worst_probe_accuracy_low": 0.38, "worst_probe_accuracy_high": 0.44}
-    return [replace(record, **made, **probe) for record in records]
+    heads = {"natural_head": "slf", "adversarial_head": "alf"}
+    return [replace(record, **made, **probe, **heads) for record in records]
 
 
 def where(browser, selector):

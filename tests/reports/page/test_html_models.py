@@ -54,6 +54,14 @@ def test_limits_stand_beside_the_accuracies_by_kind(zoo):
     assert "proved, 500 images" in found.limits[5].name
 
 
+def test_both_ends_of_the_ledger_stand_among_the_limits(zoo):
+    (found,) = pages_of([replace(zoo[0], proved_share=0.25, not_broken_share=0.5)])[0].places
+    proved, kept = [row for row in found.limits if row.kind == "certified"]
+    assert (proved.text, proved.strip.at, kept.text, kept.strip.at) == ("0.250", "42.5", "0.500", "80.0")
+    assert proved.name.startswith("proved to stay right")
+    assert kept.name.startswith("not broken")
+
+
 def test_what_estimators_share_is_told_once(suite):
     records = [replace(record, checks=(CHECK,)) for record in suite(models=1, estimators=["sandwich", "label-level"])]
     (found,) = pages_of(records)[0].places
@@ -131,7 +139,8 @@ def test_pairs_that_are_none_make_no_line(zoo, pairs):
 def test_checks_say_level_outcome_figure_and_criterion(zoo):
     skipped = {**CHECK, "passed": None, "figure": None, "reason": "no gradient", "level": "note"}
     record = replace(zoo[0], checks=(CHECK, skipped, {"name": "bare"}))
-    rows = pages_of([record])[0].places[0].checks[0]
+    names, rows = pages_of([record])[0].places[0].checks[0]
+    assert names == "mine"
     assert [(row.outcome, row.figure, row.level) for row in rows[:2]] == [
         ("failed", "0.25", "trust"),
         ("does not apply", "–", "note"),
@@ -159,6 +168,8 @@ def test_certified_is_claimed_only_where_a_certificate_is(zoo):
     text = render_report([replace(zoo[0], certified_bound=0.5)])
     assert "Nothing in this report is certified" not in text
     assert "no head on the layer can exceed" in text
+    proved = render_report([replace(zoo[0], proved_share=0.25, not_broken_share=0.5)])
+    assert "Nothing in this report is certified" not in proved
 
 
 def test_a_model_adds_a_bounded_number_of_bytes_however_long_its_record(zoo):

@@ -24,6 +24,17 @@ def test_a_certified_bound_comes_before_an_estimated_one(record):
     assert verdict([record, certified]) == said + KEPT
 
 
+def test_a_ledger_of_images_says_what_the_network_provably_keeps(record):
+    proved = replace(record, proved_share=0.31, not_broken_share=0.495)
+    said = "; between 0.310 and 0.495 of the images stay right, proved (500 images); "
+    assert said + KEPT in verdict([record, proved])
+    decided = verdict([replace(record, proved_share=0.0, not_broken_share=0.0)])
+    assert "; 0.000 of the images stay right, proved (500 images); " in decided
+    assert "proved" not in verdict([record])
+    deep = replace(record, layer="features.3", proved_share=0.1, not_broken_share=0.2)
+    assert verdict([record, deep]).startswith("Under ℓ∞ 8/255, no head on the layer features.3")
+
+
 def test_an_estimated_bound_is_named_as_one(record):
     said = f"{START} should exceed 0.420 (estimated bound, exact Fano, label-information); "
     assert verdict([record]) == said + KEPT

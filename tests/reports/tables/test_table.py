@@ -119,10 +119,12 @@ def test_flags_survive_their_separator(zoo):
     assert split_flags(frame["flags"][0]) == ["saturated, badly", "noisy"]
 
 
-def test_only_the_certificate_is_called_certified():
+def test_only_the_certificate_and_the_ledger_are_called_certified():
     assert {name for name, kind in KINDS.items() if kind == "certified"} == {
         "certified_bound",
         "certified_bound_population",
+        "proved_share",
+        "not_broken_share",
     }
     assert set(KINDS.values()) == {"certified", "estimate", "measured"}
     assert KINDS["rv"] == KINDS["adversarial_accuracy_bound"] == "estimate"

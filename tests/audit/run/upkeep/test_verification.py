@@ -117,6 +117,11 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "data": (lambda data: data["details"].update(data_sha256="0"), "data_sha256 is not that"),
     "a failure with numbers": (lambda data: data.update(status="failed"), "failed, but has an rv"),
     "certificate": (lambda data: data.update(certified_bound=0.1, best_head_accuracy=0.5), "above the certified bound"),
+    "ledger": (lambda data: data.update(proved_share=0.6, not_broken_share=0.5), "is above 0.5, the share not broken"),
+    "ledger and attack": (
+        lambda data: data.update(proved_share=data["adversarial_accuracy"] + 1 / 60, not_broken_share=1.0),
+        "the share proved to stay right",
+    ),
 }
 
 
