@@ -78,14 +78,14 @@ class ProbeGame:
         best = self.reader.read(self.field.clean, clean, CLEAN)
         for origin, images in starts.items():
             best = _better(best, self.reader.at(images, origin))
-        own_starts = CARRIED not in starts and only != PLAYED
-        if own_starts and only in (None, PUSHED) and not self._nothing_left(best.nats):
+        own_starts, any_search = CARRIED not in starts, only in (None, CARRIED)
+        if own_starts and (any_search or only == PUSHED) and not self._nothing_left(best.nats):
             best = _better(best, self._pushed(clean))
         merged = best
-        if own_starts and only in (None, MERGED) and not self._nothing_left(best.nats):
+        if own_starts and (any_search or only == MERGED) and not self._nothing_left(best.nats):
             merged = self._merged(clean)
         curve = [self._point(best)]
-        if only in (None, CARRIED, PLAYED) and not self._nothing_left(min(best.nats, merged.nats)):
+        if (any_search or only == PLAYED) and not self._nothing_left(min(best.nats, merged.nats)):
             # not from the merged images, which neighbours of one class surround: the game stalls there
             best = self._play(best, curve)
         slope = self._slope(curve)

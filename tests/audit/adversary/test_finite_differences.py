@@ -153,8 +153,8 @@ def test_names_and_versions_depend_on_the_norm():
     assert AUDIT.name == AUDIT.name_in("linf")
     assert "+noise-100+differences-300" in AUDIT.name_in("l2")
     assert AUDIT.version_in("linf") == AUDIT.version
-    assert AUDIT.version_in("l2") == AUDIT.version + 2
-    assert AUDIT.version_in("l1") == AUDIT.version + 3
+    assert AUDIT.version_in("l2") == AUDIT.version + 3
+    assert AUDIT.version_in("l1") == AUDIT.version + 4
     assert LabelAttack(AUDIT.stages).version_in("l2") == AUDIT.version
     assert LabelAttack(AUDIT.stages).version_in("l1") == AUDIT.version + 1
     assert LabelAttack(queries=9).version_in("l1") == AUDIT.version + 1

@@ -11,7 +11,7 @@ from audit.studies import recipes
 from audit.studies.recipes import DigitsRecipe
 from audit.studies.recipes import digits as digits_recipes
 from reports.cli import main
-from reports.tables.columns import CERTIFICATE, HEADS, PROBE
+from reports.tables.columns import CERTIFICATE, HEADS, LEDGER, PROBE
 from reports.tables.table import COLUMNS
 
 REF = "bundled:digits-vgg-robust"
@@ -32,7 +32,8 @@ def test_an_audit_prints_one_json_array_and_nothing_else(
     (folder,) = (tmp_path / "runs").iterdir()
     header = (folder / "leaderboard.csv").read_text().splitlines()[0].split(",")
     assert list(rows[0]) == list(COLUMNS)
-    assert header[1:] == [name for name in COLUMNS if name not in (*CERTIFICATE, *PROBE, *HEADS)]  # none was fitted
+    absent = (*CERTIFICATE, *LEDGER, *PROBE, *HEADS)  # none was computed or fitted
+    assert header[1:] == [name for name in COLUMNS if name not in absent]
     assert header[0] == "rank"
     assert folder.name.startswith("digits-vgg-robust-")
     assert main(["audit", REF, *QUICK, "--layer", "logits", "--layer", "input"]) == 0

@@ -27,7 +27,7 @@ from audit.run.assembly import _curve, over_seeds
 from audit.run.network_audit import audit_network
 from audit.run.upkeep.verification import check_record
 from audit.theory import information_floor
-from reports.tables.columns import CERTIFICATE, HEADS
+from reports.tables.columns import CERTIFICATE, HEADS, LEDGER
 
 QUICK = AuditSettings(
     estimator=Mine(
@@ -94,7 +94,7 @@ def check(record, threat, layer, images=200, classes=10):
     """Check what holds for every record."""
     missing = {f.name for f in fields(record) if getattr(record, f.name) in (None, "")} - {"reason"}
     # no certificate was requested, a critic is no classifier, and the network has one of its own
-    assert missing == {*CERTIFICATE, *PROBES, *HEADS} | (missing & {"floor_nats"})
+    assert missing == {*CERTIFICATE, *LEDGER, *PROBES, *HEADS} | (missing & {"floor_nats"})
     assert record.valid
     assert (record.norm, record.eps, record.layer) == (threat.norm, threat.eps, layer)
     assert (record.images, record.num_classes) == (images, classes)

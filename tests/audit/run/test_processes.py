@@ -183,9 +183,12 @@ def test_jobs_cannot_be_combined_with_ray(cells, tmp_path):
 
 def test_the_default_number_of_processes(cells, tmp_path, monkeypatch):
     asked: list[int] = []
-    monkeypatch.setattr(
-        "audit.commands.execution.run", lambda *words: asked.append(words[-1].count if words[-1] else 1)
-    )
+
+    def counting(*words: Any) -> list[AuditRecord]:
+        asked.append(words[-1].count if words[-1] else 1)
+        return []
+
+    monkeypatch.setattr("audit.commands.execution.run", counting)
     monkeypatch.setattr(audit.run.processes, "cores", lambda: 2)
     long = [replace(cell, images=None) for cell in cells]
     assert 0 < model_bytes(cells[0].ref, "digits", RunOptions()) < 1e9
