@@ -79,3 +79,13 @@ def test_apt_installs_a_browser(tmp_path):
 def test_a_failure_of_apt_is_the_reason(tmp_path, step):
     script = f"case $* in *{step}*) echo W: noise; echo 'E: no route to {step}' >&2; exit 100;; esac"
     assert install(tmp_path, apt_get=script, sudo=SUDO) == f"no Chromium: apt-get failed: E: no route to {step}\n"
+
+
+def test_a_test_that_fails_as_marked_is_not_skipped(tmp_path):
+    case = '<testcase classname="t" name="n"><skipped type="pytest.xfail" message="keeps its distance"/></testcase>'
+    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+    (tmp_path / "expected").write_text("")
+    (tmp_path / "chromium").write_text("Chromium: x")
+    files = [tmp_path / name for name in ("tests.xml", "expected", "chromium")]
+    done = subprocess.run([sys.executable, CI / "skips.py", *files], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "0 tests skipped, 0 of them not expected\n")
