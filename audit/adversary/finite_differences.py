@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from audit.adversary.label_attack import margin
 from audit.adversary.passes import Batches, outputs_of
-from audit.adversary.threat import ThreatModel
+from audit.adversary.threat import ThreatModel, per_image
 from audit.errors import UsageError
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Images, Labels, as_images, as_labels, standard_torch_state
@@ -107,7 +107,7 @@ class _QueryDescent:
             move = moved - images
             slope = change / move.flatten(1).square().sum(1).clamp_min(1e-30)
             # ignore directions with a non-finite output
-            self.gradient[index] += _per_image(slope.nan_to_num(0.0, 0.0, 0.0), move) * move
+            self.gradient[index] += per_image(slope.nan_to_num(0.0, 0.0, 0.0), move) * move
 
     def move(self) -> None:
         """Step to the minimum of the linearised margin, or a part of the way after a step that increased the margin."""
@@ -116,7 +116,7 @@ class _QueryDescent:
         target = clean
         for _ in range(_PROJECTED_STEPS):
             target = self.threat.step(target, self.gradient[index], clean, _STEP_LENGTH * self.threat.eps)
-        moved = self.threat.project(images + _per_image(self.step_share[index], images) * (target - images), clean)
+        moved = self.threat.project(images + per_image(self.step_share[index], images) * (target - images), clean)
         margins = self._margins(moved, index)
         better = ~(margins >= self.margins[index])
         self.step_share[index] *= torch.where(better, 2.0, 0.5)
@@ -133,7 +133,7 @@ class _QueryDescent:
         scale = min(_STEP * self.threat.eps / length, _LARGEST_CHANGE / float(direction.abs().max()))
         up, down = ((images + sign * scale * direction).clamp(*self.threat.pixel_range) for sign in (1, -1))
         room = [(side - images).flatten(1).norm(dim=1) for side in (up, down)]
-        return torch.where(_per_image(room[0] >= room[1], images), up, down)
+        return torch.where(per_image(room[0] >= room[1], images), up, down)
 
     def _margins(self, images: Images, index: Tensor) -> Tensor:
         self.forwards += len(images)
@@ -186,7 +186,3 @@ def _cosines(length: int) -> Tensor:
 
 def _pixels(places: Tensor, height: int, width: int) -> Tensor:
     return torch.nn.functional.one_hot(places, height * width).float().view(-1, height, width)
-
-
-def _per_image(values: Tensor, images: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (images.dim() - 1))

@@ -49,7 +49,7 @@ class ThreatModel(ABC):
         Legal images are returned bit for bit.
         """
         legal = self.distance(images, clean) <= self.eps
-        kept = torch.where(_per_image(legal, images), images, self._nearest(images, clean))
+        kept = torch.where(per_image(legal, images), images, self._nearest(images, clean))
         return kept.clamp(*self.pixel_range)
 
     def step(self, images: Images, gradient: Tensor, clean: Images, size: float) -> Images:
@@ -84,7 +84,7 @@ class ThreatModel(ABC):
         inside, slack = clean + delta, 1e-6
         # clean + delta rounds and may leave the ball, so that a second projection would move the image again
         while (outside := self.distance(inside, clean) > self.eps).any():
-            inside = torch.where(_per_image(outside, images), clean + delta * max(0.0, 1 - slack), inside)
+            inside = torch.where(per_image(outside, images), clean + delta * max(0.0, 1 - slack), inside)
             slack *= 4
         return inside
 
@@ -147,8 +147,8 @@ class L2(ThreatModel):
         """Return the gradient divided by its length; zero stays zero."""
         peak = gradient.flatten(1).abs().amax(1)
         # divide by the largest entry first: squares of tiny gradients (1e-25) underflow, those of large ones overflow
-        scaled = gradient / _per_image(torch.where(peak > 0, peak, 1.0), gradient)
-        return scaled / _per_image(scaled.flatten(1).norm(dim=1).clamp_min(1.0), gradient)
+        scaled = gradient / per_image(torch.where(peak > 0, peak, 1.0), gradient)
+        return scaled / per_image(scaled.flatten(1).norm(dim=1).clamp_min(1.0), gradient)
 
     def _shrink(self, delta: Tensor) -> Tensor:
         length = delta.norm(dim=1, keepdim=True)
@@ -183,7 +183,7 @@ class L1(ThreatModel):
         legal = self.distance(clamped, clean) <= self.eps
         if legal.all():
             return clamped
-        return torch.where(_per_image(legal, images), clamped, self._nearest(images, clean)).clamp(*self.pixel_range)
+        return torch.where(per_image(legal, images), clamped, self._nearest(images, clean)).clamp(*self.pixel_range)
 
     def distance(self, images: Images, clean: Images) -> Tensor:
         """Return the sum of absolute pixel changes per image, (N,)."""
@@ -260,5 +260,6 @@ def threat_model(norm: str, eps: float) -> ThreatModel:
     return THREATS[norm.lower()](eps)
 
 
-def _per_image(values: Tensor, images: Tensor) -> Tensor:
+def per_image(values: Tensor, images: Tensor) -> Tensor:
+    """Return values (N,) as a tensor (N, 1, 1, 1) that images (N, C, H, W) can be multiplied by."""
     return values.view(-1, *[1] * (images.dim() - 1))

@@ -45,6 +45,13 @@ radii_option = click.option(
 images_option = click.option(
     "--images", type=click.IntRange(1), default=None, help="Number of images, from the first. [all]"
 )
+
+
+def count_option(text: str) -> Option:
+    """Return the option of a number of images, which is also spelled `--count`."""
+    return click.option("--images", "--count", "count", type=click.IntRange(1), default=None, help=text)
+
+
 balanced_option = click.option(
     "--balanced", is_flag=True, help="Take equally many images of each class instead of the first."
 )

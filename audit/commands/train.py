@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from audit.commands.options import FOLDER, grouped_options, json_option
+from audit.commands.options import FOLDER, count_option, grouped_options, json_option
 from audit.errors import UsageError
 
 
@@ -28,14 +28,7 @@ class TrainingOptions:
     "options",
     TrainingOptions,
     click.option("--dataset", default=None, help="For guess-first recipes: a data set, such as parquet:PATH. [digits]"),
-    click.option(
-        "--images",
-        "--count",
-        "count",
-        type=click.IntRange(1),
-        default=None,
-        help="For guess-first recipes: images. [all]",
-    ),
+    count_option("For guess-first recipes: images. [all]"),
     click.option("--epochs", type=int, default=None, help="For guess-first recipes. [200]"),
     click.option("--seed", type=click.IntRange(0), default=None, help="For guess-first recipes. [0]"),
 )

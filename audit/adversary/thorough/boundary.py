@@ -4,14 +4,12 @@ A descent inside the ball follows gradients near the clean image. Networks train
 adversarial image in l2 lies behind, and a walk reaches it from the other side of the boundary.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from audit.adversary.passes import Batches, input_gradient
 from audit.adversary.pgd import CLEAN_STEP, PGD, SearchResult, merged, restricted
-from audit.adversary.threat import ThreatModel
+from audit.adversary.thorough.stepwise import StepwiseSearch
+from audit.adversary.threat import ThreatModel, per_image
 from audit.types import Images, Objective, ObjectiveValue
 
 _LEAST_NOISE, _MOST_NOISE = 0.2, 0.8  # standard deviation of a start, in pixel ranges
@@ -66,35 +64,24 @@ def boundary_walk(objective: Objective, clean: Images, start: Images, threat: Th
     Source: Croce & Hein 2020, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack",
     algorithm 1 (the starts are ours).
     """
-    walk, batches, passes = _Walk(objective, clean, start, threat), Batches(pgd.batch_size), 0
-    for step in range(pgd.steps):
-        left = (~walk.done).nonzero().flatten()
-        if len(left) == 0:
-            break
-        batches.run(partial(walk.advance, step), left)
-        passes += len(left)
-    left = (~walk.done).nonzero().flatten()
-    if len(left):
-        batches.run(partial(walk.finish, pgd.steps), left)
-    images = torch.where(walk.distance.isfinite().view(-1, 1, 1, 1), walk.nearest, walk.images)
-    return SearchResult(images, walk.distance, walk.done, walk.step, passes, len(left))
+    walk = _Walk(objective, clean, start, threat)
+    passes, forwards = walk.run(pgd)
+    images = torch.where(per_image(walk.distance.isfinite(), clean), walk.nearest, walk.images)
+    return SearchResult(images, walk.distance, walk.done, walk.step, passes, forwards)
 
 
-class _Walk:
+class _Walk(StepwiseSearch):
     """State of a walk: the current images, and the nearest adversarial ones with their distances."""
 
     def __init__(self, objective: Objective, clean: Images, start: Images, threat: ThreatModel) -> None:
         self.objective, self.clean, self.images, self.threat = objective, clean, start.clone(), threat
         self.nearest, self.distance, self.done, self.step = unsearched(clean)[:4]
 
-    def advance(self, step: int, index: Tensor) -> Tensor:
+    def _advance(self, step: int, index: Tensor) -> Tensor:
         """Step towards the boundary for images of indices (A,), and back towards the clean image beyond it."""
-        leaf = self.images[index].requires_grad_()
-        found = self.objective(leaf, index)
-        gradient, images, clean = input_gradient(found.value.sum(), leaf), leaf.detach(), self.clean[index]
-        found = ObjectiveValue(found.value.detach(), found.done)
+        (images, found, gradient), clean = self._evaluated(index), self.clean[index]
         beyond = self._observe(step, images, index, found)
-        origin = torch.where(_per_image(beyond, images), clean + _BACKWARD * (images - clean), images)
+        origin = torch.where(per_image(beyond, images), clean + _BACKWARD * (images - clean), images)
         targets, lengths = [], []
         for point in (origin, clean):
             value = found.value + ((point - images) * gradient).flatten(1).sum(1)
@@ -103,15 +90,8 @@ class _Walk:
             lengths.append(move.flatten(1).norm(dim=1))
         # the nearer the walk is to the boundary, the less it turns to the clean image
         weight = (lengths[0] / (lengths[0] + lengths[1]).clamp_min(1e-30)).clamp_max(_TOWARDS_CLEAN)
-        moved = targets[0] + _per_image(weight, images) * (targets[1] - targets[0])
+        moved = targets[0] + per_image(weight, images) * (targets[1] - targets[0])
         self.images[index] = moved.clamp(*self.threat.pixel_range)
-        return index
-
-    @torch.no_grad()
-    def finish(self, step: int, index: Tensor) -> Tensor:
-        """Evaluate the last images of indices (A,)."""
-        images = self.images[index]
-        self._observe(step, images, index, self.objective(images, index))
         return index
 
     def _observe(self, step: int, images: Images, index: Tensor, found: ObjectiveValue) -> Tensor:
@@ -132,7 +112,7 @@ def nearest_on_plane(points: Images, values: Tensor, gradients: Tensor, pixel_ra
     """
     low, high = pixel_range
     rows = points.flatten(1)
-    normal = (-gradients * _per_image(values.sign(), gradients)).flatten(1)
+    normal = (-gradients * per_image(values.sign(), gradients)).flatten(1)
     room = torch.where(normal > 0, high - rows, rows - low)
     peak = normal.abs().amax(1, keepdim=True).clamp_min(torch.finfo(normal.dtype).tiny)
     size, goal = normal.abs() / peak, values.abs()[:, None] / peak  # squares of tiny gradients underflow
@@ -149,7 +129,3 @@ def nearest_on_plane(points: Images, values: Tensor, gradients: Tensor, pixel_ra
         multiplier = multiplier + change
     move = torch.minimum(multiplier * size, room)
     return (rows + normal.sign() * move).clamp(low, high).view_as(points)
-
-
-def _per_image(values: Tensor, images: Images) -> Tensor:
-    return values.view(-1, *[1] * (images.dim() - 1))

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from audit.adversary.passes import Batches, input_gradient
 from audit.adversary.pgd import PGD, SearchResult, merged, restricted, without_early_stopping
 from audit.adversary.thorough.boundary import boundary_walk, noisy_start, unsearched
-from audit.adversary.threat import L1
+from audit.adversary.thorough.stepwise import StepwiseSearch
+from audit.adversary.threat import L1, per_image
 from audit.types import Images, Objective, ObjectiveValue
 
 _BALLS = ((3.0, 0.3), (2.0, 0.3))  # radii in multiples of eps, and shares of the steps
@@ -103,20 +102,12 @@ def sparse_descent(objective: Objective, clean: Images, start: Images, threat: L
 
     Source: Croce & Hein 2021, "Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers", section 3.
     """
-    descent, batches, passes = _Descent(objective, clean, start, threat), Batches(pgd.batch_size), 0
-    for step in range(pgd.steps):
-        left = (~descent.done).nonzero().flatten()
-        if len(left) == 0:
-            break
-        batches.run(partial(descent.advance, step), left)
-        passes += len(left)
-    left = (~descent.done).nonzero().flatten()
-    if len(left):
-        batches.run(partial(descent.finish, pgd.steps), left)
-    return SearchResult(descent.best, descent.value, descent.done, descent.step, passes, len(left))
+    descent = _Descent(objective, clean, start, threat)
+    passes, forwards = descent.run(pgd)
+    return SearchResult(descent.best, descent.value, descent.done, descent.step, passes, forwards)
 
 
-class _Descent:
+class _Descent(StepwiseSearch):
     """State of a descent: current and best images, the gradient at the best ones, lengths of steps, pixels changed."""
 
     def __init__(self, objective: Objective, clean: Images, start: Images, threat: L1) -> None:
@@ -129,26 +120,17 @@ class _Descent:
         self.changed = torch.where(changed > 0, changed, float(size))
         self.length = torch.full_like(self.value, threat.eps)
 
-    def advance(self, step: int, index: Tensor) -> Tensor:
+    def _advance(self, step: int, index: Tensor) -> Tensor:
         """Evaluate the images of indices (A,) and take one step."""
-        leaf = self.images[index].requires_grad_()
-        found = self.objective(leaf, index)
-        gradient, images, clean = input_gradient(found.value.sum(), leaf), leaf.detach(), self.clean[index]
-        better = self._observe(step, images, index, ObjectiveValue(found.value.detach(), found.done))
+        (images, found, gradient), clean = self._evaluated(index), self.clean[index]
+        better = self._observe(step, images, index, found)
         self.gradient[index[better]] = gradient[better]
         if step > 0:
             restarted = self._adapt(index)
-            images = torch.where(restarted.view(-1, 1, 1, 1), self.best[index], images)
-            gradient = torch.where(restarted.view(-1, 1, 1, 1), self.gradient[index], gradient)
+            images = torch.where(per_image(restarted, images), self.best[index], images)
+            gradient = torch.where(per_image(restarted, images), self.gradient[index], gradient)
         direction = self._largest(gradient, images, self.count[index])
-        self.images[index] = self.threat.project(images - self.length[index].view(-1, 1, 1, 1) * direction, clean)
-        return index
-
-    @torch.no_grad()
-    def finish(self, step: int, index: Tensor) -> Tensor:
-        """Evaluate the last images of indices (A,)."""
-        images = self.images[index]
-        self._observe(step, images, index, self.objective(images, index))
+        self.images[index] = self.threat.project(images - per_image(self.length[index], images) * direction, clean)
         return index
 
     def _observe(self, step: int, images: Images, index: Tensor, found: ObjectiveValue) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from audit.commands.options import FOLDER, data_dir_option, grouped_options
+from audit.commands.options import FOLDER, count_option, data_dir_option, grouped_options
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,7 @@ class GuessFirstOptions:
     click.option(
         "--epochs", type=click.IntRange(1, 200), default=40, show_default=True, help="Epochs; the paper trains for 200."
     ),
-    click.option(
-        "--images",
-        "--count",
-        "count",
-        type=click.IntRange(1),
-        default=None,
-        help="Held-out images, from the first. [all]",
-    ),
+    count_option("Held-out images, from the first. [all]"),
     click.option(
         "--attack-images",
         type=click.IntRange(1),
