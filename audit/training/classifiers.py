@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,10 @@ from audit.random_keys import Purpose, keyed_generator
 from audit.training.augmentation import draw_shifts
 from audit.training.checkpoints import Checkpoint
 from audit.training.mutual_information import PRECISIONS, EpochProgress
-from audit.types import Images, Labels, ObjectiveValue
+from audit.types import Images, Labels, Objective, ObjectiveValue
+
+METHODS = ("adversarial", "trades", "noise")
+"""The methods of robust training."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,14 @@ class StepSchedule:
 class ClassifierTraining:
     """Settings of `train_classifier`: AdamW with a one-cycle learning rate, or SGD if `steps` gives a step schedule.
 
-    With a `threat`, training is adversarial. Without `flip`, all images of a batch share one shift of up to `shift`
-    pixels; with it, each image has its own shift and is flipped with probability 1/2. `bf16` runs the network in mixed
-    precision; loss and weights stay in float32.
+    With a `threat`, training is robust by `method`: "adversarial" takes the loss of images that PGD perturbed; "trades"
+    adds to the loss of the clean images `beta` times the largest KL divergence from their predictions that PGD finds;
+    "noise" takes the loss of images moved to random points of the ball. Without `flip`, all images of a batch share
+    one shift of up to `shift` pixels; with it, each image has its own shift and is flipped with probability 1/2. `bf16`
+    runs the network in mixed precision; loss and weights stay in float32.
 
-    Source: Madry et al. 2018 for adversarial training: PGD perturbs every batch.
+    Source: Madry et al. 2018 for adversarial training: PGD perturbs every batch; Zhang et al. 2019, "Theoretically
+    Principled Trade-off between Robustness and Accuracy", for TRADES and its `beta`.
     """
 
     epochs: int = 60
@@ -62,14 +69,25 @@ class ClassifierTraining:
     flip: bool = False
     steps: StepSchedule | None = None
     precision: Literal["float32", "bf16"] = "float32"
+    method: Literal["adversarial", "trades", "noise"] = "adversarial"
+    beta: float = 6.0
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
+        if self.method not in METHODS:
+            raise UnknownNameError("training method", self.method, METHODS)
+        if not 0 <= self.beta < inf:
+            raise UsageError(f"beta {self.beta!r} of TRADES must be at least 0 and finite")
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings as plain values, with the name of the norm."""
-        return asdict(self) | {"norm": self.threat.norm if self.threat else ""}
+        """Return the settings as plain values, with the name of the norm; `beta` of TRADES alone.
+
+        Adversarial training has no `method` here: it keeps the identity that it had when it was the only one.
+        """
+        settings = asdict(self) | {"norm": self.threat.norm if self.threat else ""}
+        unused = {"adversarial": ("method", "beta"), "noise": ("beta",)}.get(self.method, ())
+        return {name: value for name, value in settings.items() if name not in unused}
 
 
 def train_classifier(
@@ -131,18 +149,56 @@ def _checksums(images: Images, labels: Labels) -> list[float]:
 def _loss(
     network: nn.Module, images: Images, labels: Labels, training: ClassifierTraining, generator: torch.Generator
 ) -> Tensor:
-    if training.threat is not None:
-        network.eval()  # the attack must not update the batch statistics
-        objective = without_early_stopping(cross_entropy_objective(network, labels))
-
-        def in_precision(batch: Images, index: Tensor) -> ObjectiveValue:
-            with _autocast(batch, training):  # searches leave that of the caller
-                return objective(batch, index)
-
-        images = minimise(in_precision, images, training.threat, training.pgd, generator).images
+    threat = training.threat
+    if threat is None:
+        moved = images
+    elif training.method == "noise":
+        moved = threat.random_start(images, generator)
+    else:
+        moved = _attacked(network, images, labels, training, generator)
     network.train()
     with _autocast(images, training):
-        return F.cross_entropy(network(images), labels)
+        if threat is None or training.method != "trades":
+            return F.cross_entropy(network(moved), labels)
+        # one pass of both halves: the batch statistics are those of clean and moved images together
+        clean, other = network(torch.cat([images, moved])).chunk(2)
+        return F.cross_entropy(clean, labels) + training.beta * _divergence(clean, other).mean()
+
+
+def _attacked(
+    network: nn.Module, images: Images, labels: Labels, training: ClassifierTraining, generator: torch.Generator
+) -> Images:
+    """Return images (N, C, H, W) moved by PGD to a large cross-entropy or, of TRADES, a large divergence."""
+    network.eval()  # the attack must not update the batch statistics
+    if training.method == "trades":
+        objective = _divergence_objective(network, images)
+    else:
+        objective = without_early_stopping(cross_entropy_objective(network, labels))
+
+    def in_precision(batch: Images, index: Tensor) -> ObjectiveValue:
+        with _autocast(batch, training):  # searches leave that of the caller
+            return objective(batch, index)
+
+    assert training.threat is not None
+    return minimise(in_precision, images, training.threat, training.pgd, generator).images
+
+
+def _divergence_objective(network: nn.Module, clean: Images) -> Objective:
+    """Return the objective that moves predictions away from those of the clean images (N, C, H, W)."""
+    with torch.no_grad():
+        predicted = network(clean)
+
+    def objective(images: Images, index: Tensor) -> ObjectiveValue:
+        value = -_divergence(predicted[index], network(images))
+        return ObjectiveValue(value, torch.zeros_like(value, dtype=torch.bool))
+
+    return objective
+
+
+def _divergence(clean: Tensor, other: Tensor) -> Tensor:
+    """Return the KL divergence (N,) in nats of the predictions of logits `other` (N, K) from those of `clean`."""
+    from_clean, to_other = F.log_softmax(clean, 1), F.log_softmax(other, 1)
+    return (from_clean.exp() * (from_clean - to_other)).sum(1)
 
 
 def _autocast(images: Images, training: ClassifierTraining) -> AbstractContextManager[Any]:

@@ -80,18 +80,21 @@ class _ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem and three residual blocks, the last two with stride 2, and global average pooling.
+    """A stem and three stages of `depth` residual blocks, the last two with stride 2, and global average pooling.
 
     Source: He et al. 2016.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int = 16) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], num_classes: int, width: int = 16, depth: int = 1) -> None:
         super().__init__()
         self.stem = _conv(image_shape[0], width, 3, 1, 1)
+        stages = ((width, width, 1), (width, 2 * width, 2), (2 * width, 3 * width, 2))
         self.blocks = nn.Sequential(
-            _ResidualBlock(width, width, 1),
-            _ResidualBlock(width, 2 * width, 2),
-            _ResidualBlock(2 * width, 3 * width, 2),
+            *(
+                _ResidualBlock(inputs if block == 0 else outputs, outputs, stride if block == 0 else 1)
+                for inputs, outputs, stride in stages
+                for block in range(depth)
+            )
         )
         self.classifier = nn.Linear(3 * width, num_classes)
 
