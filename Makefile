@@ -13,7 +13,7 @@ run: $(VENV)/.installed
 	$(BIN)/rvaudit run benchmark.yaml
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # the site, in build/docs; every warning is an error, and nothing is fetched
 docs: $(VENV)/.installed-dev

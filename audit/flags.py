@@ -15,6 +15,7 @@ class FlagCode(StrEnum):
     GATED = "gated"
     SATURATED = "saturated"
     FEW_IMAGES = "few_images"
+    TOO_FEW_IMAGES = "too_few_images"
     UNEVEN = "uneven"
     NEGATIVE = "negative"
     NOT_CONVERGED = "not_converged"
@@ -38,6 +39,8 @@ MEANINGS: dict[FlagCode, str] = {
     FlagCode.SATURATED: "the estimate says little but the number of images: the worst case is at its ceiling, or the "
     "two estimates around the value are more than half a nat apart; the model is shown but not ranked",
     FlagCode.FEW_IMAGES: "the number of images limits the estimate a little: more images would raise it",
+    FlagCode.TOO_FEW_IMAGES: "there are so few images a class that classifiers read much less of the labels than the "
+    "features tell: no bound on heads is stated, and the model is shown but not ranked",
     FlagCode.UNEVEN: "a few features carry nearly all of the layer's variance, so that noise in units of the layer "
     "hides the others",
     FlagCode.NEGATIVE: "the estimate is negative, which mutual information cannot be: read it as zero within its error",
@@ -54,7 +57,14 @@ MEANINGS: dict[FlagCode, str] = {
 }
 
 UNRANKED = frozenset(
-    {FlagCode.CONTRADICTED, FlagCode.UNTRUSTED, FlagCode.UNTRUSTED_SEARCH, FlagCode.GATED, FlagCode.SATURATED}
+    {
+        FlagCode.CONTRADICTED,
+        FlagCode.UNTRUSTED,
+        FlagCode.UNTRUSTED_SEARCH,
+        FlagCode.GATED,
+        FlagCode.SATURATED,
+        FlagCode.TOO_FEW_IMAGES,
+    }
 )
 """Codes that keep a record out of every ranking."""
 

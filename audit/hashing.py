@@ -5,6 +5,8 @@ from hashlib import sha256
 import torch
 from torch import Tensor, nn
 
+from audit.types import Images, image_slices
+
 _AT_ONCE = 1 << 24  # values, so that large sets of images are not copied
 
 
@@ -12,6 +14,12 @@ def weights_sha256(network: nn.Module) -> str:
     """Return the sha256, in hex, of a network's parameters and buffers, in the order of their names."""
     state = network.state_dict()
     return tensors_sha256(*(state[name] for name in sorted(state)))
+
+
+def image_hashes(images: Images) -> list[bytes]:
+    """Return the sha256 of the bytes of each image (N, C, H, W)."""
+    parts = (images[part].cpu().contiguous().numpy() for part in image_slices(images))
+    return [sha256(image.tobytes()).digest() for part in parts for image in part]
 
 
 def tensors_sha256(*tensors: Tensor) -> str:

@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     TARGETED_MERGE = 75  # information: label level, PGD towards one answer
     PROBE_STRIDES = 76  # information: label information, random lengths of steps against probes
     PROBE_MIXES = 78  # information: label information, mixtures of rounds
+    PROBE_PARTS = 79  # information: label information, parts of a sample whose readings form its learning curve
     EXTERNAL_STARTS = 77  # adversary: starting points for other libraries
     FLOOR_NOISE = 81  # run: smoothing noise of information floors
     CHECK_START = 91  # adversary: starts of gradient checks
@@ -64,6 +65,7 @@ class Purpose(IntEnum):
     HEAD_FOLDS = 155  # run: halves of the images that the heads of encoders are cross-fitted on
     TRANSFER_CRAFTING = 161  # studies: PGD on substitute networks
     ADAPTIVE_SCORES = 162  # studies: PGD on single hypothesis scores
+    FEATURE_DISPLACEMENT = 163  # studies: population, random starts of PGD on features
 
 
 def keyed_generator(*key: int) -> torch.Generator:

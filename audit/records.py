@@ -26,10 +26,9 @@ class AuditRecord:
     """The result of auditing one model at one layer under one threat model.
 
     MI values are in nats, accuracies and bounds are fractions in [0, 1], `eps` is in pixel units of images in
-    [0, 1]. A field that was not measured is None; `status` is "valid" or "failed", and `reason` explains a failure.
+    [0, 1]. A field that was not measured is None; `reason` explains a "failed" `status`. `timing` is no result.
     """
 
-    # subject
     cell_id: str
     model: str
     source: str
@@ -92,6 +91,7 @@ class AuditRecord:
     checks: tuple[dict[str, Any], ...] = ()  # each: number, name, level, passed, figure, ...
     passes: int | None = None
     seconds: float | None = None
+    timing: dict[str, dict[str, float | None]] = field(default_factory=dict, compare=False)
     details: dict[str, Any] = field(default_factory=dict)  # identity, per-seed values, curves, notes, versions
 
     @property
@@ -157,8 +157,7 @@ def _main_fields(record: AuditRecord) -> dict[str, str]:
 class CalibrationRow:
     """Estimates of one estimator and true values on one synthetic channel, in nats.
 
-    A tolerance is the largest |estimate - truth| that passes; None if the channel is shown without a verdict. A true
-    value without a closed form is None.
+    A tolerance is the largest |estimate - truth| that passes, None without a verdict; unknown true values are None.
     """
 
     channel: str

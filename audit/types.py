@@ -156,6 +156,17 @@ def copied_pixels(images: Tensor) -> Tensor:
     return copy
 
 
+def selected_pixels(images: Tensor, index: Tensor) -> Tensor:
+    """Return images (N, C, H, W) of an index (M,) or a mask (N,), as `empty_pixels`."""
+    places = index.nonzero().flatten() if index.dtype == torch.bool else index
+    if not is_large(images):
+        return images[places]
+    found = empty_pixels((len(places), *images.shape[1:]), images)
+    for part in image_slices(found):
+        found[part] = images[places[part]]
+    return found
+
+
 def image_slices(images: Tensor, count: int = 0) -> Iterator[slice]:
     """Yield the slices of at most `count` consecutive images (N, C, H, W), or of equal parts of at most 64 MiB.
 

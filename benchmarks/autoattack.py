@@ -3,7 +3,8 @@
 Run from the repository root, in the package's own environment:
     python benchmarks/autoattack.py --config tests/third_party.yaml --out benchmarks/results/autoattack.csv
 
-Both attack the same images at the same radius. Networks with rows in the file are skipped.
+Both attack the same images at the same radius. `mask` has a 1 for every robust image. Networks with rows in the file
+are skipped.
 """
 
 import argparse
@@ -33,6 +34,7 @@ FIELDS = (
     "forwards",
     "only_this_breaks",
     "trustworthy",
+    "mask",
 )
 
 
@@ -56,6 +58,7 @@ def rows(cell: Cell) -> list[dict[str, Any]]:
             "forwards": each.accuracy.forwards,
             "only_this_breaks": int((broken[attack] & ~others[attack]).sum()),
             "trustworthy": each.trustworthy,
+            "mask": "".join(str(int(robust)) for robust in each.accuracy.robust),
         }
         for attack, each in found.items()
     ]

@@ -20,7 +20,7 @@ import torch
 from audit.adversary.threat import Linf
 from audit.config.settings import AuditSettings
 from audit.information.sandwich import Sandwich
-from audit.run.layer_audit import LayerAudit
+from audit.run.layer_audit import LayerAudit, SearchStarts
 from model_zoo.images.datasets import ImageRequest, load_images
 from model_zoo.load import load_model
 
@@ -49,7 +49,10 @@ def rows(model: str, layer: str, count: int) -> Iterator[dict[str, Any]]:
     audit = LayerAudit(network, images.images, images.labels, layer, settings)
     (last,) = audit.searched(Linf(RADII[0]))
     for eps in RADII[1:]:
-        (alone,), (after,) = audit.searched(Linf(eps)), audit.searched(Linf(eps), {0: last.all_adversarial})
+        (alone,), (after,) = (
+            audit.searched(Linf(eps)),
+            audit.searched(Linf(eps), SearchStarts({0: last.all_adversarial})),
+        )
         last = after
         values = (
             model,

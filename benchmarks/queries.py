@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from audit.adversary.accuracy import logits_of, measure_accuracy
+from audit.adversary.accuracy import measure_accuracy
 from audit.adversary.external import AutoAttack
 from audit.adversary.finite_differences import FiniteDifferences
 from audit.adversary.label_attack import AUDIT, LabelAttack, margin
 from audit.adversary.robustness import TargetModel
+from audit.adversary.staged.outcome import logits_of
 from audit.adversary.threat import ThreatModel, threat_model
 from audit.config.yaml_source import read_config
 from audit.run.cell import expand

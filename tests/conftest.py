@@ -1,4 +1,6 @@
+import gc
 import os
+from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
@@ -9,6 +11,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the same examples on every machine, no time limit on a loaded one, nothing written beside the tests
 settings.register_profile("rvaudit", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("rvaudit")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keep the garbage collector off modules and tests, which stay: every run of a benchmark calls it in full."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from audit.adversary.memory.counting import count_passes
 from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import frozen_parameters, outputs_of
 from audit.adversary.threat import ThreatModel
@@ -105,6 +106,7 @@ class PassCounter(nn.Module):
             network = partial(checkpoint, network, use_reentrant=False)
         logits = torch.cat([network(batch) for batch in batches])
         self.forwards += len(images)
+        count_passes(len(images))
         if logits.requires_grad:
             logits.register_hook(self._count_backward)
         return logits

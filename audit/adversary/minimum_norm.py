@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.adversary.accuracy import logits_of
 from audit.adversary.label_attack import margin
 from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import frozen_parameters, input_gradient, outputs_of
+from audit.adversary.staged.outcome import logits_of
 from audit.adversary.threat import L2
 from audit.errors import UsageError
 from audit.types import Images, Labels, as_images, as_labels, standard_torch_state

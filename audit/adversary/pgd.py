@@ -11,15 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audit.adversary.memory.compaction import batch_length, compact
 from audit.adversary.passes import Batches, input_gradient
-from audit.adversary.threat import L1, ThreatModel
+from audit.adversary.threat import L1, ThreatModel, start_at_any_distance
 from audit.errors import UsageError
 from audit.types import Images, Objective, ObjectiveValue, as_images, standard_torch_state
 
 CLEAN_STEP = -1
 """The step at which the clean image is met."""
-
-_SIZES_PER_OCTAVE = 16  # batch sizes from one power of two to the next
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,34 @@ class PGD:
                 raise UsageError(f"{name} {getattr(self, name)!r} of a search must be at least 1")
         if not 0 < self.relative_step <= 2:
             raise UsageError(f"relative_step {self.relative_step!r} is outside (0, 2]: it is a multiple of eps")
+
+    def step_length(self, step: int, eps: float) -> float:  # noqa: ARG002
+        """Return the length of a step, counted through all restarts, in a ball of radius eps."""
+        return self.relative_step * eps
+
+
+@dataclass(frozen=True)
+class FallingPGD(PGD):
+    """Projected gradient descent with steps that fall geometrically from `relative_step` to `last_step`, times eps.
+
+    On images that equal steps leave at a small margin, 24 falling ones find what hundreds of equal ones do not. Raises
+    UsageError for a last step that is not above zero, or longer than the first one.
+
+    Source: Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness", section 3 (APGD, whose steps fall by
+    what they find).
+    """
+
+    last_step: float = 0.03
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.last_step <= self.relative_step:
+            raise UsageError(f"last_step {self.last_step!r} is outside (0, relative_step {self.relative_step!r}]")
+
+    def step_length(self, step: int, eps: float) -> float:
+        """Return the length of a step, counted through all restarts, in a ball of radius eps."""
+        number = step % (self.steps + 1)  # each run ends with one evaluation
+        return eps * self.relative_step * (self.last_step / self.relative_step) ** (number / max(1, self.steps - 1))
 
 
 class SearchResult(NamedTuple):
@@ -78,8 +105,7 @@ def minimise(
     Source: Madry et al. 2018, section 2.1.
     """
     clean, start = as_images(clean), None if start is None else as_images(start)
-    threat = threat.within(clean)
-    search = _Descent(objective, clean, threat, pgd)
+    search = _Descent(objective, clean, threat := threat.within(clean), pgd)
     if len(clean) == 0:
         return search.result()
     first = start if start is not None else threat.random_start(clean, generator) if pgd.random_start else clean
@@ -137,10 +163,10 @@ class _Descent:
             current, last = last, current
             self.passes += len(active)
             done = self.best.done[active]
-            if (kept := _batch_length(len(done) - int(done.sum()))) == 0:
+            if (kept := batch_length(len(done) - int(done.sum()))) == 0:
                 return
             if kept < len(active):
-                _compact(done, kept, active, current, last, *bounds)
+                compact(done, kept, active, current, last, *bounds)
                 active, current, last = active[:kept], current[:kept], last[:kept]
                 bounds = tuple(bound[:kept] for bound in bounds)
         self._finish(current, last, active, before + self.pgd.steps)
@@ -151,7 +177,7 @@ class _Descent:
         found = self.objective(leaf, index)
         gradient = input_gradient(found.value.sum(), leaf)
         self._update_best(step, images, buffer, index, ObjectiveValue(found.value.detach(), found.done))
-        self.threat.step_into(buffer, images, (gradient, self.pgd.relative_step * self.threat.eps), *bounds)
+        self.threat.step_into(buffer, images, (gradient, self.pgd.step_length(step, self.threat.eps)), *bounds)
         return index
 
     @torch.no_grad()
@@ -181,23 +207,6 @@ class _Descent:
         self.best.value[index] = torch.where(better, found.value, self.best.value[index])
         self.best.done[index] = torch.where(better, found.done, self.best.done[index])
         self.step[index] = torch.where(better, step, self.step[index])
-
-
-def _compact(done: Tensor, kept: int, *tensors: Tensor) -> None:
-    """Move entries that are not done into the first `kept` places, over entries that are done."""
-    open_ = (~done[kept:]).nonzero().flatten() + kept
-    places = done[:kept].nonzero().flatten()[: len(open_)]
-    for tensor in tensors:
-        tensor[places] = tensor[open_]
-
-
-def _batch_length(left: int) -> int:
-    """Return `left` rounded up, by at most a sixteenth, to one of few batch sizes.
-
-    Kernels are compiled for each size: the first pass of a small network with a new size takes as long as two.
-    """
-    grain = max(1, (1 << left.bit_length()) // (2 * _SIZES_PER_OCTAVE))
-    return -(-left // grain) * grain
 
 
 def without_early_stopping(objective: Objective) -> Objective:
@@ -257,15 +266,6 @@ def restarted_search(
     return best
 
 
-def start_at_any_distance(threat: ThreatModel, clean: Images, generator: torch.Generator) -> Images:
-    """Return random legal images, at distances from `clean` (N, C, H, W) that are uniform up to that of a random one.
-
-    In many dimensions almost all of a ball is near its surface, where a descent hardly leaves the side it starts on.
-    """
-    shares = torch.rand((len(clean), 1, 1, 1), generator=generator, dtype=torch.float32).to(clean)
-    return threat.project(clean + shares * (threat.random_start(clean, generator) - clean), clean)
-
-
 def _descend_through_balls(objective: Objective, place: _Place, pgd: PGD, start: Images) -> SearchResult:
     """Search in ever smaller balls, each from the end of the one before, and return the best iterates of the last."""
     clean, threat, balls = place
@@ -291,10 +291,7 @@ def merged(best: SearchResult, again: SearchResult, left: Tensor, before: int) -
     """Update the best iterates with the better ones of a restart on the images of indices `left` (A,)."""
     better = again.done | (again.value < best.value[left])
     where = left[better]
-    best.images[where], best.value[where], best.done[where] = (
-        again.images[better],
-        again.value[better],
-        again.done[better],
-    )
+    for kept, found in ((best.images, again.images), (best.value, again.value), (best.done, again.done)):
+        kept[where] = found[better]
     best.step[where] = torch.where(again.step < 0, again.step, again.step + before)[better]
     return best._replace(passes=best.passes + again.passes, forwards=best.forwards + again.forwards)

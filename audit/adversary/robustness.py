@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from audit.adversary import comparison_checks as comparison
-from audit.adversary.accuracy import Accuracy, logits_of, measure_accuracy, measure_randomised
+from audit.adversary.accuracy import measure_accuracy, measure_randomised
 from audit.adversary.attack_checks import Check, randomised, trustworthy
 from audit.adversary.gradient_checks import first_correct, grey_covering_eps, is_randomised, quick_checks
 from audit.adversary.label_attack import TIERS, LabelAttack, Stage, margin, margin_objective
 from audit.adversary.memory.batch_size import fitting_batches
+from audit.adversary.memory.stages import needed, stage
 from audit.adversary.passes import (
     MajorityVote,
     MeanOfDraws,
@@ -23,6 +24,7 @@ from audit.adversary.passes import (
     seeded_noise,
 )
 from audit.adversary.pgd import PGD, minimise
+from audit.adversary.staged.outcome import Accuracy, logits_of
 from audit.adversary.threat import ThreatModel, threat_model
 from audit.proportion import Proportion, wilson
 from audit.random_keys import Purpose, keyed_generator
@@ -110,11 +112,14 @@ def _evaluated(target: TargetModel, threat: ThreatModel, attack: LabelAttack, se
     if threat.eps == 0:
         return Robustness(measure_accuracy(*data, threat, attack, seed), ())
     threat = threat.within(target.images)
-    with frozen_parameters(target.network):
+    with stage("checks of the attack"), frozen_parameters(target.network):
         quick = quick_checks(*data, threat, seed)
     target = replace(target, randomised=randomised(quick))
-    accuracy = measure_target(target, threat, attack, seed)
-    with frozen_parameters(target.network), seeded_noise(target.images.device, seed):
+    with stage("attack"):
+        accuracy = measure_target(target, threat, attack, seed)
+        needed(accuracy.passes + accuracy.forwards)
+    checking = stage("checks of the attack")
+    with checking, frozen_parameters(target.network), seeded_noise(target.images.device, seed):
         mean = TargetModel(target.searched, target.images, target.labels)
         return Robustness(accuracy, (*quick, *_masking_checks(mean, threat, accuracy, attack, seed)))
 

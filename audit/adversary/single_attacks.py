@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from audit.adversary.accuracy import logits_of
 from audit.adversary.external import EXTERNAL_ATTACKS
 from audit.adversary.label_attack import LabelAttack, Stage, cross_entropy_objective, margin
 from audit.adversary.minimum_norm import DDN, CarliniWagner, carlini_wagner, ddn
 from audit.adversary.passes import seeded_noise
 from audit.adversary.pgd import PGD, minimise, without_early_stopping
 from audit.adversary.robustness import TargetModel, measure_target
+from audit.adversary.staged.outcome import logits_of
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError, UsageError
 from audit.proportion import Proportion, wilson

@@ -263,3 +263,12 @@ def threat_model(norm: str, eps: float) -> ThreatModel:
 def per_image(values: Tensor, images: Tensor) -> Tensor:
     """Return values (N,) as a tensor (N, 1, 1, 1) that images (N, C, H, W) can be multiplied by."""
     return values.view(-1, *[1] * (images.dim() - 1))
+
+
+def start_at_any_distance(threat: ThreatModel, clean: Images, generator: torch.Generator) -> Images:
+    """Return random legal images, at distances from `clean` (N, C, H, W) that are uniform up to that of a random one.
+
+    In many dimensions almost all of a ball is near its surface, where a descent hardly leaves the side it starts on.
+    """
+    shares = torch.rand((len(clean), 1, 1, 1), generator=generator, dtype=torch.float32).to(clean)
+    return threat.project(clean + shares * (threat.random_start(clean, generator) - clean), clean)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from math import hypot, log
 from statistics import fmean
+from typing import Literal
 
 from audit.adversary.threat import Linf
 from audit.calibration.catalogue import all_channels
@@ -12,6 +13,9 @@ from audit.calibration.plans import CalibrationPlan, plan_of
 from audit.information.estimator import Estimator, EstimatorInputs, MIEstimate, Vulnerability
 from audit.records import VERSION, CalibrationRow
 from audit.storage import digest
+
+Extent = Literal["brief", "default", "full"]
+"""The channels of a calibration: one radius of a few as in every run, those that tell most about errors, or all."""
 
 BRIEF_CHANNELS = (
     "two points",
@@ -24,26 +28,77 @@ BRIEF_CHANNELS = (
     "labels by the mean of 16 pixels",
     "8 bits on 100 features, fitted noise",
 )
+TELLING_CHANNELS = frozenset(
+    {
+        # large and small shifts, a search that must find a change of sign, and one that must find nothing
+        "sign of a Gaussian mixture, mean 0.6, spread 1, shift 0.5",
+        "sign of a Gaussian mixture, mean 1, spread 1, shift 2",
+        "sign of a Gaussian mixture, mean 0, spread 1, shift 0.5",
+        # atoms that merge in pairs or all at once, and ones that hardly move
+        "two points, sigma 0.5, shift 0.25",
+        "two points, sigma 0.25, shift 1",
+        "three points, sigma 0.25, shift 0.4",
+        "three points, sigma 1, shift 0.25",
+        # reals: soft thresholding at low and at high noise
+        "Gaussian, sigma 1, shift 0.25",
+        "Gaussian, sigma 0.25, shift 1",
+        "uniform, sigma 0.5, shift 0.25",
+        "uniform, sigma 0.25, shift 0.75",
+        # many dimensions and much information: bias
+        "2-d Gaussian, sigma 0.3956",
+        "5-d Gaussian, sigma 1.426",
+        # ends of the scale
+        "constant, eps 0",
+        "3 noiseless bits, eps 0",
+        # gradients through pixels
+        "projection of 16x16 images, sigma 0.25, shift 0.5",
+        # noise that the estimator fits
+        "10-d Gaussian, fitted noise, 500 samples",
+        "8 bits on 10 features, fitted noise, shift 0.25",
+        # labels: pairs, a chain, a cycle of odd length, all at once, label noise, curvature
+        "labels of two Gaussians, sigma 0.5, shift 0.5",
+        "labels by the mean of 16 pixels, eps 1.5 x distance",
+        "5 classes on a circle, network, eps 0.27",
+        "4 classes on a simplex, network, eps 0.14, label noise 0.3",
+    }
+)
 ChannelProgress = Callable[[str, int], None]
 """Receives a description of the next channel and the number of channels done."""
 
 
 def calibrate(
-    estimator: Estimator, *, brief: bool = False, progress: ChannelProgress = lambda _channel, _done: None
+    estimator: Estimator,
+    *,
+    extent: Extent = "default",
+    progress: ChannelProgress = lambda _channel, _done: None,
 ) -> list[CalibrationRow]:
-    """Return one row for each applicable channel; `brief` restricts them to one radius of a few channels."""
+    """Return one row for each applicable channel of an extent."""
     plan, rows = plan_of(estimator), list[CalibrationRow]()
-    for done, channel in enumerate(applicable_channels(estimator, brief=brief)):
-        progress(f"{channel.name}, {channel.parameters}", done)
+    for done, channel in enumerate(applicable_channels(estimator, extent)):
+        progress(channel.title, done)
         rows.append(_row(estimator, channel, plan))
     return rows
 
 
-def applicable_channels(estimator: Estimator, *, brief: bool = False) -> list[Channel]:
-    """Return the channels with known values of the quantity that an estimator estimates."""
+def applicable_channels(estimator: Estimator, extent: Extent = "default") -> list[Channel]:
+    """Return the channels of an extent with known values of the quantity that an estimator estimates."""
     plan = plan_of(estimator)
     applicable = [channel for channel in all_channels() if plan.applies(channel)]
-    return list(_brief(applicable)) if brief else applicable
+    if extent == "full":
+        return applicable
+    brief = list(_brief(applicable))
+    if extent == "brief":
+        return brief
+    chosen = {channel.title for channel in brief} | TELLING_CHANNELS
+    return [channel for channel in applicable if channel.title in chosen]
+
+
+def calibration_key(estimator: Estimator, extent: Extent) -> str:
+    """Return a key of settings, versions and channels: a calibration under it need not be repeated."""
+    plan = plan_of(estimator)
+    made = [(each.title, each.samples or plan.samples, each.repeats) for each in applicable_channels(estimator, extent)]
+    limits = (plan.normal_tolerance, plan.worst_tolerance, plan.max_nats, plan.max_dimensions)
+    return f"{settings_key(estimator)}-{extent}-{digest({'channels': made, 'limits': limits})[:12]}"
 
 
 def settings_key(estimator: Estimator) -> str:

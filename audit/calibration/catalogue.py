@@ -1,6 +1,7 @@
 """All calibration channels, with one entry for each radius."""
 
 from collections.abc import Callable
+from functools import cache
 from math import sqrt
 
 import torch
@@ -31,10 +32,11 @@ from audit.calibration.smoothed_channels import smoothed_channels
 from audit.types import Features, Images
 
 
-def all_channels() -> list[Channel]:
-    """Return every channel, with one entry for each radius."""
+@cache
+def all_channels() -> tuple[Channel, ...]:
+    """Return every channel, with one entry for each radius; made once, because some train a network."""
     known = [*_sign(), *_atoms(), *_reals(), *_vectors(), *_bits(), *_projections(), *_labelled()]
-    return [*known, *label_channels(), *smoothed_channels()]
+    return (*known, *label_channels(), *smoothed_channels())
 
 
 def _sign() -> list[Channel]:

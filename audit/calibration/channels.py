@@ -51,6 +51,11 @@ class Channel:
     samples: int | None = None
     at_noise: Callable[[float], ExactInformation] | None = None
 
+    @property
+    def title(self) -> str:
+        """The name with the parameters, which no other channel has."""
+        return f"{self.name}, {self.parameters}"
+
     def sample(self, count: int, seed: int) -> ChannelSample:
         """Return a seeded sample of `count` inputs."""
         return self.draw(count, keyed_generator(seed, Purpose.CHANNEL_SAMPLE))

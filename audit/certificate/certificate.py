@@ -165,7 +165,7 @@ def _tolerance(noise: float, scale: float) -> float:
 
 def _valid(search: CollisionSearch, collisions: Collisions, criterion: EqualityCriterion) -> Collisions:
     """Return the collisions that hold, and count the passes of the check."""
-    search.log.passes += len(collisions.members) / 2
+    search.log.spend(len(collisions.members) / 2)
     return collisions.select(valid_rows(search.layer, search.clean, collisions, search.threat, criterion))
 
 

@@ -1,8 +1,7 @@
 """Search for collisions: move groups of images, each inside its own ball, until their features coincide.
 
 A group is one image with a given target vector, or two images that move towards each other. Signed gradient steps in
-float32 reduce the squared distance of the features; Gauss-Newton steps, with residuals measured on a float64 copy of
-the network, close what is left.
+float32 reduce the distance of the features; Gauss-Newton steps, with residuals in float64, close what is left.
 """
 
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audit.adversary.memory.counting import PassCount
 from audit.adversary.memory.limit import allowed
 from audit.adversary.passes import input_gradient
 from audit.adversary.threat import ThreatModel
@@ -22,7 +22,6 @@ from audit.certificate.gauss_newton import LinearisedGroups, step_in_ball
 from audit.types import FeatureMap, Features, Images
 
 _EPS_MARGIN = 1 - 1e-9  # the search ball is slightly smaller, so that rounding leaves no image outside the ball
-_PATIENCE = 3  # consecutive Jacobians with an improvement below 10 % before a group is given up
 # distances relative to the scale of the features
 _FLOAT64_BELOW = 1e-6  # residuals below are measured in float64
 _CONVERGED = 1e-12  # Gauss-Newton steps stop
@@ -40,7 +39,8 @@ class SearchEffort:
     number of Jacobians of a group; `relative_step` the first signed step in units of eps; `hubs` the maximum number of
     hubs; `neighbours` the number of partners tried for each remaining image; `memory_mib` the memory for the Jacobians
     of one batch. A finite `pair_passes` limits the forward+backward passes per image that are spent on pairs, which are
-    then tried in rounds, until one finds nothing. If none of `probe` images reaches a hub, no other image tries it.
+    then tried in rounds, until one finds nothing. If none of `probe` images reaches a hub, no other tries it. A group
+    is given up after `patience` consecutive Jacobians with an improvement below 10 %.
     """
 
     sign_steps: int = 4
@@ -51,6 +51,7 @@ class SearchEffort:
     neighbours: int = 8
     pair_passes: float = inf
     probe: int = 0
+    patience: int = 3
     memory_mib: int = 256
 
 
@@ -69,7 +70,7 @@ class GroupDistances(NamedTuple):
 
 
 @dataclass
-class SearchLog:
+class SearchLog(PassCount):
     """Cost and results of a search so far.
 
     `collided` (N,) marks images of a collision; `passes` counts forward+backward passes of single images, a forward or
@@ -77,7 +78,6 @@ class SearchLog:
     """
 
     collided: Tensor
-    passes: float = 0.0
     attempts: list[GroupDistances] = field(default_factory=list)
 
 
@@ -133,7 +133,7 @@ class CollisionSearch:
     @torch.no_grad()
     def features(self, images: Images, feature_map: FeatureMap) -> Features:
         """Return the features (N, D) of images (N, C, H, W), batch by batch."""
-        self.log.passes += len(images) / 2
+        self.log.spend(len(images) / 2)
         return torch.cat([feature_map(batch) for batch in images.split(self._in_a_batch)])
 
     def collide(self, groups: Tensor, hub: HubTarget, steps: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ class CollisionSearch:
             else:
                 clean, downhill = self.clean[groups].double().flatten(0, 1), gradient.double()
                 moved = self.ball.step(moved.flatten(0, 1), downhill, clean, size).view_as(moved)
-            self.log.passes += len(leaf)
+            self.log.spend(len(leaf))
         return moved
 
     def _groups_in_memory(self, hub: HubTarget, groups: Tensor) -> int:
@@ -197,7 +197,7 @@ class _GaussNewtonRefinement:
         residual = self._residual(moved)
         active = (residual.norm(dim=1) > self._converged).nonzero().flatten()
         damping = torch.full((len(groups),), 1e-6).to(moved)
-        stalled = torch.zeros(len(groups), dtype=torch.int64, device=moved.device)
+        patience, stalled = self.search.effort.patience, torch.zeros(len(groups), dtype=torch.int64).to(moved.device)
         for _ in range(self.search.effort.newton_steps):
             if len(active) == 0:
                 break
@@ -207,7 +207,7 @@ class _GaussNewtonRefinement:
             ratio = linear.pixel_distance(residual[active]) / before
             damping[active] = torch.where(ratio < 0.95, damping[active] / 10, damping[active] * 10).clamp(1e-8, 1e-2)
             stalled[active] = torch.where(ratio > 0.9, stalled[active] + 1, 0)
-            active = active[(residual[active].norm(dim=1) > self._converged) & (stalled[active] < _PATIENCE)]
+            active = active[(residual[active].norm(dim=1) > self._converged) & (stalled[active] < patience)]
         return moved, residual.norm(dim=1)
 
     @property
@@ -283,7 +283,7 @@ class _GaussNewtonRefinement:
             input_gradient(features, leaf, _unit(features, k), keep=k + 1 < dimension).unflatten(0, shape)
             for k in range(dimension)
         ]
-        self.search.log.passes += len(leaf) * (1 + dimension) / 2
+        self.search.log.spend(len(leaf) * (1 + dimension) / 2)
         jacobian = torch.stack(rows, 1)
         if shape[1] == 2:
             jacobian[:, :, 1] *= -1

@@ -25,12 +25,13 @@ from audit.adversary.threat import ThreatModel
 from audit.types import Images
 
 _BISECTIONS = 8
+_CONTINUATION = 0.01  # factor of the damping from one round to the next
 _PIXEL_BLOCK = 4096  # pixels processed at once in float64
 _ROUNDING_UNITS = 16  # relative diagonal shift, in units of machine precision
 _MIN_SINGULAR_VALUE = 1e-7  # relative to the largest: float32 cannot resolve smaller ones
 _SHARES = (0.0, 0.3, 1.0)  # t
 _LEAST_WEIGHTS = (0.03, 0.003)  # in pixel units, of pixels without a perturbation, in each reweighting of l1
-_DUAL_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # dual gradient norm relative to the residual
+_DUAL_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}  # dual gradient norm relative to the residual
 
 
 class BoxProblem(NamedTuple):
@@ -41,6 +42,10 @@ class BoxProblem(NamedTuple):
     low: Tensor
     high: Tensor
     damping: Tensor
+
+    def select(self, rows: Tensor) -> "BoxProblem":
+        """Return some of the problems, by index."""
+        return self if len(rows) == len(self.damping) else BoxProblem(*(part[rows] for part in self))
 
 
 class LinearisedGroups(NamedTuple):
@@ -93,24 +98,32 @@ class LinearisedGroups(NamedTuple):
         return box_step(problem).view_as(moved).double()
 
 
-def box_step(problem: BoxProblem, rounds: int = 16) -> Tensor:
+def box_step(problem: BoxProblem, rounds: int = 8) -> Tensor:
     """Return feasible steps (B, P), optimal where `rounds` Newton steps on the dual suffice.
 
     Source: Hintermüller, Ito & Kunisch 2003, "The primal-dual active set strategy as a semismooth Newton method".
     """
     start = torch.zeros_like(problem.residual), torch.zeros_like(problem.low)  # u and J^T u
     multipliers, unclipped = _newton_step(problem, *start)
-    if bool(_is_solved(problem, multipliers, unclipped).all()):  # close to the solution no bound is active
-        return unclipped.clamp(problem.low, problem.high)
-    multipliers, unclipped = start
-    scale = problem.jacobian.square().sum(2).mean(1)
+    solved = _is_solved(problem, multipliers, unclipped)  # close to the solution no bound is active
+    step = unclipped.clamp(problem.low, problem.high)
+    waiting = (~solved).nonzero().flatten()
+    if len(waiting) == 0:
+        return step
+    part, multipliers, unclipped = problem.select(waiting), start[0][waiting], start[1][waiting]
+    scale = part.jacobian.square().sum(2).mean(1)
     for done in range(rounds):
         # continuation from strong to weak damping: a cold start at the final damping fails in a tight box
-        damping = torch.maximum(problem.damping, scale * 0.1**done)
-        multipliers, unclipped = _newton_step(problem._replace(damping=damping), multipliers, unclipped)
-        if bool((damping == problem.damping).all()) and bool(_is_solved(problem, multipliers, unclipped).all()):
+        damping = torch.maximum(part.damping, scale * _CONTINUATION**done)
+        multipliers, unclipped = _newton_step(part._replace(damping=damping), multipliers, unclipped)
+        step[waiting] = unclipped.clamp(part.low, part.high)
+        open_rows = ((damping > part.damping) | ~_is_solved(part, multipliers, unclipped)).nonzero().flatten()
+        if len(open_rows) == 0:
             break
-    return unclipped.clamp(problem.low, problem.high)
+        if len(open_rows) < len(waiting):  # what is solved takes no further step
+            waiting, part, scale = waiting[open_rows], part.select(open_rows), scale[open_rows]
+            multipliers, unclipped = multipliers[open_rows], unclipped[open_rows]
+    return step
 
 
 def _is_solved(problem: BoxProblem, multipliers: Tensor, unclipped: Tensor) -> Tensor:
@@ -156,7 +169,8 @@ def _line_search(problem: BoxProblem, at: tuple[Tensor, Tensor], along: tuple[Te
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[:, :, None])[:, :, 0]
+    # as a row times the transposed matrix: ten times as fast as a batch of matrices times columns
+    return (vector[:, None] @ matrix.mT)[:, 0]
 
 
 def step_in_ball(

@@ -19,7 +19,8 @@ from audit.random_keys import Purpose, keyed_generator
 from audit.types import Features, Labels
 
 _RIDGE = 1e-3
-_ROUND = 32  # pairs tried at once; a round without a collision is the last, for nearer pairs are tried first
+_ROUND = 48  # pairs tried at once; a round without a collision is the last, for nearer pairs are tried first
+_FIRST_ROUND = 16  # without a collision, no more are tried
 
 
 def inverse_covariance(features: Features) -> Tensor:
@@ -148,7 +149,7 @@ def find_pairs(search: CollisionSearch, labels: Labels, among: Tensor, tolerance
     found, allowed = [_no_collisions(search)], search.log.passes + search.effort.pair_passes * len(search.clean)
     collided = torch.zeros(len(search.clean), dtype=torch.bool, device=among.device)
     while len(pairs) and search.log.passes < allowed:
-        chosen = _disjoint(pairs, collided)
+        chosen = _disjoint(pairs, collided, _ROUND if len(found) > 1 else _FIRST_ROUND)
         joined = _collide_pairs(search, pairs[chosen], hub, tolerance)
         if len(joined.members) == 0:
             break
@@ -158,8 +159,8 @@ def find_pairs(search: CollisionSearch, labels: Labels, among: Tensor, tolerance
     return concatenate(found)
 
 
-def _disjoint(pairs: Tensor, collided: Tensor) -> Tensor:
-    """Return a mask of the next pairs to try: the first ones without a common image, those of new images before others.
+def _disjoint(pairs: Tensor, collided: Tensor, count: int) -> Tensor:
+    """Return a mask of the next pairs to try: the first `count` without a common image, of new images before others.
 
     Disjoint pairs lower the bound most. `collided` (N,) marks images of a collision.
     """
@@ -170,7 +171,7 @@ def _disjoint(pairs: Tensor, collided: Tensor) -> Tensor:
         if used.isdisjoint(listed[row]):
             used.update(listed[row])
             chosen[row] = True
-        if len(used) >= 2 * _ROUND:
+        if len(used) >= 2 * count:
             break
     return chosen
 

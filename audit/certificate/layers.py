@@ -24,7 +24,7 @@ from audit.certificate.dual_precision import DualPrecisionLayer
 from audit.certificate.equality import EqualityCriterion
 from audit.certificate.near_collisions import delta_curve
 from audit.certificate.results import Certificate, LayerCertificate, NotApplicable
-from audit.certificate.robust_images.results import Ledger
+from audit.certificate.robust_images.results import BoundEffort, Ledger
 from audit.certificate.settings import CertificateSettings
 from audit.certificate.transfer import strengthen, transfer_to_layer
 from audit.certificate.validity import valid_rows
@@ -64,8 +64,8 @@ class CertificationSettings:
     """Settings of certificates, of the attack on heads and of their training.
 
     `measured` names the heads that are measured: the network's own, and those that are trained. `held_out` adds the
-    held-out bound, `ledger` the ledger of images that the network provably keeps. Raises UnknownNameError for an
-    unknown head.
+    held-out bound, `ledger` the ledger of images that the network provably keeps, by bounds of the effort `bounds`.
+    Raises UnknownNameError for an unknown head.
     """
 
     certificate: CertificateSettings = field(default_factory=CertificateSettings)
@@ -74,6 +74,7 @@ class CertificationSettings:
     held_out: bool = False
     measured: tuple[str, ...] = HEADS
     ledger: bool = False
+    bounds: BoundEffort = field(default_factory=BoundEffort)
 
     def __post_init__(self) -> None:
         for name in self.measured:
@@ -259,7 +260,7 @@ class _NetworkResults:
             on_start()
             precise = copy.deepcopy(inputs.network).double()
             given = LedgerInputs(inputs.network, precise, inputs.clean, inputs.labels)
-            self._ledgers[threat] = keep_ledger(given, threat, candidates)
+            self._ledgers[threat] = keep_ledger(given, threat, candidates, self.settings.bounds)
         return self._ledgers[threat]
 
 

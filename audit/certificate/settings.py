@@ -7,8 +7,8 @@ from audit.certificate.collision_search import SearchEffort
 from audit.certificate.equality import EqualityTier, find_tier
 from audit.errors import UsageError
 
-CERTIFICATE_VERSION = 3  # raised when the same settings may find other collisions or train other heads
-LEDGER_VERSION = 1  # raised when the same settings may prove other images
+CERTIFICATE_VERSION = 4  # raised when the same settings may find other collisions or train other heads
+LEDGER_VERSION = 2  # raised when the same settings may prove other images
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class CertificateSettings:
     confidence: float = 0.95
     seconds: float = 60.0
     seed: int = 0
-    batch_size: int = 32  # on a CPU a larger one is slower: images and Jacobians no longer fit into the cache
+    batch_size: int = 64  # on a CPU a larger one is slower for large networks, a smaller one for small networks
     jacobian_passes: float = inf
 
     def __post_init__(self) -> None:

@@ -23,11 +23,10 @@ from audit.commands.options import (
     norm_option,
     preprocess_option,
     radii_option,
+    request_folder,
     restrict_option,
-    slug,
     source_options,
 )
-from audit.storage import digest
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class AttackOptions:
 
     def folder(self, model: str, norm: str, eps: float) -> Path:
         """Return the run folder of one radius, named by everything that decides the numbers."""
-        decides = {**vars(self), "model": model, "norm": norm, "radii": [eps], "attacks": self.single_attacks}
-        return Path("runs") / f"attack-{slug(model)}-{digest(decides)[:8]}"
+        decides = {**vars(self), "norm": norm, "radii": [eps], "attacks": self.single_attacks}
+        return request_folder("attack", model, decides)
 
 
 @click.command("attack")

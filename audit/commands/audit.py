@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from audit.commands.options import (
     FOLDER,
@@ -153,8 +154,9 @@ def audit_command(
 ) -> int:
     """Audit each MODEL, a reference such as timm:resnet18, bundled:digits-*, or file:PATH?arch=...
 
-    The same command resumes: finished cells are skipped. If a cell fails, the exit code is that of the failure; where
-    nothing could be computed because of the request, no folder stays behind.
+    The same command resumes: finished cells are skipped. If a cell fails, the exit code is that of the failure, but for
+    an estimator that runs by default and does not suit the images; where nothing could be computed because of the
+    request, no folder stays behind.
 
     Example: rvaudit audit bundled:digits-vgg-* --dataset digits --layer logits --eps 0.2 --images 200
     """
@@ -175,7 +177,17 @@ def audit_command(
     publish(records, folder, as_json=as_json)
     if is_new and records and all(_code(record) == _USAGE for record in records):
         shutil.rmtree(folder)
-    return max(map(_code, records), default=0) or below(records, execution.fail_under)
+    asked = click.get_current_context().get_parameter_source("estimators") is not ParameterSource.DEFAULT
+    counted = records if asked else _answered(records)
+    return max(map(_code, counted), default=0) or below(records, execution.fail_under)
+
+
+def _answered(records: Sequence[AuditRecord]) -> list[AuditRecord]:
+    """Return records without those of estimators that do not suit the images, where another estimator does."""
+    from audit.run.upkeep.progress import record_key
+
+    valid = {record_key(record)[:-1] for record in records if record.valid}
+    return [record for record in records if _code(record) != _USAGE or record_key(record)[:-1] not in valid]
 
 
 def _code(record: AuditRecord) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from audit.commands.options import FOLDER, json_option
-from audit.errors import UnknownNameError
+from audit.errors import UnknownNameError, UsageError
 from audit.records import CalibrationRow
 
 
@@ -16,25 +16,35 @@ from audit.records import CalibrationRow
 @click.option("--estimator", "estimators", multiple=True, help="Repeatable. [all that the configuration names]")
 @click.option("--config", type=click.Path(path_type=Path), default=None, help="A benchmark file, for its settings.")
 @click.option("--brief", is_flag=True, help="One radius of a few channels, as in every run.")
+@click.option("--full", is_flag=True, help="Every channel at every radius: minutes to hours.")
 @click.option("--out", type=FOLDER, default=Path("runs/calibration"), show_default=True, help="A run folder.")
 @json_option("the rows as one JSON array")
-def calibrate_command(estimators: tuple[str, ...], config: Path | None, brief: bool, out: Path, as_json: bool) -> int:
+def calibrate_command(
+    estimators: tuple[str, ...], config: Path | None, brief: bool, full: bool, out: Path, as_json: bool
+) -> int:
     """Compare estimators with channels of known normal- and worst-case information; exit code 1 where one fails.
+
+    The default is the channels that tell most about errors; rows of equal settings and versions are kept, and a later
+    run prints them at once.
 
     Without --config all estimators are calibrated with their default settings. The rows are stored in the run folder,
     and appear in its leaderboard.
 
     Example: rvaudit calibrate --estimator label-level --brief
     """
+    from audit.calibration.calibrate import Extent
     from audit.commands.execution import calibrate_into
     from audit.config.yaml_source import read_config
     from audit.information.estimator import ESTIMATORS
 
     known = ESTIMATORS if config is None else {each.shown: each.estimator() for each in read_config(config).estimators}
+    if brief and full:
+        raise UsageError("--brief and --full exclude each other: use one, or none for the default channels")
+    extent: Extent = "brief" if brief else "full" if full else "default"
     for name in estimators:
         if name not in known:
             raise UnknownNameError("estimator", name, known)
-    rows = [row for name in estimators or known for row in calibrate_into(known[name], out, brief=brief)]
+    rows = [row for name in estimators or known for row in calibrate_into(known[name], out, extent)]
     if as_json:
         click.echo(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], allow_nan=False))
     else:

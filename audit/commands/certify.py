@@ -44,6 +44,7 @@ _COLUMNS = (
     "pairs",
 )
 _LEDGER = ("proved", "broken", "undecided")
+_LONG = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class CertifyOptions:
     attack: str
     heads: tuple[str, ...]
     ledger: bool
+    ledger_passes: float
     seed: int
     preprocess: str
     restrict_classes: bool
@@ -126,6 +128,13 @@ class CertifyOptions:
         help="Heads to measure: own, slf, mlp, alf, all or none. Repeatable; all but own are trained first.",
     ),
     click.option("--ledger", is_flag=True, help="Prove, for each image, that the network keeps or loses it."),
+    click.option(
+        "--ledger-passes",
+        type=click.FloatRange(0),
+        default=150.0,
+        show_default=True,
+        help="Limit on passes per image of the ledger's bounds; deep networks need more, a ResNet of 9 layers 600.",
+    ),
     click.option("--seed", type=int, default=0, show_default=True),
     preprocess_option,
     restrict_option,
@@ -200,6 +209,7 @@ def _certified_rows(
         attack=chosen.attack,
         heads=_heads(chosen.heads),
         ledger=chosen.ledger,
+        ledger_passes=chosen.ledger_passes,
         seed=chosen.seed,
         rules=input_rules(chosen.preprocess, restrict_classes=chosen.restrict_classes),
     )
@@ -210,13 +220,22 @@ def _certified_rows(
             request,
             run_options(sources),
             lambda layer, threat, stage, collided: display.channel(
-                f"{layer}, eps {threat.eps:.4g}, {stage}: images in collisions", collided
+                f"images in collisions; {layer}, eps {threat.eps:.4g}, {stage}", collided
             ),
+            _announce,
         )
     if out is None:
         return report.rows()
     several = len(report.results) > 1
     return report.rows(lambda result: _file_of(out, result.row.layer, result.row.eps) if several else out)
+
+
+def _announce(passes: float, seconds: float) -> None:
+    """Say what a long search costs before it begins."""
+    if seconds > _LONG:
+        from audit.run.upkeep.progress import in_words
+
+        click.echo(f"Note: this takes about {passes:,.0f} passes of single images, {in_words(seconds)}", err=True)
 
 
 def _heads(names: tuple[str, ...]) -> tuple[str, ...]:

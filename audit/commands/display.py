@@ -12,15 +12,14 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from audit.records import AuditRecord
 from reports.text import format_eps
 
+_BAR = 12  # characters
 _FIRST_LINE, _LINES_EVERY = 10.0, 30.0  # seconds, into a pipe
 
 
@@ -29,17 +28,15 @@ class Display:
 
     def __init__(self, total: int, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        # a narrow terminal cuts off the end: what is done and the time left come first
         columns = (
-            TextColumn("{task.description}", markup=True),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            BarColumn(_BAR, table_column=Column(width=_BAR)),
+            MofNCompleteColumn(table_column=Column(width=2 * len(str(total)) + 1)),
+            TextColumn("{task.description}", markup=True, table_column=Column(no_wrap=True, ratio=1)),
         )
-        self._progress = Progress(*columns, console=self._console, transient=True, disable=not self._live)
+        self._progress = Progress(*columns, console=self._console, transient=True, disable=not self._live, expand=True)
         self._task = self._progress.add_task("starting", total=total)
-        self._total, self._finished = total, 0
+        self._total, self._finished, self._known = total, 0, 0
         self._began = time.monotonic()
         self._next_line = self._began + _FIRST_LINE
 
@@ -58,17 +55,29 @@ class Display:
 
     def stage(self, name: str, stage: str) -> None:
         """Show the stage of a cell."""
-        self._progress.update(self._task, description=escape(f"{plain(name)}: {stage}"))
-        self._line(f"{plain(name)}: {stage}")
+        shown = f"{plain(name)}: {stage}"
+        left = self._left(self._finished - self._known, self._total - self._known)
+        shown = f"{left} left in all; {shown}" if left else shown
+        self._progress.update(self._task, description=escape(shown))
+        self._line(shown)
 
     def step(self, epoch: int, loss: float) -> None:
         """Show the completed epochs and the loss of a training run."""
-        self._progress.update(self._task, completed=epoch + 1, description=f"epoch {epoch + 1}, loss {loss:.3f}")
+        self.channel(f"epoch {epoch + 1}, loss {loss:.3f}", epoch + 1)
 
     def channel(self, name: str, done: int) -> None:
         """Show a step of the work by name, and the number of completed steps."""
-        self._progress.update(self._task, completed=done, description=escape(plain(name)))
-        self._line(plain(name), done)
+        shown = plain(name)
+        if " left" not in shown and (left := self._left(done, self._total)):
+            shown += f", {left} left"
+        self._progress.update(self._task, completed=done, description=escape(shown))
+        self._line(shown, done)
+
+    def _left(self, done: int, total: int) -> str:
+        """Return in words how long the rest of the work takes at the pace so far; nothing before the first part."""
+        from audit.run.upkeep.progress import in_words
+
+        return in_words((time.monotonic() - self._began) * (total - done) / done) if 0 < done < total else ""
 
     def _line(self, text: str, done: int | None = None) -> None:
         """Print what is being done on a line every half minute, if there is no terminal for the bar."""
@@ -76,16 +85,12 @@ class Display:
         if self._live or now < self._next_line:
             return
         self._next_line = now + _LINES_EVERY
-        if done and done < self._total and " left" not in text:
-            from audit.run.upkeep.progress import in_words
-
-            text += f", {in_words((now - self._began) * (self._total - done) / done)} left"
         count = self._finished if done is None else done
         self._console.print(escape(f"[{count}/{self._total}] {text}"), soft_wrap=True)
 
     def done(self, record: AuditRecord, known: bool) -> None:
         """Count a finished cell, and print a line for it if there is no terminal for the bar."""
-        self._finished += 1
+        self._finished, self._known = self._finished + 1, self._known + known
         self._progress.advance(self._task)
         if known and not self._live:
             return

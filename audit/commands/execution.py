@@ -1,13 +1,14 @@
 """Run a benchmark, calibrate its estimators and publish its reports. Loads torch: import it inside functions."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from audit.calibration.calibrate import applicable_channels, calibrate, settings_key
+from audit.calibration.calibrate import Extent, applicable_channels, calibrate, calibration_key, settings_key
 from audit.commands.display import Display, plain, print_table
 from audit.commands.options import ExecutorOptions, SourceOptions
 from audit.commands.resolve import run_options
@@ -24,10 +25,12 @@ from audit.records import (
 from audit.run.cell import Cell, expand
 from audit.run.loading import RunOptions
 from audit.run.run_loop import Executor, Watcher, claim, run
+from audit.run.upkeep.timing import store_seconds, timed
 from model_zoo.model_types import default_cache
-from reports.publish import write_reports
+from reports.publish import write_figures, write_html
 from reports.tables.closing import closing_table
 from reports.tables.leftovers import leftover_sentences
+from reports.tables.ranking import write_leaderboard
 from reports.tables.table import to_rows
 from reports.text import format_eps
 
@@ -43,7 +46,8 @@ def run_benchmark(
     cells = expand(config, base)
     claim(folder, config, text, base)
     records = run_cells(cells, folder, sources, executor, keep_images=config.keep_images)
-    calibrate_briefly(config, records, folder)
+    with timed(folder, "calibration"):
+        calibrate_briefly(config, records, folder)
     return records
 
 
@@ -51,6 +55,7 @@ def run_cells(
     cells: Sequence[Cell], folder: Path, sources: SourceOptions, executor: ExecutorOptions, *, keep_images: bool = False
 ) -> list[AuditRecord]:
     """Compute cells with a progress bar, and return their records; raises UsageError."""
+    before = time.process_time()  # of imports, mostly
     options = replace(run_options(sources), keep_images=keep_images)
     chosen, computed = _executor_of(executor, cells, options), list[AuditRecord]()
     with Display(len(cells)) as display:
@@ -61,6 +66,7 @@ def run_cells(
 
         watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), done)
         records = run(cells, folder, options, watcher, chosen)
+    store_seconds(folder, "start-up", before)
     if not computed:
         click.echo(f"Note: nothing was to do: {folder} holds all {len(records)} cells already", err=True)
     return records
@@ -82,34 +88,38 @@ def _executor_of(chosen: ExecutorOptions, cells: Sequence[Cell], options: RunOpt
     return Processes(count) if count > 1 else None
 
 
-def calibrate_into(estimator: Estimator, folder: Path, *, brief: bool) -> list[CalibrationRow]:
-    """Calibrate an estimator with a progress bar, store the rows in a folder, and return them."""
-    with Display(len(applicable_channels(estimator, brief=brief))) as display:
-        rows = calibrate(
-            estimator,
-            brief=brief,
-            progress=lambda name, done: display.channel(f"{estimator.name}: {name}", done),
-        )
+def calibrate_into(estimator: Estimator, folder: Path, extent: Extent) -> list[CalibrationRow]:
+    """Calibrate an estimator with a progress bar, store the rows in a folder, and return them.
+
+    The same settings give the same rows on the same channels, so these are kept for all later runs.
+    """
+    key, kept = calibration_key(estimator, extent), default_cache()
+    try:
+        if not is_calibrated(kept, key):
+            write_calibration(kept, key, _calibrated(estimator, extent))
+        rows = read_calibration(kept, key)
+    except EnvironmentFault:  # the cache folder is not writable
+        rows = _calibrated(estimator, extent)
     write_calibration(folder, settings_key(estimator), rows)
     return rows
 
 
-def calibrate_briefly(config: BenchmarkConfig, records: Sequence[AuditRecord], folder: Path) -> None:
-    """Store a brief calibration of every estimator with a valid record, unless the folder has one, brief or full.
+def _calibrated(estimator: Estimator, extent: Extent) -> list[CalibrationRow]:
+    with Display(len(applicable_channels(estimator, extent))) as display:
+        return calibrate(
+            estimator,
+            extent=extent,
+            progress=lambda name, done: display.channel(f"{estimator.name}: {name}", done),
+        )
 
-    The same settings give the same rows, so brief calibrations are cached between runs.
-    """
+
+def calibrate_briefly(config: BenchmarkConfig, records: Sequence[AuditRecord], folder: Path) -> None:
+    """Store a brief calibration of every estimator with a valid record, unless the folder has one of any extent."""
     used = {record.estimator for record in records if record.valid}
     for settings in config.settings():
         key = settings_key(settings.estimator)
-        if settings.estimator.name not in used or is_calibrated(folder, key):
-            continue
-        try:
-            if not is_calibrated(default_cache(), key):
-                calibrate_into(settings.estimator, default_cache(), brief=True)
-            write_calibration(folder, key, read_calibration(default_cache(), key))
-        except EnvironmentFault:  # the cache folder is not writable
-            calibrate_into(settings.estimator, folder, brief=True)
+        if settings.estimator.name in used and not is_calibrated(folder, key):
+            calibrate_into(settings.estimator, folder, "brief")
 
 
 def publish(records: Sequence[AuditRecord], folder: Path, *, as_json: bool) -> None:
@@ -117,7 +127,9 @@ def publish(records: Sequence[AuditRecord], folder: Path, *, as_json: bool) -> N
     failures = {f"{plain(record.model)}: {plain(record.reason)}": None for record in records if not record.valid}
     for failure in failures:  # once, however many cells of the model failed
         click.echo(f"Error: {failure}", err=True)
-    write_reports(folder)
+    for name, write in (("leaderboard", write_leaderboard), ("figures", write_figures), ("page", write_html)):
+        with timed(folder, name):
+            write(folder)
     for sentence in leftover_sentences([folder]):
         click.echo(f"Note: {sentence}", err=True)
     if as_json:

@@ -19,8 +19,8 @@ from audit.commands.options import (
     json_option,
     norm_option,
     preprocess_option,
+    request_folder,
     restrict_option,
-    slug,
     source_options,
 )
 from audit.errors import UsageError
@@ -69,6 +69,11 @@ class FeatureOptions:
     preprocess: str
     restrict_classes: bool
 
+    def folder(self, model: str, norm: str, eps: float) -> Path:
+        """Return the folder of a request, named by everything that decides the numbers."""
+        decides = {**vars(self), "norm": norm, "eps": eps, "unit": _unit(self.unit)}
+        return request_folder("features", model, decides)
+
 
 @click.command("features")
 @click.argument("model")
@@ -83,7 +88,12 @@ class FeatureOptions:
     click.option("--restarts", type=int, default=1, show_default=True, help="Searches; all but the first are random."),
     *LAYER_OPTIONS,
 )
-@click.option("--out", type=FOLDER, default=None, help="The folder of rows and figure. [runs/features-<model>]")
+@click.option(
+    "--out",
+    type=FOLDER,
+    default=None,
+    help="The folder of rows and figure. [runs/features-<model>-<hash of the request>]",
+)
 @json_option("one JSON array")
 @source_options
 def features_command(
@@ -113,7 +123,7 @@ def features_command(
     with Display(100) as display, batches_for(loaded.network, loaded.images, options):
         asked = FeatureRequest(request.features, unit, request.seed, display.channel)
         found = audit_features(loaded.network, loaded.images, request.layer, threat, settings, asked)
-    folder = out or Path("runs") / f"features-{slug(model)}"
+    folder = out or request.folder(model, threat.norm, threat.eps)
     rows = feature_rows(loaded, found, settings)
     paths = [write_rows(folder / "features.csv", rows), *draw_features(folder / "features.csv")]
     if as_json:

@@ -10,6 +10,7 @@ import click
 
 from audit.config.benchmark import TIERS
 from audit.errors import UsageError
+from audit.storage import digest
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -176,6 +177,11 @@ def image_shape(text: str) -> tuple[int, int, int]:
         raise UsageError(f"shape {text!r} is not channels x height x width, such as 3x32x32")
     channels, height, width = map(int, parts)
     return channels, height, width
+
+
+def request_folder(verb: str, model: str, decides: dict[str, Any]) -> Path:
+    """Return the folder of a request, named by the model and by a hash of everything that decides the numbers."""
+    return Path("runs") / f"{verb}-{slug(model)}-{digest({**decides, 'model': model})[:8]}"
 
 
 def slug(ref: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from audit.commands.features import LAYER_OPTIONS
-from audit.commands.options import FOLDER, SourceOptions, grouped_options, json_option, slug, source_options
+from audit.commands.options import FOLDER, SourceOptions, grouped_options, json_option, request_folder, source_options
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class SaliencyOptions:
     preprocess: str
     restrict_classes: bool
 
+    def folder(self, models: Sequence[str]) -> Path:
+        """Return the folder of a request, named by everything that decides the numbers."""
+        return request_folder("saliency", models[0], {**vars(self), "models": models})
+
 
 @click.command("saliency")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
@@ -36,7 +40,12 @@ class SaliencyOptions:
     click.option("--draw", "drawn", type=click.IntRange(1), default=5, show_default=True, help="Number of maps."),
     *LAYER_OPTIONS,
 )
-@click.option("--out", type=FOLDER, default=None, help="The folder of rows and figure. [runs/saliency-<model>]")
+@click.option(
+    "--out",
+    type=FOLDER,
+    default=None,
+    help="The folder of rows and figure. [runs/saliency-<model>-<hash of the request>]",
+)
 @json_option("one JSON array")
 @source_options
 def saliency_command(
@@ -58,7 +67,7 @@ def saliency_command(
 
     settings = SaliencySettings(noise=request.noise, seed=request.seed)
     study = SaliencyStudy(settings, request.features, tuple(range(request.drawn)))
-    stem = (out or Path("runs") / f"saliency-{slug(models[0])}") / "saliency"
+    stem = (out or request.folder(models)) / "saliency"
     rules = input_rules(request.preprocess, restrict_classes=request.restrict_classes, balanced=request.balanced)
     place = request.dataset, request.layer, Linf(0)
     cells = [layer_cell(model, *place, images=request.images, rules=rules) for model in models]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from audit.adversary.passes import frozen_parameters
 from audit.adversary.threat import ThreatModel
+from audit.flags import FlagCode, code_of
 from audit.information.registry import REGISTRY
 from audit.proportion import Proportion
 from audit.types import (
@@ -76,6 +77,8 @@ ATTACKED = Origin("attacked")
 """The adversarial images of the attack on the label."""
 CARRIED = Origin("carried")
 """The images of the warm start, without further search."""
+EARLIER = Origin("earlier layer")
+"""The worst-case images of an earlier layer, without further search."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class MIEstimate:
     the value on validation data, by which candidates are compared, so that `nats` is not biased by the choice.
     `history` and `training_history` are the learning curves on validation and training images, empty if nothing is
     trained. `upper` is the upper end of an interval, on which bounds rest; None to let them rest on `nats`. `accuracy`
-    is the accuracy of the best classifier of the features that the fit found, if it found one.
+    is the accuracy of the best classifier of the features that the fit found, if it found one. `by_images` are values
+    at smaller numbers of images, and at all, that show how the estimate depends on the number.
     """
 
     nats: float
@@ -101,6 +105,12 @@ class MIEstimate:
     flags: tuple[str, ...] = ()
     upper: float | None = None
     accuracy: Proportion | None = None
+    by_images: History = ()
+
+    @property
+    def bounds_heads(self) -> bool:
+        """Whether bounds on heads may rest on the estimate: not if there are too few images."""
+        return FlagCode.TOO_FEW_IMAGES not in map(code_of, self.flags)
 
 
 class Vulnerability(NamedTuple):
@@ -148,25 +158,31 @@ class WarmStart(NamedTuple):
     `normal` is the normal case of the same inputs and seed. `images` (N, C, H, W) are the worst-case images of a
     smaller ball or of a later layer: they are one candidate, and a shortened search continues from them. `origin` is
     that of another seed's worst case: only searches of the same kind are run. `attacked` (N, C, H, W) are the
-    adversarial images of the attack on the label, one more candidate.
+    adversarial images of the attack on the label, `earlier` (N, C, H, W) the worst-case images of an earlier layer in
+    the same ball: two more candidates.
     """
 
     normal: MIEstimate | None = None
     images: Images | None = None
     origin: Origin | None = None
     attacked: Images | None = None
+    earlier: Images | None = None
 
 
 COLD_START = WarmStart()
 
 
 class EstimatorInputs(NamedTuple):
-    """An encoder, images (N, C, H, W), their labels (N,), and the encoded clean images if they are cached."""
+    """An encoder, images (N, C, H, W), their labels (N,), and the encoded clean images if they are cached.
+
+    `later` are the inputs of layers that are functions of this one, by name: what is known of them is known of it.
+    """
 
     encoder: Encoder
     images: Images
     labels: Labels
     clean: Encoded | None = None
+    later: "Mapping[str, EstimatorInputs]" = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -182,6 +198,8 @@ class Estimator(ABC):
     - `floor_kind`: the measurement that bounds the estimate from below. `predictions`: accuracy and entropy of the
       predicted classes; `labels`: the accuracy alone; `smoothed`: the accuracy of `noisy` logits.
     - `reads_log_probs`: whether the encoder must return log-probabilities.
+    - `reads_later_layers`: whether `later` inputs and `earlier` images are used, so that the information does not rise
+      from a layer to a later one.
     - `memory_only`: fields that limit memory and do not affect the result.
     - `version`: raised by hand when a change of this estimator changes its numbers; part of a cell's identity.
     """
@@ -191,6 +209,7 @@ class Estimator(ABC):
     bounds_heads: ClassVar[bool] = True
     floor_kind: ClassVar[FloorKind] = "predictions"
     reads_log_probs: ClassVar[bool] = True
+    reads_later_layers: ClassVar[bool] = False
     memory_only: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
 
@@ -205,6 +224,10 @@ class Estimator(ABC):
     @abstractmethod
     def name(self) -> str:
         """Return the name shown in tables, such as `mine-infonce`."""
+
+    def check_labels(self, labels: Labels) -> None:  # noqa: ARG002
+        """Raise UsageError for labels (N,) that cannot be estimated from, before anything is computed."""
+        return
 
     @abstractmethod
     def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:

@@ -13,6 +13,8 @@ from audit.information.estimator import FloorKind
 from audit.proportion import wilson
 from audit.theory import information_floor
 
+_LEAST_A_CLASS = 2  # images: one to learn the class from, one to be read
+
 
 class InformationFloors(NamedTuple):
     """Lower bounds on the estimates in nats, on clean images (`normal`) and on the worst-case images (`worst`).
@@ -39,6 +41,14 @@ def empirical_entropy(classes: Tensor) -> float:
 def largest_share(labels: Tensor) -> float:
     """Return the share of the most frequent class among labels (N,)."""
     return float(labels.bincount().max()) / len(labels)
+
+
+def few_a_class(labels: Tensor) -> str:
+    """Return in words that labels (N,) have fewer than two images a class, too few to learn one from; "" if not."""
+    classes = len(labels.unique())
+    if len(labels) >= _LEAST_A_CLASS * classes:
+        return ""
+    return f"{len(labels)} images of {classes} classes are fewer than {_LEAST_A_CLASS} a class"
 
 
 def prediction_floor(predictions: Tensor, labels: Tensor, class_share: float, kind: FloorKind) -> float:

@@ -119,10 +119,10 @@ class SandwichSettings(EstimatorSettings):
     The noise of each feature is proportional to its deviation on clean images, by the factor at which these hold
     `target_nats` of information. `noise` fixes it instead: one standard deviation for all features, in layer standard
     deviations (root mean square over the features that vary, on clean images), or in feature units if `absolute`,
-    there by default a half. The worst-case search starts with a kernel of `widths` times the
-    noise, which shrinks to the noise in `annealing_steps` steps. It also moves images to the nearest of `quantisers`
-    centres or to one hub in `start_steps` steps, and from the best of these by mean shift in `steps` more. The value
-    is estimated from `draws` draws of the noise, each with both signs.
+    there by default a half. The worst-case search moves images to the nearest of `quantisers` centres or to one hub in
+    `start_steps` steps, and from the best of these by mean shift in `steps` more. If that leaves more than
+    `tolerance` nats, it also starts with a kernel of `widths` times the noise, which shrinks to the noise in
+    `annealing_steps` steps. The value is estimated from `draws` draws of the noise, each with both signs.
     """
 
     subject: ClassVar[str] = "sandwich"
@@ -134,9 +134,10 @@ class SandwichSettings(EstimatorSettings):
     steps: Count = 30
     start_steps: Count = 10
     relative_step: StepSize = 0.2
-    quantisers: Counts = (2, 8, 32)
-    widths: tuple[Width, ...] = (4.0, 8.0)
+    quantisers: Counts = (2,)
+    widths: tuple[Width, ...] = (4.0,)
     annealing_steps: Count = 40
+    tolerance: Positive = 0.05
     draws: Count = 4
     batch_size: Count = 256
 

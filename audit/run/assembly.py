@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from audit.adversary.accuracy import Accuracy
 from audit.adversary.attack_checks import Check
 from audit.adversary.robustness import Robustness
+from audit.adversary.staged.outcome import Accuracy
 from audit.adversary.threat import ThreatModel
 from audit.certificate.results import LayerCertificate
 from audit.config.settings import AuditSettings
@@ -95,7 +95,8 @@ def summarise(robustness: Robustness | None, result: LayerResult, settings: Audi
     # only a ceiling of ln(images) is one that more images would raise; at ln K an estimate is not saturated
     flags = estimate_flags(normal, worst, floors, ceiling if ceiling == log(runs[0].normal.images) else inf)
     upper = fmean(run.worst.nats if run.worst.upper is None else run.worst.upper for run in runs)
-    bounds = _bounds(worst.nats, upper, accuracy) if accuracy and settings.estimator.bounds_heads else {}
+    stated = settings.estimator.bounds_heads and all(run.worst.bounds_heads for run in runs)
+    bounds = _bounds(worst.nats, upper, accuracy) if accuracy and stated else {}
     if bounds and accuracy and result.determines_logits:
         flags += bound_flags(bounds["fano_accuracy_bound"], accuracy.adversarial.low)
     flags += distrust_flags(robustness.checks if robustness else ()) + search_distrust_flags(result.checks)
@@ -272,26 +273,18 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 
 def _seed_row(seed: int, run: Vulnerability) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "rv": run.nats,
-        "served": run.origin.label if run.origin else "",
-        "held_out_images": run.normal.images,
-        "normal_nats": run.normal.nats,
-        "normal_nats_se": run.normal.stderr,
-        "normal_parts": dict(run.normal.parts),
-        "worst_nats": run.worst.nats,
-        "worst_nats_se": run.worst.stderr,
-        "worst_parts": dict(run.worst.parts),
-    }
+    served = run.origin.label if run.origin else ""
+    row = {"seed": seed, "rv": run.nats, "served": served, "held_out_images": run.normal.images}
+    for case, each in (("normal", run.normal), ("worst", run.worst)):
+        row |= {f"{case}_nats": each.nats, f"{case}_nats_se": each.stderr, f"{case}_parts": dict(each.parts)}
+        row |= {f"{case}_by_images": _curve(each.by_images)} if each.by_images else {}
+    return row
 
 
 def _curves(seed: int, run: Vulnerability) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "normal": {"validation": _curve(run.normal.history), "training": _curve(run.normal.training_history)},
-        "worst": {"validation": _curve(run.worst.history), "training": _curve(run.worst.training_history)},
-    }
+    cases = (("normal", run.normal), ("worst", run.worst))
+    curves = {case: {"validation": each.history, "training": each.training_history} for case, each in cases}
+    return {"seed": seed} | {case: {name: _curve(each) for name, each in row.items()} for case, row in curves.items()}
 
 
 def _curve(history: History) -> list[list[float | None]]:

@@ -3,10 +3,14 @@
 Warm starts: a worst-case search within a larger ball starts from the result for the next smaller ball at the same
 layer. At the smallest radius it starts from the result for the next later layer, because images that collide at a
 layer collide at every later one. The chain of warm starts is part of what decides a cell's numbers.
+
+An estimator that `reads_later_layers` is run from the first layer to the last: the worst-case images of a layer are
+a candidate at the next one, at the same radius. A later layer holds at most the information of an earlier one about
+the same images, so that its worst case, and bounds on heads, are then at most the earlier layer's.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
@@ -41,7 +45,8 @@ DEFAULT_RULES = InputRules()
 class Cell:
     """One audit of a benchmark: a model at a layer under a threat model, on the first `images` images of a data set.
 
-    The worst-case search starts from the worst-case images of `after`, if there is such a cell.
+    The worst-case search starts from the worst-case images of `after`, if there is such a cell; see `sources`. Values
+    read at the layers `later` count for this layer, too.
     """
 
     ref: str
@@ -53,6 +58,7 @@ class Cell:
     settings: AuditSettings
     after: "Cell | None" = None
     rules: InputRules = DEFAULT_RULES
+    later: tuple[str, ...] = ()
 
 
 def cells(config: BenchmarkConfig) -> list[Cell]:
@@ -98,6 +104,9 @@ def with_warm_starts(cells: Sequence[Cell]) -> list[Cell]:
     """
     found = list(cells)
     for group in search_groups(cells):
+        if cells[group[0]].settings.estimator.reads_later_layers:
+            _chain(found, group)
+            continue
         smallest: dict[str, Cell] = {}
         searched = [number for number in group if cells[number].threat.eps > 0]
         for (_, norm), radii in groupby(searched, key=lambda number: (cells[number].layer, cells[number].threat.norm)):
@@ -109,6 +118,37 @@ def with_warm_starts(cells: Sequence[Cell]) -> list[Cell]:
     return found
 
 
+def _chain(cells: list[Cell], group: Sequence[int]) -> None:
+    """Let every cell of a group follow the one before it under the same norm, and name the layers after its own."""
+    layers = list(dict.fromkeys(cells[number].layer for number in group))
+    last: dict[str, Cell] = {}
+    for number in group:
+        cell, norm = cells[number], cells[number].threat.norm
+        searched = cell.threat.eps > 0
+        later = tuple(layers[layers.index(cell.layer) + 1 :])
+        cells[number] = replace(cell, after=last.get(norm) if searched else None, later=later)
+        last |= {norm: cells[number]} if searched else {}
+
+
+def sources(cell: Cell) -> list[Cell]:
+    """Return the cells whose worst-case images a cell's search uses: the one of the next smaller radius, or none.
+
+    With an estimator that `reads_later_layers`, also the one of the same radius at the layer before.
+    """
+    if not cell.settings.estimator.reads_later_layers:
+        return [cell.after] if cell.after else []
+    before = list(_predecessors(cell))
+    smaller = next((each for each in before if each.layer == cell.layer), None)
+    earlier = next((each for each in before if each.layer != cell.layer and each.threat == cell.threat), None)
+    return [each for each in (smaller, earlier) if each is not None]
+
+
+def _predecessors(cell: Cell) -> Iterator[Cell]:
+    while cell.after is not None:
+        yield cell.after
+        cell = cell.after
+
+
 def search_groups(cells: Sequence[Cell]) -> list[list[int]]:
     """Return the numbers of the cells in groups that share results or warm starts, in the order of computation."""
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -116,13 +156,18 @@ def search_groups(cells: Sequence[Cell]) -> list[list[int]]:
         groups.setdefault((cell.ref, cell.name, cell.dataset, cell.images, cell.settings), []).append(number)
     for group in groups.values():
         group.sort(key=lambda number: (cells[number].threat.norm, cells[number].threat.eps))
-        group.sort(key=lambda number: _depth(cells[number].layer), reverse=True)
+        forward = cells[group[0]].settings.estimator.reads_later_layers
+        group.sort(key=lambda number: _depth(cells[number].layer), reverse=not forward)
     return list(groups.values())
 
 
 def warm_start_path(cell: Cell) -> list[list[object]]:
-    """Return layer and radius of every cell in the chain of warm starts before a cell, the first one first."""
-    return [*warm_start_path(cell.after), [cell.after.layer, cell.after.threat.eps]] if cell.after else []
+    """Return layer and radius of every cell in the chain of warm starts before a cell, the first one first.
+
+    Those of larger radii have no effect on it.
+    """
+    chain = [each for each in _predecessors(cell) if each.threat.eps <= cell.threat.eps]
+    return [[each.layer, each.threat.eps] for each in reversed(chain)]
 
 
 def module_path(layer: str) -> str:

@@ -3,14 +3,15 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from audit.adversary.accuracy import Accuracy, AttackOutcome
 from audit.adversary.attack_checks import Check
+from audit.adversary.memory.stages import costs_since_last
 from audit.adversary.robustness import Robustness
+from audit.adversary.staged.outcome import Accuracy, AttackOutcome
 from audit.certificate.results import CurvePoint, LayerCertificate
 from audit.errors import AuditError, EnvironmentFault
 from audit.flags import FlagCode, flag
@@ -18,7 +19,7 @@ from audit.information.estimator import CLEAN, MIEstimate, Origin, Vulnerability
 from audit.proportion import Proportion
 from audit.records import AuditRecord, RecordStore
 from audit.run.assembly import AuditedNetwork, AuditParts, assemble
-from audit.run.cell import Cell
+from audit.run.cell import Cell, sources
 from audit.run.encoders.heads import EncoderAccuracy, HeadAccuracy
 from audit.run.evidence.collect import kept_images
 from audit.run.evidence.kept import ImageKeeper, KeptImages
@@ -75,7 +76,7 @@ class CellRunner:
 
     def begin_group(self, cells: Sequence[Cell]) -> None:
         """Keep worst cases of these cells that others of them start from, until the last of those is finished."""
-        self._searches = SearchResults(self.cell_id(cell.after) for cell in cells if cell.after)
+        self._searches = SearchResults(self.cell_id(source) for cell in cells for source in sources(cell))
         self._layers = frozenset(cell.layer for cell in cells)
 
     def stored(self, cell: Cell, store: RecordStore) -> AuditRecord | None:
@@ -93,9 +94,9 @@ class CellRunner:
         except AuditError as error:
             record = failure(cell, error)
         else:
-            record = found or self.compute(cell)
-            if cell.after is not None:
-                self._searches.release(self.cell_id(cell.after))
+            record = found or replace(self.compute(cell), timing=costs_since_last())
+            for source in sources(cell):
+                self._searches.release(self.cell_id(source))
             if found:
                 return record, True
         self.save(record, cell, store)
@@ -122,6 +123,7 @@ class CellRunner:
     def _evaluate(self, inputs: CellInputs, started: float) -> AuditRecord:
         cell, results = inputs.cell, self._model(inputs.cell)
         check_inputs(results.model, inputs.images)
+        cell.settings.estimator.check_labels(inputs.images.labels)
         with _metered(inputs, results, self.inputs, self._report) as begin:
             results.sanity_checks(inputs)  # first: the record of a later failure states them
             begin("attacking")
@@ -139,21 +141,23 @@ class CellRunner:
         return self._models.get(_network_of(cell), lambda: ModelResults.load(cell, self.inputs, self.intermediate))
 
     def _starts(self, inputs: CellInputs) -> SearchStarts:
-        """Return the adversarial images of the attack on the label, and each seed's warm start."""
-        robustness = self._model(inputs.cell).accuracies(inputs)
-        return SearchStarts(self._warm_starts(inputs), robustness.accuracy.outcome.images if robustness else None)
-
-    def _warm_starts(self, inputs: CellInputs) -> dict[int, Images]:
-        """Return each seed's warm start; none if the order of the layers does not allow it.
+        """Return the adversarial images of the attack on the label, and each seed's images of other searches.
 
         If the clean images were the worst case in a smaller ball, the larger ball is searched from scratch. If they
-        were at a later layer, they stay the warm start: images that cannot be merged there cannot be merged here.
+        were at a later layer, they stay the warm start: images that cannot be merged there cannot be merged here. There
+        is no warm start if the order of the layers does not allow it.
         """
-        cell, after, few = inputs.cell, inputs.cell.after, inputs.images.images[:2]
-        if after is None or not runs_before(self._model(cell).model.network, cell.layer, after.layer, few):
-            return {}
-        found, same = self._worst_cases(after), cell.layer == after.layer
-        return {seed: run.all_adversarial for seed, run in found.items() if not (same and run.origin == CLEAN)}
+        cell, results, few = inputs.cell, self._model(inputs.cell), inputs.images.images[:2]
+        robustness, forward = results.accuracies(inputs), cell.settings.estimator.reads_later_layers
+        begun, earlier = dict[int, Images](), dict[int, Images]()
+        for source in sources(cell):
+            same = source.layer == cell.layer
+            if forward and not same:
+                earlier = {seed: run.all_adversarial for seed, run in self._worst_cases(source).items()}
+            elif runs_before(results.model.network, cell.layer, source.layer, few):
+                found = self._worst_cases(source)
+                begun = {s: run.all_adversarial for s, run in found.items() if not (same and run.origin == CLEAN)}
+        return SearchStarts(begun, robustness.accuracy.outcome.images if robustness else None, earlier)
 
     def _worst_cases(self, cell: Cell) -> dict[int, Vulnerability]:
         """Return the worst cases of an earlier cell, searched again if this process does not have them."""

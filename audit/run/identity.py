@@ -65,6 +65,7 @@ def cell_identity(
     """
     network = NetworkIdentity(_network_identity(cell.ref), entry.architecture, entry.code_sha256, entry.weights_sha256)
     found = audit_identity(network, data_sha256, cell.layer, cell.threat, cell.settings, warm_start_path(cell))
+    found |= {"later": list(cell.later)} if cell.later else {}
     found |= applied or {}
     return {**found, "examples_sha256": examples_sha256} if cell.settings.certificate else found
 
@@ -92,6 +93,8 @@ def _settings_identity(audit: AuditSettings, norm: str) -> dict[str, Any]:
     settings |= {"seeds": list(audit.seeds)}  # a list, as JSON reads it back
     del settings["attack"]["fast"]  # decides cost only
     settings["attack"]["version"] = audit.attack.version_in(norm)
+    if not audit.attack.reaches_in(norm):
+        del settings["attack"]["by_reach"]
     if settings["certificate"]:
         settings["certificate"] = CERTIFICATE_VERSION
     else:

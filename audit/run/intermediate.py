@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import safetensors.torch
 import torch
@@ -61,6 +61,14 @@ class Memo(Generic[_Key, _Result]):
                 del self._values[next(iter(self._values))]
             self._values[key] = compute()
         return self._values[key]
+
+
+class EstimateCache(Protocol):
+    """Returns the estimate of a seed: stored earlier, or computed now."""
+
+    def __call__(self, seed: int, compute: Callable[[], _Result], /) -> _Result:
+        """Return the estimate of a seed."""
+        ...
 
 
 class IntermediateResults:

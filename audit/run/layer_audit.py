@@ -1,26 +1,28 @@
 """Information of one layer: normal- and worst-case estimates of every seed, floors under them, and search checks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from statistics import fmean
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from audit.adversary.accuracy import logits_of
 from audit.adversary.attack_checks import Check
 from audit.adversary.fused import computes_the_same, fused_copy
 from audit.adversary.gradient_checks import worst_case_checks
+from audit.adversary.memory.stages import needed, stage
+from audit.adversary.staged.outcome import logits_of
 from audit.adversary.threat import ThreatModel
 from audit.config.settings import AuditSettings
-from audit.errors import UnknownNameError
+from audit.errors import UnknownNameError, UsageError
 from audit.information.estimator import EstimatorInputs, MIEstimate, Vulnerability, WarmStart
 from audit.information.floors import InformationFloors, largest_share, prediction_floor
 from audit.random_keys import Purpose, keyed_generator
 from audit.representation.headless import Headless, resolved_layer
 from audit.representation.layers import Representation
+from audit.run.intermediate import EstimateCache
 from audit.types import Encoded, Images, Labels, Objective
 
 _CHECKED = 20  # images, and at most a tenth of all, to check the objective's gradient on: 1 % of the passes
@@ -45,14 +47,6 @@ class LayerResult(NamedTuple):
     images: int = 0
 
 
-class EstimateCache(Protocol):
-    """Returns the estimate of a seed: stored earlier, or computed now."""
-
-    def __call__(self, seed: int, compute: Callable[[], _Estimate], /) -> _Estimate:
-        """Return the estimate of a seed."""
-        ...
-
-
 def _uncached(_seed: int, compute: Callable[[], _Estimate], /) -> _Estimate:
     return compute()
 
@@ -61,18 +55,23 @@ class SearchStarts(NamedTuple):
     """Images that worst-case searches start from or compare with.
 
     `by_seed` are warm starts: worst-case images (N, C, H, W) of a smaller ball or of a later layer; `attacked`
-    (N, C, H, W) are the adversarial images of the attack on the label.
+    (N, C, H, W) are the adversarial images of the attack on the label, `earlier` worst-case images of an earlier layer.
     """
 
     by_seed: Mapping[int, Images] = MappingProxyType({})
     attacked: Images | None = None
+    earlier: Mapping[int, Images] = MappingProxyType({})
 
 
 class Reuse(NamedTuple):
-    """Results that earlier work may supply: the encoded clean images, and each seed's normal case."""
+    """Results that earlier work may supply: the encoded clean images, and each seed's normal case.
+
+    `later` are names of layers that count for this one, as far as they are functions of it.
+    """
 
     clean: Encoded | None = None
     normal: EstimateCache = _uncached
+    later: Sequence[str] = ()
 
 
 class LayerAudit:
@@ -93,8 +92,30 @@ class LayerAudit:
         reuse = reuse or Reuse()
         self.network, self.settings = network, settings
         self.representation = Representation(network, layer, settings.reduce)
-        self.inputs = EstimatorInputs(self._encode, images, labels, reuse.clean)
-        self._normal_cache = reuse.normal
+        self._images, self._labels, self._reuse = images, labels, reuse
+
+    @cached_property
+    def inputs(self) -> EstimatorInputs:
+        """The inputs of the estimator, with those of later layers that are functions of this one."""
+        later, reads = list[LayerAudit](), self.settings.estimator.reads_later_layers
+        if reads and self._reuse.later and not isinstance(self.network, Headless) and self._determines_logits:
+            later = [each for layer in self._reuse.later if (each := self._follower(layer)) is not None]
+        inputs = EstimatorInputs(self._encode, self._images, self._labels, self._reuse.clean)
+        return inputs._replace(later={each.representation.layer: each.inputs for each in later})
+
+    def _follower(self, layer: str) -> "LayerAudit | None":
+        """Return the audit of a later layer, if there is one and it is a function of this one.
+
+        Where both determine the logits, every path of the data to the later one leads through this one.
+        """
+        from audit.run.warm_starts import runs_before
+
+        try:
+            audit = LayerAudit(self.network, self._images, self._labels, layer, self.settings)
+            ordered = runs_before(self.network, self.representation.layer, layer, self._images[:2])
+            return audit if ordered and audit._determines_logits else None
+        except UsageError:  # reported in the record of that layer's own cell
+            return None
 
     def _encode(self, images: Images) -> Encoded:
         """Encode images: searches, which need gradients, use the fused copy; reported values use the network itself."""
@@ -105,7 +126,7 @@ class LayerAudit:
     @cached_property
     def _fused(self) -> Representation:
         """The same layer of a faster copy of the network, if there is one that agrees."""
-        representation, images = self.representation, self.inputs.images
+        representation, images = self.representation, self._images
         folded = fused_copy(self.network, images)
         if folded is self.network:
             return representation
@@ -118,14 +139,15 @@ class LayerAudit:
     @cached_property
     def normal(self) -> tuple[MIEstimate, ...]:
         """The normal case of every seed, which no threat model changes."""
-        normal, cache = self.settings.estimator.normal, self._normal_cache
-        return tuple(cache(seed, partial(normal, self.inputs, seed)) for seed in self.settings.seeds)
+        normal, cache = self.settings.estimator.normal, self._reuse.normal
+        with stage("normal case"):
+            return tuple(cache(seed, partial(normal, self.inputs, seed)) for seed in self.settings.seeds)
 
     @cached_property
     def dimension(self) -> int:
         """The number of features of the layer."""
         with torch.no_grad():
-            return self.representation(self.inputs.images[:1]).shape[1]
+            return self.representation(self._images[:1]).shape[1]
 
     def under(
         self, threat: ThreatModel, starts: SearchStarts | None = None, cache: EstimateCache = _uncached
@@ -143,8 +165,11 @@ class LayerAudit:
         vulnerability = self.settings.estimator.vulnerability
         for seed, normal in zip(self.settings.seeds, self.normal, strict=True):
             origin = found[0].origin if found else None
-            warm_start = WarmStart(normal, starts.by_seed.get(seed), origin, starts.attacked)
-            found.append(cache(seed, partial(vulnerability, self.inputs, threat, seed, warm_start)))
+            given = (starts.by_seed.get(seed), origin, starts.attacked, starts.earlier.get(seed))
+            warm_start = WarmStart(normal, *given)
+            with stage(f"worst case, seed {seed}"):
+                found.append(cache(seed, partial(vulnerability, self.inputs, threat, seed, warm_start)))
+                needed(found[-1].passes)
         return tuple(found)
 
     @cached_property
@@ -159,7 +184,7 @@ class LayerAudit:
 
     @cached_property
     def _determines_logits(self) -> bool:
-        return self.representation.determines_logits(self.inputs.images[:1])
+        return self.representation.determines_logits(self._images[:1])
 
     def _floors(self, per_seed: tuple[Vulnerability, ...]) -> InformationFloors | None:
         """Return the floors, if the network's output passes through the layer: else predictions prove nothing of it."""
@@ -171,6 +196,7 @@ class LayerAudit:
         return measured_floors(self.network, self.inputs, per_seed, self.settings) if proves else None
 
 
+@stage("floors")
 def measured_floors(
     network: nn.Module, inputs: EstimatorInputs, per_seed: tuple[Vulnerability, ...], settings: AuditSettings
 ) -> InformationFloors:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from audit.adversary.memory.batch_size import fitting_batch, fitting_batches
 from audit.adversary.memory.limit import fixed_batches
+from audit.adversary.memory.stages import stage
 from audit.errors import EnvironmentFault, UsageError
 from audit.representation.headless import Headless
 from audit.run.cell import Cell, InputRules
@@ -147,6 +148,7 @@ class InputCache:
         self._following: Memo[tuple[str, int, Preprocessing | None], ImageSet | None] = Memo(slots=1)
         self._located: Memo[str, LocatedModel] = Memo()
 
+    @stage("loading")
     def open(self, cell: Cell) -> CellInputs:
         """Return the inputs of a cell but its network. Raises what images and model entries raise."""
         located, images = self._locate(cell.ref), self.images(cell)

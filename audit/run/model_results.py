@@ -6,6 +6,7 @@ from typing import Any
 
 from audit.adversary.attack_checks import Check
 from audit.adversary.label_attack import LabelAttack
+from audit.adversary.memory.stages import stage
 from audit.adversary.robustness import Robustness, TargetModel, evaluate_robustness
 from audit.adversary.threat import ThreatModel
 from audit.certificate.layers import CertificationInputs, CertificationSettings, HeadTrainingData, certify_layers
@@ -38,6 +39,7 @@ class ModelResults:
         self._layers: Memo[tuple[str, str, AuditSettings], LayerAudit] = Memo(slots=1)
 
     @classmethod
+    @stage("loading")
     def load(cls, cell: Cell, inputs: InputCache, intermediate: IntermediateResults) -> "ModelResults":
         """Load the model of a cell, after the memory of the last one is free."""
         gc.collect()  # a layer audit and its encoder refer to each other
@@ -95,7 +97,8 @@ class ModelResults:
 
         def stored() -> LayerCertificate:
             on_start()
-            return self._intermediate.get(part, compute)
+            with stage("certificate"):
+                return self._intermediate.get(part, compute)
 
         return self._certificates.get(
             (images.sha256, cell.layer, cell.threat, settings.attack, seed, settings.ledger), stored
@@ -107,12 +110,14 @@ class ModelResults:
         settings = cell.settings
         part = partial_identity(inputs.identity, "normal", "layer")
         part |= {name: inputs.identity["settings"][name] for name in ("estimator", "reduce")}
+        part |= {"later": list(cell.later)} if cell.later else {}
 
         def normal(seed: int, compute: Callable[[], Any], /) -> Any:
             return self._intermediate.get(part | {"seed": seed}, compute)
 
         def create() -> LayerAudit:
-            reuse = Reuse(self._clean_features(inputs, layers), normal)
+            with stage("clean features"):
+                reuse = Reuse(self._clean_features(inputs, layers), normal, cell.later)
             return LayerAudit(self.model.network, images.images, images.labels, cell.layer, settings, reuse)
 
         return self._layers.get((images.sha256, cell.layer, settings), create)

@@ -3,14 +3,16 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, TypeVar
+from functools import cached_property, wraps
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from audit.adversary.attack_checks import Check
 from audit.adversary.label_attack import LabelAttack
 from audit.adversary.memory.batch_size import fitting_batches
+from audit.adversary.memory.stages import Profile, stage
 from audit.adversary.passes import frozen_parameters
 from audit.adversary.robustness import Robustness, TargetModel, evaluate_robustness
 from audit.adversary.threat import ThreatModel
@@ -25,23 +27,40 @@ from audit.representation.layers import Representation
 from audit.run.assembly import AuditedNetwork, AuditParts, assemble
 from audit.run.encoders.head_images import head_plan, heads_identity
 from audit.run.encoders.heads import AuditedImages, EncoderAccuracy, measure_encoder
-from audit.run.encoders.results import check_labels
 from audit.run.gates.inputs import check_encoder_inputs, check_network_inputs
 from audit.run.identity import NetworkIdentity, audit_identity
 from audit.run.intermediate import Memo
 from audit.run.layer_audit import LayerAudit, LayerResult, Reuse, SearchStarts
 from audit.run.sanity_checks import sanity_checks
+from audit.run.upkeep.pass_meter import StagePasses
 from audit.types import Images, Labels, standard_torch_state
 
 _SOURCE = "python"
 _ROUNDING = 1e-5  # of pixels that were computed from 8 bits: far below half a grey level
 _Value = TypeVar("_Value")
 
-OnStage = Callable[[str, str, ThreatModel | None], None]
-"""Called at the start of a stage with its name, the layer ("" for none) and the threat model (None for none)."""
+OnStage = Callable[[str, str, ThreatModel | None, float], None]
+"""Called at the start of a stage with its name, the layer ("" for none), the threat model (None for none), and about
+how many passes it takes."""
 
 
-def _unwatched(_stage: str, _layer: str, _threat: ThreatModel | None) -> None:
+_Arguments = ParamSpec("_Arguments")
+
+
+def _timed(audit: Callable[_Arguments, AuditRecord]) -> Callable[_Arguments, AuditRecord]:
+    """Return the audit with the costs of its stages in the record."""
+
+    @wraps(audit)
+    def timed(*args: _Arguments.args, **settings: _Arguments.kwargs) -> AuditRecord:
+        profile = Profile()
+        with profile.measured("other"):
+            record = audit(*args, **settings)
+        return replace(record, timing=profile.to_dict())
+
+    return timed
+
+
+def _unwatched(_stage: str, _layer: str, _threat: ThreatModel | None, _passes: float) -> None:
     return
 
 
@@ -92,7 +111,7 @@ class NetworkAudit:
     def __init__(self, target: TargetModel, facts: NetworkFacts | None = None, on_stage: OnStage = _unwatched) -> None:
         target.network.eval()
         self.target = replace(target, images=_without_rounding(target.images))
-        self.facts, self._on_stage = facts or NetworkFacts(), on_stage
+        self.facts, self.on_stage = facts or NetworkFacts(), on_stage
         check = check_encoder_inputs if isinstance(target.network, Headless) else check_network_inputs
         check(self.target.network, self.target.images, self.target.labels)
         self._heads: Memo[tuple[str, str, ThreatModel, LabelAttack, int], EncoderAccuracy] = Memo()
@@ -100,13 +119,15 @@ class NetworkAudit:
         self._layers: Memo[tuple[str, AuditSettings], LayerAudit] = Memo(slots=1)
 
     @standard_torch_state()
+    @_timed
     def record(self, layer: str, threat: ThreatModel, settings: AuditSettings) -> AuditRecord:
         """Return the record of one layer under one threat model; raises what the attack and the estimator raise."""
         started = time.monotonic()
         network = self.target.network
+        settings.estimator.check_labels(self.target.labels)
         with frozen_parameters(network), fitting_batches(network, self.target.images):
             heads = self._headed(layer, threat, settings) if isinstance(network, Headless) else None
-            robustness = heads.robustness if heads else self._attacked(threat, settings)
+            robustness = heads.robustness if heads else self._attacked(layer, threat, settings)
             result = self._estimated(layer, threat, settings, robustness)
             certificate = self._certified(layer, threat, settings) if settings.certificate else None
         return assemble(
@@ -127,9 +148,19 @@ class NetworkAudit:
             )
         )
 
-    def _attacked(self, threat: ThreatModel, settings: AuditSettings) -> Robustness:
+    @standard_torch_state()
+    def expected(self, layer: str, settings: AuditSettings) -> StagePasses:
+        """Return about how many passes the stages of a layer take; raises what `Representation` raises."""
+        expected = StagePasses(settings, len(self.target.images))
+        if not settings.certificate:
+            return expected
+        with torch.no_grad():
+            features = Representation(self.target.network, layer)(self.target.images[:1])
+        return expected._replace(dimension=features.shape[1])
+
+    def _attacked(self, layer: str, threat: ThreatModel, settings: AuditSettings) -> Robustness:
         def attack() -> Robustness:
-            self._on_stage("attack", "", threat)
+            self.on_stage("attack", "", threat, self.expected(layer, settings).attack)
             return evaluate_robustness(self.target, threat, settings.attack, settings.seeds[0])
 
         return self._robustness.get((threat, settings.attack, settings.seeds[0]), attack)
@@ -139,38 +170,38 @@ class NetworkAudit:
         target, attack, seed = self.target, settings.attack, settings.seeds[0]
 
         def measure() -> EncoderAccuracy:
-            self._on_stage("attack", layer, threat)
+            self.on_stage("attack", layer, threat, self.expected(layer, settings).attack)
             classes = int(target.labels.max()) + 1
             audited = AuditedImages(target.images, target.labels, classes, head_plan(target, None, seed))
             return measure_encoder(
                 Representation(target.network, layer, settings.reduce), audited, threat, attack, seed
             )
 
-        found = self._heads.get((layer, settings.reduce, threat, attack, seed), measure)
-        check_labels(found, settings)
-        return found
+        return self._heads.get((layer, settings.reduce, threat, attack, seed), measure)
 
     def _estimated(
         self, layer: str, threat: ThreatModel, settings: AuditSettings, robustness: Robustness | None
     ) -> LayerResult:
-        target = self.target
+        target, expected = self.target, self.expected(layer, settings)
+
+        def normal(seed: int, compute: Callable[[], _Value], /) -> _Value:
+            self.on_stage(f"normal case, seed {seed}", layer, None, expected.normal)
+            return compute()
+
+        def worst(seed: int, compute: Callable[[], _Value], /) -> _Value:
+            self.on_stage(f"worst case, seed {seed}", layer, threat, expected.worst(seed))
+            return compute()
 
         def create() -> LayerAudit:
-            reuse = Reuse(normal=partial(self._watched, "normal case", layer, None))
+            reuse = Reuse(normal=normal)
             return LayerAudit(target.network, target.images, target.labels, layer, settings, reuse)
 
         audit = self._layers.get((layer, settings), create)
         starts = SearchStarts(attacked=robustness.accuracy.outcome.images if robustness else None)
-        return audit.under(threat, starts, partial(self._watched, "worst case", layer, threat))
-
-    def _watched(
-        self, stage: str, layer: str, threat: ThreatModel | None, seed: int, compute: Callable[[], _Value], /
-    ) -> _Value:
-        self._on_stage(f"{stage}, seed {seed}", layer, threat)
-        return compute()
+        return audit.under(threat, starts, worst)
 
     def _certified(self, layer: str, threat: ThreatModel, settings: AuditSettings) -> LayerCertificate:
-        self._on_stage("certificate", layer, threat)
+        self.on_stage("certificate", layer, threat, self.expected(layer, settings).certificate)
         return _certificate(self.target, layer, threat, settings)
 
     @cached_property
@@ -190,6 +221,7 @@ class NetworkAudit:
         return NetworkIdentity(_SOURCE, type(self.target.network).__name__, "", self._weights_sha256)
 
 
+@stage("certificate")
 def _certificate(target: TargetModel, layer: str, threat: ThreatModel, settings: AuditSettings) -> LayerCertificate:
     """Return the certificate of a layer; only the network's own head is measured, as there is no training data."""
     asked = CertificateSettings(seed=settings.seeds[0])

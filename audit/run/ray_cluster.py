@@ -4,12 +4,13 @@ import signal
 import socket
 import threading
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from audit.adversary.memory.stages import costs_since_last, measured
 from audit.errors import EnvironmentFault
 from audit.records import AuditRecord, RecordStore
 from audit.run.cell import Cell
@@ -86,10 +87,11 @@ def _check_reachable(address: str) -> None:
         raise EnvironmentFault(f"no Ray cluster at {address}: {error.strerror or error}") from error
 
 
+@measured("other")
 def _compute(cells: Sequence[Cell], options: RunOptions, folder: Path) -> list[AuditRecord]:
     runner = _runner(options, folder)
     runner.begin_group(cells)
-    return [runner.compute(cell) for cell in cells]
+    return [replace(runner.compute(cell), timing=costs_since_last()) for cell in cells]
 
 
 @cache

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from audit.adversary.memory.stages import measured
 from audit.config.benchmark import BenchmarkConfig
 from audit.errors import AuditError, UsageError
 from audit.records import AuditRecord, RecordStore
@@ -103,6 +104,7 @@ def claim(folder: Path, config: BenchmarkConfig, text: str, base: Path | None = 
     write_start_folders(folder, base)
 
 
+@measured("other")
 def run(
     cells: Sequence[Cell],
     folder: Path,

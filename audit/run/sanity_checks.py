@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from audit.adversary.attack_checks import Check
 from audit.adversary.check_rules import RULES
 from audit.adversary.memory.limit import allowed
+from audit.adversary.memory.stages import stage
 from audit.adversary.passes import Batches, outputs_of, row_lengths
 from audit.flags import FlagCode, flag
 from audit.proportion import wilson
@@ -31,6 +32,7 @@ _QUANTILE = 3.290527  # of the normal distribution: one correct network in 1,000
 
 
 @torch.no_grad()
+@stage("gates")
 def sanity_checks(
     network: nn.Module, images: Images, labels: Labels, published: float | None = None
 ) -> tuple[Check, ...]:

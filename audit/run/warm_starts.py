@@ -13,8 +13,7 @@ from audit.representation.headless import resolved_layer
 from audit.representation.hooks import OUTPUTS
 from audit.representation.layers import Representation, find_module
 from audit.run.cell import module_path
-from audit.run.intermediate import IntermediateResults
-from audit.run.layer_audit import EstimateCache
+from audit.run.intermediate import EstimateCache, IntermediateResults
 from audit.types import Images
 
 

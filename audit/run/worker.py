@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from audit.adversary.memory.stages import measured
 from audit.errors import EnvironmentFault
 from audit.records import AuditRecord, RecordStore
 from audit.run.cell import Cell
@@ -75,6 +76,7 @@ def start(pipe: Connection, setup: WorkerSetup) -> None:
     serve(pipe, setup)
 
 
+@measured("other")
 def serve(pipe: Connection, setup: WorkerSetup) -> None:
     """Compute jobs as they come, until the pipe is closed."""
     worker = _Worker(pipe, setup)

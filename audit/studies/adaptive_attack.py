@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.adversary.accuracy import logits_of, measure_accuracy
+from audit.adversary.accuracy import measure_accuracy
 from audit.adversary.attack_checks import UPPER_BOUND, Check, failed
 from audit.adversary.comparison_checks import check_transfer
 from audit.adversary.gradient_checks import quick_checks
@@ -18,6 +18,7 @@ from audit.adversary.label_attack import LOSSES, LabelAttack, Stage, margin
 from audit.adversary.pgd import PGD, minimise, without_early_stopping
 from audit.adversary.robustness import Robustness, TargetModel, compare_attacks, evaluate_robustness
 from audit.adversary.single_attacks import STAGES
+from audit.adversary.staged.outcome import logits_of
 from audit.adversary.threat import ThreatModel
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Images, Labels, Objective, ObjectiveValue

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from audit.adversary.accuracy import Accuracy
 from audit.adversary.attack_checks import Check, trustworthy, verdict
 from audit.adversary.comparison_checks import check_transfer
 from audit.adversary.label_attack import TIERS
@@ -24,6 +23,7 @@ from audit.adversary.robustness import (
     measure_target,
 )
 from audit.adversary.single_attacks import ATTACKS, SingleAttackResult, run_attack, transfer_matrix
+from audit.adversary.staged.outcome import Accuracy
 from audit.adversary.threat import ThreatModel
 from audit.errors import UnknownNameError
 from audit.run.cell import DEFAULT_RULES, InputRules

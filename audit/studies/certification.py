@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from audit.adversary.label_attack import TIERS
+from audit.adversary.memory.limit import allowed
 from audit.adversary.threat import ThreatModel
 from audit.certificate.collision_search import SearchEffort
 from audit.certificate.dual_precision import DualPrecisionLayer
@@ -22,19 +23,26 @@ from audit.certificate.layers import (
     LayerResult,
     certify_layers,
 )
+from audit.certificate.robust_images.results import BoundEffort
 from audit.certificate.settings import CertificateSettings
 from audit.certificate.witness import WitnessHeader, read_witness, verify_witness, witness_header, write_witness
+from audit.config.settings import AuditSettings
 from audit.errors import IntegrityError, MismatchError, UnknownNameError, UsageError
-from audit.hashing import weights_sha256
+from audit.hashing import image_hashes, weights_sha256
 from audit.representation.layers import Representation
 from audit.run.cell import DEFAULT_RULES, InputRules
 from audit.run.loading import RunOptions, batches_for, open_images_for, open_representation
+from audit.run.upkeep.forecast import seconds_per_pass
+from audit.run.upkeep.pass_meter import StageMeter, StagePasses
+from audit.types import selected_pixels
 from model_zoo.images.datasets import ImageRequest, ImageSet, load_at_most, load_images
 from model_zoo.load import LoadedModel
 from model_zoo.lookup import WITH_TRAINING_SPLIT
 
 _JACOBIAN_PASSES = 400.0  # an image: up to 799 features; a wider layer needs thousands for a handful of steps
+_TIMED = 64  # images in a batch that tells the time of a pass
 _PROBE = 16  # images that try a hub before the others, if the budget is limited
+_PATIENCE = 2  # Jacobians that hardly improve a group before it is given up, if the budget is limited
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +54,8 @@ class CertificationRequest:
     else those after the certified ones. `pairs` also searches pairs of images outside large hubs, with at most
     `pair_passes` forward+backward passes per image (infinite: every hub and pair is tried, of however wide a layer);
     `held_out` adds the held-out population bound. `attack` is the name of an attack tier, `heads` are the heads that
-    it measures, and `ledger` adds the ledger of images that the network provably keeps. Raises UnknownNameError for an
-    unknown attack or head.
+    it measures, and `ledger` adds the ledger of images that the network provably keeps, by bounds that take at most
+    `ledger_passes` an image. Raises UnknownNameError for an unknown attack or head.
     """
 
     model: str
@@ -67,6 +75,7 @@ class CertificationRequest:
     attack: str = "smoke"
     heads: tuple[str, ...] = ("own",)
     ledger: bool = False
+    ledger_passes: float = BoundEffort.passes
     seed: int = 0
     rules: InputRules = DEFAULT_RULES
 
@@ -80,14 +89,21 @@ class CertificationRequest:
     @property
     def settings(self) -> CertificationSettings:
         """The settings of the certificates. Raises UnknownNameError, UsageError for an illegal tier or confidence."""
-        neighbours, probe = SearchEffort.neighbours if self.pairs else 0, 0 if self.pair_passes == inf else _PROBE
-        effort = SearchEffort(hubs=self.hubs, neighbours=neighbours, pair_passes=self.pair_passes, probe=probe)
+        neighbours, limited = SearchEffort.neighbours if self.pairs else 0, self.pair_passes < inf
+        effort = SearchEffort(hubs=self.hubs, neighbours=neighbours, pair_passes=self.pair_passes)
+        if limited:
+            effort = replace(effort, probe=_PROBE, patience=_PATIENCE)
         limit = inf if self.pair_passes == inf else _JACOBIAN_PASSES
         certificate = CertificateSettings(
             find_tier(self.tier), effort, self.confidence, seed=self.seed, jacobian_passes=limit
         )
         return CertificationSettings(
-            certificate, TIERS[self.attack], held_out=self.held_out, measured=self.heads, ledger=self.ledger
+            certificate,
+            TIERS[self.attack],
+            held_out=self.held_out,
+            measured=self.heads,
+            ledger=self.ledger,
+            bounds=BoundEffort(passes=self.ledger_passes),
         )
 
     @property
@@ -131,18 +147,55 @@ class CertificationReport(NamedTuple):
         return rows
 
 
+OnCost = Callable[[float, float], None]
+"""Called before a search with the passes of single images, and the seconds, that it takes about."""
+
+
 def certify_model(
-    request: CertificationRequest, options: RunOptions, on_progress: LayerProgress
+    request: CertificationRequest,
+    options: RunOptions,
+    on_progress: LayerProgress,
+    on_cost: OnCost = lambda _passes, _seconds: None,
 ) -> CertificationReport:
     """Certify the layers of a model under every threat model of a request.
 
-    Raises what loading and `certify_layers` raise.
+    Stages are reported with the passes done, those expected, and the time left. Raises what loading and
+    `certify_layers` raise.
     """
     settings = request.settings
     model, inputs = load_inputs(request, options)
+    places: list[tuple[str, ThreatModel]] = []
+    meter = StageMeter(lambda stage, collided: on_progress(*places[-1], stage, collided))
+
+    def report(layer: str, threat: ThreatModel, stage: str, collided: int) -> None:
+        places.append((layer, threat))
+        meter(stage, collided)
+
     with batches_for(model.network, inputs.clean, options):
-        results = certify_layers(inputs, request.layers, request.threats, settings, on_progress)
+        passes = _expected_passes(request, inputs)
+        on_cost(passes, passes * seconds_per_pass(model.network, inputs.clean[: allowed(_TIMED)]))
+        with meter.counting(passes):
+            results = certify_layers(inputs, request.layers, request.threats, settings, report)
     return CertificationReport(request, model, inputs, results)
+
+
+@torch.no_grad()
+def _expected_passes(request: CertificationRequest, inputs: CertificationInputs) -> float:
+    """Return about how many passes the certificates of a request take; a layer that is too wide takes only its heads'.
+
+    Raises what `Representation` raises for the name of a layer.
+    """
+    settings, passes = AuditSettings(attack=TIERS[request.attack], certificate=True, ledger=request.ledger), 0.0
+    limit = request.settings.certificate.jacobian_passes
+    own, trained = "own" in request.heads and not inputs.headless, set(request.heads) - {"own"}
+    heads = own + (len(trained) if inputs.training_data else 0)
+    for layer in dict.fromkeys(request.layers):
+        dimension = Representation(inputs.network, layer)(inputs.clean[:1]).shape[1]
+        stages = StagePasses(settings, len(inputs.clean), dimension)
+        applicable = (1 + dimension) / 2 <= limit and dimension <= inputs.clean[0].numel()
+        search = stages.certificate - stages.head if applicable else 0.0
+        passes += len(set(request.threats)) * (search + heads * stages.head)
+    return passes
 
 
 def load_inputs(request: CertificationRequest, options: RunOptions) -> tuple[LoadedModel, CertificationInputs]:
@@ -179,12 +232,12 @@ def _head_training_data(
         raise MismatchError(f"{found.ref} has the classes {', '.join(found.classes)}, {images.ref} has others")
     if images.class_map:
         labels = images.class_map.renumbered(labels)
-    certified_pixels = {image.numpy().tobytes() for image in images.images.cpu()}
-    is_new = torch.tensor([image.numpy().tobytes() not in certified_pixels for image in pixels], dtype=torch.bool)
-    if not bool(is_new.any()):
+    certified_images = set(image_hashes(images.images))
+    new = [number for number, each in enumerate(image_hashes(pixels)) if each not in certified_images]
+    if not new:
         return None
-    device = images.images.device
-    return HeadTrainingData(pixels[is_new][:count].to(device), labels[is_new][:count].to(device))
+    device, index = images.images.device, torch.tensor(new[:count])
+    return HeadTrainingData(selected_pixels(pixels, index).to(device), labels[index].to(device))
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class ModelSetRequest:
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
-            raise UnknownNameError("scale", self.scale, SCALES)
+            raise UnknownNameError("scale", self.scale, (*SCALES, "study"))
         legal = self.settings.dataset
         if self.dataset not in (None, legal):
             raise UsageError(f"scale {self.scale} is of data set {legal}, not {self.dataset!r}")

@@ -25,7 +25,7 @@ from audit.information.probing.probes import fit_hidden, fit_linear
 from audit.information.probing.settings import ProbeTraining
 from audit.random_keys import Purpose, keyed_generator
 from audit.training.mutual_information import EpochProgress
-from audit.types import Features, Images, Labels
+from audit.types import Features, Images, Labels, image_slices, relieved
 
 HeadName = Literal["slf", "mlp", "alf"]
 """Standard linear features, multilayer perceptron, adversarial linear features."""
@@ -154,9 +154,11 @@ def train_adversarial_head(
     start_generator = keyed_generator(training.seed, Purpose.HEAD_STARTS)
     batches = max(1, len(images) // training.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, training.learning_rate, training.epochs * batches)
+    passed = 0
     for _ in range(training.epochs):
         order = torch.randperm(len(images), generator=order_generator).to(images.device)
         for batch in order.tensor_split(batches):
+            passed = relieved(passed + len(batch), images)
             loss = without_early_stopping(cross_entropy_objective(classifier, labels[batch]))
             adversarial = minimise(loss, images[batch], threat, training.pgd, start_generator).images
             with torch.no_grad():
@@ -173,7 +175,7 @@ def train_adversarial_head(
 def _features(layer: nn.Module, images: Images, batch_size: int) -> Tensor:
     if len(images) == 0:
         raise UsageError("a head cannot be trained on 0 images: at least 1 is needed")
-    return torch.cat([layer(batch) for batch in images.split(allowed(batch_size))])
+    return torch.cat([layer(images[part]) for part in image_slices(images, allowed(batch_size))])
 
 
 def make_head(features: int, settings: HeadFitSettings) -> nn.Module:

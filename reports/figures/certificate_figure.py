@@ -18,6 +18,7 @@ from audit.errors import IntegrityError
 from audit.storage import write_atomically
 from reports.figures.all_figures import figure_bytes
 from reports.figures.marks import GREY, dress, named, whisker
+from reports.figures.proved_band import LEDGER_TEXT, ledger_band, ledger_mark
 from reports.figures.style import Look, Sheet, label, looks, marker, paper_style, place_key
 from reports.text import format_eps, format_norm, short_name, spreadsheet_text
 
@@ -27,12 +28,13 @@ COLUMNS = (
     "model", "training", "dataset", "layer", "dimension", "norm", "eps", "images", "certified_bound",
     "certified_bound_randomised", "certified_bound_population", "certified_bound_held_out", "confidence",
     "certified_tier", "best_head", "best_head_accuracy", "heads", "attack", "at_hubs", "pairs", "carried_from",
+    "proved", "broken", "undecided", "kept_population", "ledger_reason", "ledger_passes",
     "delta_curve", "passes", "attack_passes", "seconds", "reason", "flags", "weights_sha256", "witness",
     "witness_sha256",
 )  # fmt: skip
 _NUMBERS = (
     "eps", "images", "certified_bound", "certified_bound_population", "certified_bound_held_out", "best_head_accuracy",
-    "confidence",
+    "confidence", "proved", "broken", "undecided",
 )  # fmt: skip
 _NEEDED = ("model", "layer", "norm", "eps", "certified_bound", "best_head_accuracy", "certified_tier")
 _HEIGHT = 2.1
@@ -65,8 +67,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def layer_profile(rows: Sequence[Row]) -> Figure | None:
-    """Return bound (certified) and best head (measured) along the layers, one line per eps; None for a single layer."""
-    return _profile(rows, "layer", "eps")
+    """Return bound (certified) and best head (measured) along the layers, one line per eps.
+
+    Bands show what a ledger proves of the network. None for a single layer, unless it has a ledger at one eps.
+    """
+    single = len({row["eps"] for row in rows}) == 1 and any(_known(row, "proved") is not None for row in rows)
+    return _profile(rows, "layer", "eps", fewest=1 if single else 2)
 
 
 def eps_profile(rows: Sequence[Row]) -> Figure | None:
@@ -88,15 +94,15 @@ def write_certificate_figures(rows: Sequence[Row], path: Path) -> list[Path]:
     return paths
 
 
-def _profile(rows: Sequence[Row], along: str, lines: str) -> Figure | None:
+def _profile(rows: Sequence[Row], along: str, lines: str, fewest: int = 2) -> Figure | None:
     shown = [row for row in rows if row["certified_bound"] is not None or row["best_head_accuracy"] is not None]
     models = list(dict.fromkeys(row["model"] for row in shown))
-    if len({row[along] for row in shown}) < 2:
+    if len({row[along] for row in shown}) < fewest:
         return None
     names = list(dict.fromkeys(_name(row, lines) for row in shown))
     # looks follow the order of their keys: numbered, they follow the order of the rows
     looked = dict(zip(names, looks(f"{i:03}" for i in range(len(names))).values(), strict=True))
-    keys = _line_key(looked), _kind_key()
+    keys = _line_key(looked), _kind_key(shown)
     with paper_style():
         captions = [_caption([row for row in shown if row["model"] == model]) for model in models]
         sheet = Sheet(len(models), captions, plot_height=_HEIGHT, keys=keys, head=0.46)
@@ -143,6 +149,20 @@ def _curve(ax: Axes, at: Sequence[float], rows: Sequence[Row], look: Look) -> No
     for x_, row in zip(at, rows, strict=True):
         if row["certified_bound"] is not None and row["certified_bound_population"] is not None:
             whisker(ax, [x_, x_], [float(row["certified_bound"]), float(row["certified_bound_population"])], look)
+        if (proved := _known(row, "proved")) is not None:
+            ledger_band(ax, x_, (proved, 1 - (_known(row, "broken") or 0.0)), look, _population(row))
+
+
+def _known(row: Row, name: str) -> float | None:
+    value = row.get(name)
+    return None if value is None or value == "" else float(value)
+
+
+def _population(row: Row) -> tuple[float, float] | None:
+    """Return the ledger's limits on the population, of a row as it is computed or as text from a file."""
+    ends = row.get("kept_population")
+    parts = [part.strip() for part in ends.split(";")] if isinstance(ends, str) else list(ends or ())
+    return (float(parts[0]), float(parts[1])) if len(parts) == 2 else None
 
 
 def _name(row: Row, column: str) -> str:
@@ -163,8 +183,10 @@ def _line_key(looked: Mapping[str, Look]) -> list[Line2D]:
     return [named(marker(look, "full", 4.5), label(name, 18)) for name, look in looked.items()]
 
 
-def _kind_key() -> list[Line2D]:
-    return [_stroke("-", GREY.colour, "no head exceeds (certified)"), _stroke("--", "white", "best head (measured)")]
+def _kind_key(rows: Sequence[Row]) -> list[Line2D]:
+    proved = [named(ledger_mark(), LEDGER_TEXT)] if any(_known(row, "proved") is not None for row in rows) else []
+    lines = [_stroke("-", GREY.colour, "no head exceeds (certified)"), _stroke("--", "white", "best head (measured)")]
+    return [*lines, *proved]
 
 
 def _stroke(dashes: Literal["-", "--"], face: str, text: str) -> Line2D:

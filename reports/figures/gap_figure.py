@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from reports.figures.marks import (
     cross,
+    draw_panels,
     dress,
     family_key,
     fill_key,
@@ -16,14 +17,13 @@ from reports.figures.marks import (
     plottable,
     point,
     points,
-    sheet_of,
     title_lines,
     whisker,
     write_names,
 )  # fmt: skip
 from reports.figures.style import Look, fill_of, limits, looks, marker, paper_style
 from reports.statistics.sentences import panel_sentences
-from reports.tables.table import GROUP, panels
+from reports.tables.table import GROUP, Panel, panels
 
 
 def figure1(frame: pd.DataFrame) -> Figure:
@@ -39,12 +39,14 @@ def figure1(frame: pd.DataFrame) -> Figure:
         captions = [
             "\n".join([*panel_sentences(_all_of(frame, panel.rows)), *head_note(panel.rows)]) for panel in groups
         ]
-        sheet = sheet_of(groups, captions, keys)
-        figure, axes = sheet.draw()
         family_looks = looks(rows["family"])
-        for panel, ax in zip(groups, axes, strict=False):
-            _draw(ax, panel.rows, family_looks)
+
+        def draw(ax: Axes, panel: Panel) -> int:
+            left_out = _draw(ax, panel.rows, family_looks)
             dress(ax, title_lines(panel), "RV (nats, estimate)", "adversarial gap (measured)")
+            return left_out
+
+        figure, axes = draw_panels(groups, captions, keys, draw)
         finish(figure, axes, keys)
     return figure
 
@@ -55,7 +57,7 @@ def _all_of(frame: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return frame[np.logical_and.reduce([frame[name] == first[name] for name in GROUP])]
 
 
-def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
+def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> int:
     for row in points(rows):
         look = family_looks[row["family"]]
         x, y, se = float(row["rv"]), float(row["adversarial_gap"]), or_zero(row["rv_se"])
@@ -66,4 +68,4 @@ def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
     ax.set_xlim(*limits([rows["rv"] - rows["rv_se"].fillna(0), rows["rv"] + rows["rv_se"].fillna(0)]))
     ax.set_ylim(*limits([rows["adversarial_gap"]]))
     drawn = points(rows)
-    write_names(ax, drawn, [(float(row["rv"]), float(row["adversarial_gap"])) for row in drawn])
+    return write_names(ax, drawn, [(float(row["rv"]), float(row["adversarial_gap"])) for row in drawn])

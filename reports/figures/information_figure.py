@@ -14,6 +14,7 @@ from reports.estimators import curve_of
 from reports.figures.marks import (
     GREY,
     cross,
+    draw_panels,
     dress,
     family_key,
     fill_key,
@@ -25,11 +26,11 @@ from reports.figures.marks import (
     plottable,
     point,
     points,
-    sheet_of,
     title_lines,
     whisker,
     write_names,
 )  # fmt: skip
+from reports.figures.proved_band import LEDGER_TEXT, ledger_band, ledger_mark
 from reports.figures.style import Look, fill_of, limits, looks, marker, paper_style
 from reports.statistics.correlation import Vector
 from reports.tables.table import Panel, panels
@@ -51,7 +52,8 @@ def figure2(frame: pd.DataFrame) -> Figure:
     Label information stands under the exact Fano curve, solid; estimates of I(X; g(X)) under Theorem 3.4 as printed,
     dashed, as a replication in panels of their own. With estimates either is an *estimated bound*. `sandwich` is left
     out because it is information about a smoothed representation, `label-level` because its worst case limits no head.
-    Bars are certified ceilings, where a certificate was asked for.
+    Bars are certified ceilings, where a certificate was asked for; bands reach from the share that the network provably
+    keeps to the share that nothing has broken, where a ledger of images was.
     Source: Fano's inequality, d(a || 1/K) <= I(Y; g(X)) for K equal classes; Zhu, Zhang & Evans, ICML 2020,
     Theorem 3.4: a <= (I + ln 2)/ln K.
     """
@@ -63,12 +65,14 @@ def figure2(frame: pd.DataFrame) -> Figure:
         used = [curve for curve in _LINES if curve in {_curve(panel.rows.iloc[0]) for panel in groups}]
         keys = family_key(rows), [*fill_key(rows), *_case_key(used, rows)]
         captions = ["\n".join([_caption(panel), *head_note(panel.rows)]) for panel in groups]
-        sheet = sheet_of(groups, captions, keys)
-        figure, axes = sheet.draw()
         family_looks = looks(rows["family"])
-        for panel, ax in zip(groups, axes, strict=False):
-            _draw(ax, panel.rows, family_looks)
+
+        def draw(ax: Axes, panel: Panel) -> int:
+            left_out = _draw(ax, panel.rows, family_looks)
             dress(ax, title_lines(panel), _AXES[_curve(panel.rows.iloc[0])], "accuracy (measured)")
+            return left_out
+
+        figure, axes = draw_panels(groups, captions, keys, draw)
         finish(figure, axes, keys)
     return figure
 
@@ -99,7 +103,7 @@ def _caption(panel: Panel) -> str:
     return line if panel.rows["ranks"].all() else f"{line}\nReplication only: this estimator does not claim to rank."
 
 
-def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
+def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> int:
     for row in points(rows):
         look, fill = family_looks[row["family"]], fill_of(row["training"], row["trained_eps"], row["eps"])
         ends = [(float(row[f"{case}_nats"]), float(row[f"{kind}_accuracy"])) for case, kind in _CASES]
@@ -114,13 +118,15 @@ def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> None:
             cross(ax, *ends[1])
         if not pd.isna(row["certified_bound"]):
             _ceiling(ax, ends[1], float(row["certified_bound"]), look)
+        if not pd.isna(row["proved_share"]):
+            ledger_band(ax, ends[1][0], (float(row["proved_share"]), float(row["not_broken_share"])), look)
     low, high = limits([rows["normal_nats"], rows["worst_nats"]])
     ax.set_xlim(min(low, 0.0), high)
     ax.set_ylim(-0.04, 1.04)
     for classes in sorted(set(rows["num_classes"].dropna())):
         _limit_line(ax, _curve(rows.iloc[0]), int(classes))
     drawn = points(rows)
-    write_names(ax, drawn, [(float(row["worst_nats"]), float(row["adversarial_accuracy"])) for row in drawn])
+    return write_names(ax, drawn, [(float(row["worst_nats"]), float(row["adversarial_accuracy"])) for row in drawn])
 
 
 def _ceiling(ax: Axes, worst: tuple[float, float], bound: float, look: Look) -> None:
@@ -148,9 +154,11 @@ def _case_key(used: list[str], rows: pd.DataFrame) -> list[Line2D]:
         named(Line2D([], [], linestyle=_LINES[curve], color="#333333", linewidth=0.9), _NAMES[curve]) for curve in used
     ]
     ceiling = Line2D([], [], marker="_", markersize=7, markeredgewidth=1.4, color=GREY.colour, linestyle="none")
+    proved = [named(ledger_mark(), LEDGER_TEXT)] if rows["proved_share"].notna().any() else []
     return [
         named(marker(GREY, "full", 3.2), "normal case, natural acc."),
         named(marker(GREY, "full", 5.5), "worst case, adversarial acc."),
         *lines,
         *([named(ceiling, "no head exceeds it (certified)")] if rows["certified_bound"].notna().any() else []),
+        *proved,
     ]

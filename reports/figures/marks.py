@@ -1,6 +1,6 @@
 """Drawing primitives of figures: points, whiskers, titles and the legend."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reports.figures.names import Named, name_points, without_shared_start
+from reports.figures.naming.names import Named, name_points, without_shared_start
 from reports.figures.style import FILL_LABELS, Keys, Look, Sheet, fill_of, label, looks, marker, place_key
 from reports.tables.table import Panel, contradicted, panels
 from reports.text import short_name
@@ -18,8 +18,9 @@ GREY = Look("#555555", "o")
 SPOT = "cell-"
 """Start of the identifiers of markers that stand for a record."""
 _NAMED = 6
-_WIDTH, _HEIGHT = 4.8, 3.4  # inches of a panel whose points have names
-_TITLE = 52
+_WIDTH, _HEIGHT = 4.2, 3.4  # inches of a panel whose points have names
+_LARGER = (1.0, 1.25, 1.6, 2.0)  # sizes of panels, until every name has room
+_TITLE = 46
 
 
 def plottable(frame: pd.DataFrame, needed: Sequence[str]) -> pd.DataFrame:
@@ -32,13 +33,23 @@ def points(rows: pd.DataFrame) -> list[dict[Any, Any]]:
     return rows.assign(refuted=contradicted(rows)).to_dict(orient="records")
 
 
-def sheet_of(groups: Sequence[Panel], captions: Sequence[str], keys: Keys) -> Sheet:
-    """Return a sheet with one panel per group, the estimators of one setting side by side."""
+def draw_panels(
+    groups: Sequence[Panel], captions: Sequence[str], keys: Keys, draw: Callable[[Axes, Panel], int]
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with one panel per group, the estimators of one setting side by side.
+
+    `draw` draws a panel and returns how many names found no room: then the panels are larger.
+    """
     settings = [panel.setting for panel in groups]
     together = [settings.count(setting) for setting in dict.fromkeys(settings)]
     lines = max((len(title_lines(panel)) for panel in groups), default=1)
-    return Sheet(len(groups) or 1, captions, width=_WIDTH, plot_height=_HEIGHT, keys=keys, groups=together,
-                 head=0.14 + 0.16 * lines)  # fmt: skip
+    for scale in _LARGER:
+        sheet = Sheet(len(groups) or 1, captions, width=scale * _WIDTH, plot_height=scale * _HEIGHT, keys=keys,
+                      groups=together, head=0.14 + 0.16 * lines)  # fmt: skip
+        figure, axes = sheet.draw()
+        if not sum(draw(ax, panel) for panel, ax in zip(groups, axes, strict=False)):
+            break
+    return figure, axes
 
 
 def title_lines(panel: Panel) -> list[str]:
@@ -61,13 +72,14 @@ def point(ax: Axes, x: float, y: float, artist: Line2D, cell: str = "") -> None:
     ax.add_line(artist)
 
 
-def write_names(ax: Axes, rows: Sequence[Mapping[Any, Any]], places: Sequence[tuple[float, float]]) -> None:
-    """Name the points of rows at their places, and say how many names found no room."""
+def write_names(ax: Axes, rows: Sequence[Mapping[Any, Any]], places: Sequence[tuple[float, float]]) -> int:
+    """Name the points of rows at their places; say and return how many names found no room."""
     names = without_shared_start([short_name(row["model"]) for row in rows])
     left_out = name_points(ax, [Named(x, y, name) for (x, y), name in zip(places, names, strict=True)])
     if left_out:
         told = f"{left_out} of {len(rows)} names have no room"
         ax.text(1, 1.01, told, ha="right", va="bottom", fontsize=6.3, color="#777777", transform=ax.transAxes)
+    return left_out
 
 
 def cross(ax: Axes, x: float, y: float) -> None:

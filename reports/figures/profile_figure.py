@@ -19,8 +19,12 @@ _SHARES = {
     "adversarial_accuracy": "adversarial accuracy (measured)",
     "fano_accuracy_bound": "exact Fano (estimated bound)",
     "certified_bound": "no head exceeds (certified)",
+    "best_head_accuracy": "best head (measured)",
+    "not_broken_share": "not broken, the network (certified)",
+    "proved_share": "proved to stay right, the network (certified)",
 }
-_LOOKS = (Look("#0173b2", "o"), Look("#d55e00", "s"), Look("#555555", "D"), Look("#5b2a9d", "_"))
+_LOOKS = (Look("#0173b2", "o"), Look("#d55e00", "s"), Look("#555555", "D"), Look("#5b2a9d", "_"),
+          Look("#8c6d1f", "P"), Look("#117733", "v"), Look("#117733", "^"))  # fmt: skip
 _WIDTH, _HEIGHT = 4.8, 2.8
 _MOST = 12  # characters of a layer's name on the axis
 

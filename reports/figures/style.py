@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import matplotlib as mpl
@@ -213,6 +214,7 @@ def place_key(figure: Figure, families: Sequence[Line2D], rest: Sequence[Line2D]
         top -= _KEY_INCHES * math.ceil(len(handles) / columns) + _KEY_BETWEEN
 
 
+@lru_cache(maxsize=4096)  # a figure asks for every name and entry of its key several times
 def text_inches(text: str, points: float) -> float:
     """Return the width in inches of a line of text in the figures' font, its size in points."""
     font = FontProperties(family=_RC["font.family"], size=points)

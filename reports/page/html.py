@@ -64,7 +64,7 @@ def render_report(
         settings=boards,
         order=family_order(frame).to_dict(orient="records"),
         pictures=pictures(frame, links, views),
-        concords=concords(frame),
+        concords=[] if len(pages) == 1 else concords(frame),  # of one model there is no order
         agreement=_optional("Agreement of estimators", agreement_figure(frame), _AGREEMENT),
         trials=trials(calibration),
         calibrated=_optional("Calibration", calibration_figure(calibration), _CALIBRATION),

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from audit.records import AuditRecord
 from reports.estimators import place as estimator_place
@@ -132,9 +133,30 @@ def _certified(record: AuditRecord) -> list[Limit]:
     return [
         _limit(f"proved to stay right: {ledger}", "certified", record.proved_share),
         _limit(f"not broken: {ledger}", "certified", record.not_broken_share),
+        *_kept_population(record),
         _limit(f"no head exceeds, {tier}, {record.images} images", "certified", record.certified_bound),
         _limit(f"no head exceeds, {tier}, all images of their kind", "certified", record.certified_bound_population),
     ]
+
+
+def _kept_population(record: AuditRecord) -> list[Limit]:
+    """Return the limits on the network's adversarial accuracy on the distribution of the images, from the ledger."""
+    certificate = record.details.get("certificate")
+    ends = certificate.get("kept_population") if isinstance(certificate, Mapping) else None
+    if certificate is None or record.proved_share is None or not isinstance(ends, Sequence) or len(ends) != 2:
+        return []
+    low, high = (number(end) for end in ends)
+    sure = f"{_confidence(certificate)} confidence"
+    kept = f"the network, under every attack in the ball, all images of their kind, {sure}"
+    return [
+        Limit(f"{side}: {kept}", "certified", with_error(end, None), strip(end))
+        for side, end in (("keeps at least", low), ("keeps at most", high))
+    ]
+
+
+def _confidence(certificate: Mapping[str, Any]) -> str:
+    value = certificate.get("confidence")
+    return f"{value:.0%}" if isinstance(value, float) else "95%"
 
 
 def _limit(name: str, kind: str, value: float | None) -> Limit:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from audit.records import AuditRecord
 from reports.page.cells import MISSING, with_error
-from reports.tables.comparison import Difference, Pair, compare
+from reports.tables.comparison import DIRECTION, Difference, Pair, compare
 from reports.text import format_eps, format_norm, plain_text, short_name
 
 
@@ -19,11 +19,15 @@ class Other(NamedTuple):
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The comparison as text: the other run's name, one row a shared cell, and sentences about all of them."""
+    """The comparison as text: the other run's name, one row a shared cell, and sentences about all of them.
+
+    `unpaired` are sentences about the cells that only one of the runs has.
+    """
 
     name: str
     rows: Sequence[tuple[str, ...]]
     sentences: Sequence[str]
+    unpaired: Sequence[str]
 
 
 def side_by_side(records: Sequence[AuditRecord], other: Other) -> SideBySide:
@@ -35,7 +39,8 @@ def side_by_side(records: Sequence[AuditRecord], other: Other) -> SideBySide:
     found = compare(records, other.records)
     mine, theirs = ({_key(record): record for record in run if record.valid} for run in (records, other.records))
     rows = [_row(pair, mine[_pair_key(pair)], theirs[_pair_key(pair)]) for pair in found.pairs]
-    return SideBySide(plain_text(other.name), rows, [plain_text(sentence) for sentence in found.sentences()])
+    told, unpaired = ([plain_text(each) for each in lines] for lines in (found.summary(), found.unpaired()))
+    return SideBySide(plain_text(other.name), rows, [*told, DIRECTION], unpaired)
 
 
 def _key(record: AuditRecord) -> tuple[str, str, str, str, float, str]:

@@ -36,6 +36,7 @@ _HOMES = {
     "features": "reports.figures.feature_figure",
     "saliency": "reports.figures.saliency_figure",
     "speed": "reports.figures.speed_figure",
+    "study": "reports.studies.population.page",
 }
 # name: the folders its rows lie in, under the folder of all studies; and what draws them
 STUDIES: dict[str, tuple[tuple[str, ...], Draw]] = {
@@ -46,6 +47,7 @@ STUDIES: dict[str, tuple[tuple[str, ...], Draw]] = {
     "table1": (("table1",), _table1),
     "guess-first": (("guess-first",), _guess_first),
     "speed": (("figures",), _drawer("speed")),
+    "study": (("study",), _drawer("study")),
 }
 
 

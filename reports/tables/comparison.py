@@ -16,6 +16,7 @@ from audit.records import AuditRecord
 from reports.text import format_eps, plural
 
 _Z95 = 1.959963984540054
+DIRECTION = "Differences are the second run less the first; RV is in nats and an estimate."
 Key = tuple[str, str, str, str, float, str]
 
 
@@ -91,14 +92,24 @@ class Comparison:
 
     def sentences(self) -> list[str]:
         """Return a summary of the pairs, and the unpaired cells."""
-        lines = [
+        return [*self.summary(), *self.unpaired(), DIRECTION]
+
+    def summary(self) -> list[str]:
+        """Return a sentence on the mean difference of every setting with several pairs."""
+        return [
             f"Over {plural(each.rv.pairs, 'model')}, {each.layer}, {format_eps(each.eps)}, {each.estimator}: "
             f"RV differs by {each.rv.mean:+.3f} nats, {_interval(each.rv)}"
             for each in self.overall
         ]
-        for name, keys in (("first", self.only_first), ("second", self.only_second)):
-            lines += [f"only the {name} run has {key[0]}, {key[2]}, {format_eps(key[4])}, {key[5]}" for key in keys]
-        return [*lines, "Differences are the second run less the first; RV is in nats and an estimate."]
+
+    def unpaired(self) -> list[str]:
+        """Return a sentence on every cell that only one of the runs has."""
+        runs = (("first", self.only_first), ("second", self.only_second))
+        return [
+            f"only the {name} run has {key[0]}, {key[2]}, {key[3]} {format_eps(key[4])}, {key[5]}"
+            for name, keys in runs
+            for key in keys
+        ]
 
 
 def compare(first: Iterable[AuditRecord], second: Iterable[AuditRecord]) -> Comparison:

@@ -50,7 +50,7 @@ def audited(name: str, folder: Path) -> AuditRecord:
     nets = "tests/third_party_nets.py"
     (folder / "b.yaml").write_text(text.replace("../shared", str(FOLDER)).replace(nets, str(ROOT / nets)))
     (cell, *_) = [cell for cell in expand(read_config(folder / "b.yaml")) if f"&name={name}&" in cell.ref]
-    estimator = LabelEntropy(steps=1)
+    estimator = LabelEntropy(targets=1, kept=1, steps=1)
     little = replace(cell.settings, seeds=cell.settings.seeds[:1], estimator=estimator, attack=TIERS["smoke"])
     options = RunOptions(SourceSettings(trust_code=True, offline=True), device="cpu")
     (record,) = run([replace(cell, settings=little)], folder / "run", options)

@@ -1,6 +1,7 @@
 """Laws of every estimator: eps = 0, determinism, no side effects, legal images, invariance to units and order."""
 
 from dataclasses import replace
+from functools import cache
 from math import hypot
 from typing import get_args
 
@@ -77,6 +78,12 @@ def both_cases(name, norm="linf", change=lambda features: features, given=None):
     return QUICK[name].vulnerability(given or inputs_of(change), threat_model(norm, EPS[norm]), 0)
 
 
+@cache
+def usual(name, norm="linf", seed=0):
+    """Return the result of the plain inputs, computed once for all laws: what they hold is computed anew."""
+    return QUICK[name].vulnerability(inputs_of(), threat_model(norm, EPS[norm]), seed)
+
+
 def shuffled(given):
     order = torch.randperm(len(given.images), generator=seeded(5))
     return EstimatorInputs(given.encoder, given.images[order], given.labels[order])
@@ -88,8 +95,7 @@ def values(found):
 
 @EVERY
 def test_the_worst_case_is_read_again_from_its_images(name):
-    given = inputs_of()
-    found = both_cases(name, given=given)
+    given, found = inputs_of(), usual(name)
     again = QUICK[name].read_worst(given, found.all_adversarial, 0)
     if name == "mine" or name.startswith("ref-"):  # these need a critic that is fitted on the images
         assert again is None
@@ -122,8 +128,7 @@ def test_worst_case_equals_normal_case_at_eps_0(name, norm):
 @EVERY
 @NORMS
 def test_adversarial_images_are_legal(name, norm):
-    given, threat = inputs_of(), threat_model(norm, EPS[norm])
-    found = QUICK[name].vulnerability(given, threat, 0)
+    given, threat, found = inputs_of(), threat_model(norm, EPS[norm]), usual(name, norm)
     clean = given.images[found.indices]
     assert len(found.indices.unique()) == len(found.indices) == len(found.adversarial) == found.worst.images
     assert found.adversarial.shape == clean.shape
@@ -147,17 +152,14 @@ def test_worst_case_is_the_value_of_the_adversarial_images(name):
 def test_a_given_normal_case_is_used(name):
     given, threat = inputs_of(), threat_model("linf", 0.1)
     normal = QUICK[name].normal(given, 0)
-    whole, saved = (
-        QUICK[name].vulnerability(given, threat, 0),
-        QUICK[name].vulnerability(given, threat, 0, WarmStart(normal)),
-    )
+    whole, saved = usual(name), QUICK[name].vulnerability(given, threat, 0, WarmStart(normal))
     assert saved.normal is normal
     assert (whole.normal, whole.worst) == (saved.normal, saved.worst)
 
 
 @EVERY
 def test_results_depend_on_the_seed_alone(name):
-    first = both_cases(name)
+    first = usual(name)
     torch.rand(7)
     second = both_cases(name)
     assert first._replace(adversarial=None, indices=None, others=None) == second._replace(
@@ -190,7 +192,7 @@ def test_estimates_have_no_side_effects(name):
     ids=["times 1000 plus 5", "plus 5", "small"],
 )
 def test_units_of_the_features_have_no_effect(name, change):
-    wanted, found = both_cases(name), both_cases(name, change=change)
+    wanted, found = usual(name), both_cases(name, change=change)
     # rounding flips a few signs during the search; measured: at most 3e-5, and .0015 with a trained critic
     assert found.normal.nats == pytest.approx(wanted.normal.nats, abs=ROUNDING.get(name, 1e-4))
     assert found.worst.nats == pytest.approx(wanted.worst.nats, abs=ROUNDING.get(name, 0.02))
@@ -198,7 +200,7 @@ def test_units_of_the_features_have_no_effect(name, change):
 
 @UNITLESS
 def test_order_of_the_features_has_no_effect_beyond_the_error(name):
-    wanted, found = both_cases(name), both_cases(name, change=lambda features: features[:, [2, 0, 1]])
+    wanted, found = usual(name), both_cases(name, change=lambda features: features[:, [2, 0, 1]])
     # permuted features get other noise draws, initial weights and trees
     slack = {"label-level": 0.0}.get(name, 3 * wanted.stderr)
     assert values(found) == pytest.approx(values(wanted), abs=slack)
@@ -207,13 +209,12 @@ def test_order_of_the_features_has_no_effect_beyond_the_error(name):
 @pytest.mark.parametrize("name", ["ref-local", "ref-mean"])
 def test_units_of_the_features_affect_the_released_critic(name):
     found = both_cases(name, given=inputs_of(lambda features: 1000 * features))
-    assert found.normal.nats > both_cases(name).normal.nats + 0.3  # measured: .9 and 1.3
+    assert found.normal.nats > usual(name).normal.nats + 0.3  # measured: .9 and 1.3
 
 
 @EVERY
 def test_order_of_the_images_has_no_effect_beyond_the_error(name):
-    given = inputs_of()
-    wanted, found = both_cases(name, given=given), both_cases(name, given=shuffled(given))
+    wanted, found = usual(name), both_cases(name, given=shuffled(inputs_of()))
     assert found.normal.nats == pytest.approx(wanted.normal.nats, abs=3 * hypot(wanted.stderr, found.stderr))
     assert found.worst.nats == pytest.approx(wanted.worst.nats, abs=3 * hypot(wanted.stderr, found.stderr))
 
@@ -263,14 +264,13 @@ def test_warm_start_is_legal_cheaper_and_not_worse_than_its_start(name, norm):
     found = QUICK[name].vulnerability(given, threat, 0, WarmStart(small.normal, small.all_adversarial))
     assert float(threat.distance(found.all_adversarial, given.images).max()) <= EPS[norm] + 1e-6
     assert found.worst.validated <= small.worst.validated + 1e-4
-    assert found.passes < 0.8 * QUICK[name].vulnerability(given, threat, 0).passes
+    assert found.passes < 0.8 * usual(name, norm).passes
 
 
 @RANKED
 def test_another_seed_repeats_the_search_that_succeeded_for_the_first(name):
     given, threat = inputs_of(), threat_model("linf", EPS["linf"])
-    first = QUICK[name].vulnerability(given, threat, 0)
-    alone = QUICK[name].vulnerability(given, threat, 1)
+    first, alone = usual(name), usual(name, seed=1)
     after = QUICK[name].vulnerability(given, threat, 1, WarmStart(origin=first.origin))
     assert first.origin is not None
     assert after.passes < alone.passes
@@ -280,6 +280,6 @@ def test_another_seed_repeats_the_search_that_succeeded_for_the_first(name):
 @RANKED
 def test_a_seed_without_warm_start_is_searched_from_scratch(name):
     given, threat = inputs_of(), threat_model("linf", EPS["linf"])
-    scratch = QUICK[name].vulnerability(given, threat, 1)
+    scratch = usual(name, seed=1)
     after = QUICK[name].vulnerability(given, threat, 1, WarmStart(origin=CARRIED))
     assert after.worst == scratch.worst

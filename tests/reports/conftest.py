@@ -11,6 +11,7 @@ import pytest
 
 from audit.records import AuditRecord, CalibrationRow, RecordStore
 from audit.theory import fano_accuracy_bound
+from reports.page.html import render_report
 
 FAMILIES = ("baseline-h", "densenet", "resnet", "vgg")
 EPS = 0.2
@@ -212,6 +213,12 @@ def zoo() -> list[AuditRecord]:
 @pytest.fixture
 def mixed_zoo() -> list[AuditRecord]:
     return make_mixed_zoo()
+
+
+@pytest.fixture(scope="session")
+def mixed_page() -> str:
+    """The page of the mixed zoo, drawn once."""
+    return render_report(make_mixed_zoo())
 
 
 @pytest.fixture

@@ -52,11 +52,18 @@ def fitting_batch(network: nn.Module, images: Images) -> int:
     key = (tuple(images.shape[1:]), images.dtype, images.device)
     if key not in needed:
         needed[key] = saved_bytes(network, images[:1])
-    if images.device.type == "cuda":
-        budget = int(_CUDA_SHARE * torch.cuda.mem_get_info(images.device)[0])
-    else:
-        budget = CPU_BUDGET
-    return max(1, min(_LARGEST, budget // max(1, needed[key])))
+    return max(1, min(_LARGEST, budget_of(images.device) // max(1, needed[key])))
+
+
+def budget_of(device: torch.device) -> int:
+    """Return how many bytes of saved activations a batch may have: a constant on a CPU, a share of what a GPU has left.
+
+    Memory that the allocator of torch holds for tensors to come counts as left.
+    """
+    if device.type != "cuda":
+        return CPU_BUDGET
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(_CUDA_SHARE * (torch.cuda.mem_get_info(device)[0] + kept))
 
 
 def saved_bytes(network: nn.Module, images: Images) -> int:

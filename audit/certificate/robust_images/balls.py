@@ -27,7 +27,7 @@ def least_change(slopes: Tensor, down: Tensor, up: Tensor, threat: ThreatModel) 
     (CROWN), equation 7, for the dual norms.
     """
     if threat.norm == "linf":
-        return (slopes.clamp_min(0) * down + slopes.clamp_max(0) * up).sum(1)
+        return torch.linalg.vecdot(slopes, up) + torch.linalg.vecdot(slopes.clamp_min(0), down - up)
     if threat.norm == "l1":
         return _least_in_l1(slopes, down, up, threat.eps)
     return _least_in_l2(slopes, down, up, threat.eps)

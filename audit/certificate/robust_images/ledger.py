@@ -19,7 +19,8 @@ from audit.certificate.robust_images.results import METHODS, BoundEffort, Ledger
 from audit.errors import InvalidModelError
 from audit.types import Images, Labels
 
-_BATCH = 16
+_BATCH = 8  # images that are bounded at once
+_PATIENCE = 2  # batches one after the other in which lines prove no image
 _INSIDE = 1 - 1e-9  # stored adversarial images are a little inside the ball, so that rounding leaves none outside
 
 
@@ -41,12 +42,13 @@ def keep_ledger(
 
     An image is broken if its candidate is legal and the float64 network does not classify it as the label. The others
     are bounded by intervals, then by lines, in the precision of the images; what that proves counts if float64 proves
-    it again. A network that cannot be read proves nothing, and `reason` says why.
+    it again. Images are tried in the order of the margins that the attack has left, largest first, and by lines only
+    until none of two batches is proved. A network that cannot be read proves nothing, and `reason` says why.
     """
     effort, clean = effort or BoundEffort(), inputs.clean
     moved = _inside(candidates, clean, threat)
     is_broken = broken_rows(inputs.precise, (clean, inputs.labels), threat, moved)
-    broken, remaining = is_broken.nonzero().flatten(), (~is_broken).nonzero().flatten()
+    broken, remaining = is_broken.nonzero().flatten(), _most_promising(inputs, moved, ~is_broken)
     proved: dict[Method, Tensor] = dict.fromkeys(METHODS, remaining[:0])
     slopes, reason, passes = Slopes.none(), "", 0.0
     try:
@@ -64,6 +66,16 @@ def keep_ledger(
     return Ledger(
         len(clean), broken, moved[is_broken], proved["intervals"], proved["lines"], slopes, effort, reason, passes
     )
+
+
+def _most_promising(inputs: LedgerInputs, moved: Images, chosen: Tensor) -> Tensor:
+    """Return the indices of chosen images, by the margin that the label keeps on the moved images, largest first."""
+    index = chosen.nonzero().flatten()
+    if len(index) == 0:
+        return index
+    images = moved[index].to(inputs.clean.dtype)
+    logits = torch.cat([inputs.network(batch) for batch in images.split(128)])
+    return index[margin(logits, inputs.labels[index]).argsort(descending=True, stable=True)]
 
 
 def _dtype(network: nn.Module) -> torch.dtype:
@@ -102,20 +114,24 @@ def _prove(
 ) -> tuple[Tensor, Slopes]:
     """Return the indices of images that a method proves, of those given, and the slopes of the proofs."""
     remaining, method = task
-    proved, slopes = [remaining[:0]], [Slopes.none()]
+    proved, slopes, failures, directly = [remaining[:0]], [Slopes.none()], 0, False
     for index in remaining.split(_BATCH) if len(remaining) else ():
         clean, labels = inputs.clean[index], inputs.labels[index]
-        found = bound_margins(fast, clean, labels, threat, method)
-        promising = (found.least > 0).nonzero().flatten()
-        if len(promising) == 0:
-            continue
-        # the bound counts only in float64
-        used = found.slopes.of_images(promising)
-        sample = clean[promising].double(), labels[promising]
-        sure = (check_margins(exact, sample, threat, method, used) > 0).nonzero().flatten()
-        proved.append(index[promising[sure]])
-        slopes.append(used.of_images(sure).renamed(index[promising[sure]]))
-    return torch.cat(proved), Slopes.joined(slopes)
+        # where most images are proved, a search in float32 only adds to the cost of float64
+        network = exact if directly else fast
+        found = bound_margins(network, clean.to(_dtype(network.network)), labels, threat, method)
+        sure = (found.least > 0).nonzero().flatten()
+        used = found.slopes.of_images(sure)
+        if len(sure) and not directly:  # the bound counts only in float64
+            holds = check_margins(exact, (clean[sure].double(), labels[sure]), threat, method, used) > 0
+            sure, used = sure[holds], used.of_images(holds.nonzero().flatten())
+        proved.append(index[sure])
+        slopes.append(used.renamed(index[sure]))
+        directly = 2 * len(sure) > len(index)
+        failures = 0 if len(sure) else failures + 1
+        if method == "lines" and failures == _PATIENCE:
+            break  # the images of later batches have less of a margin to lose
+    return torch.cat(proved).sort().values, Slopes.joined(slopes)
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ class _SlopeSearch:
 
     def _ascent(self, rows: Rows, slopes: Tensor) -> tuple[Tensor, Tensor]:
         """Return bounds (M,) at the rounded slopes (M, A), and the gradient (M, A)."""
-        self.network.passes += len(rows.image) * self.network.row_cost(self.tape, self.logits.at)
+        self.network.spend(len(rows.image) * self.network.row_cost(self.tape, self.logits.at))
         with torch.enable_grad():
             leaf = (_levels(slopes).to(slopes) / _LEVELS).requires_grad_()
             value = self.network.least(self.tape, self.logits, rows, unpacked(leaf, self.tape))

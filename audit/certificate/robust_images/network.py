@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from audit.adversary.memory.counting import PassCount
 from audit.adversary.threat import Linf, ThreatModel
 from audit.certificate.proof.arithmetic import Constant
 from audit.certificate.proof.numbers import Unprovable
@@ -23,16 +24,19 @@ from audit.certificate.robust_images.balls import box
 from audit.certificate.robust_images.bounds import Bounds
 from audit.certificate.robust_images.lines import Lines, relu_lines, sigmoid_lines, tanh_lines
 from audit.certificate.robust_images.results import BoundEffort
-from audit.certificate.robust_images.tape import MaximumRelaxation, Relaxation, Rows, Tape
+from audit.certificate.robust_images.tape import MaximumRelaxation, Relaxation, RowCost, Rows, Tape
 from audit.representation.layers import Representation
 from audit.types import Images
 
-_ENTRIES = 2**22  # coefficients of the largest layer that are held at once
+_ENTRIES = 2**19  # coefficients of the largest layer that are held at once: they fit into the cache
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}  # of the largest logit, between the trace and the network
+_LARGE = 32  # rows of one image, on average, that are bounded apart from those of other images
+_ON_PATCHES = 4.0  # time of a multiplication on patches, relative to one on full maps
+_FIRST_SIDES = 0.7  # largest share of the rows for an activation that bound the first side of its inputs
 _NARROW = 0.02  # ranges of sigmoid and tanh that are not worth tightening
 
 
-class BoundedNetwork:
+class BoundedNetwork(PassCount):
     """A network in eval mode, traced up to its logits, in the precision of its parameters.
 
     `image` (1, C, H, W) is used to compare the trace with the network. Raises Unprovable, with the name of the
@@ -63,7 +67,7 @@ class BoundedNetwork:
         interpreter = _BoundInterpreter(self, tape, refine=refine)
         start = Bounds(tape, 0, clean, *box(clean, threat), torch.ones_like(clean[:1]))
         logits: Bounds = interpreter.features(start)
-        self.passes += len(clean)
+        self.spend(len(clean))
         expected = self.network(clean)
         same_shape = logits.value.shape == expected.shape
         error = float((logits.value - expected).abs().max()) if same_shape else torch.inf
@@ -77,7 +81,7 @@ class BoundedNetwork:
 
     def least(self, tape: Tape, logits: Bounds, rows: Rows, slopes: Mapping[int, Tensor] | None = None) -> Tensor:
         """Return lower bounds (M,) of linear functions of logits; `slopes` as in `Tape.least`."""
-        self.passes += len(rows.image) * self.row_cost(tape, logits.at)
+        self.spend(len(rows.image) * self.row_cost(tape, logits.at))
         return tape.least(logits.at, logits.value, rows, slopes)
 
     def constants(self) -> dict[str, tuple[Constant, ...]]:
@@ -118,7 +122,7 @@ class _BoundInterpreter(LayerInterpreter):
 
     def relu(self, value: Bounds) -> Bounds:
         """Return max(value, 0)."""
-        value = self._tightened(value, torch.minimum(-value.low, value.high))
+        value = self._tightened(value, torch.minimum(-value.low, value.high), one_side_first=True)
         ends = (value.low.clamp_min(0), value.high.clamp_min(0))
         return self._activated(value, value.value.clamp_min(0), ends, relu_lines(value.low, value.high))
 
@@ -149,41 +153,75 @@ class _BoundInterpreter(LayerInterpreter):
         at = self._tape.activate(value.at, after.shape[1:], relaxation)
         return Bounds(self._tape, at, after, *ends, None)
 
-    def _tightened(self, value: Bounds, doubt: Tensor) -> Bounds:
-        """Return the values with ranges tightened by lines where `doubt` (N, ...) is positive, largest doubt first."""
+    def _tightened(self, value: Bounds, doubt: Tensor, *, one_side_first: bool = False) -> Bounds:
+        """Return the values with ranges tightened by lines where `doubt` (N, ...) is positive, largest doubt first.
+
+        With `one_side_first`, the side of each range that is nearer to the other sign is bounded first, and the other
+        side only where the range still contains zero: a ReLU has no use for it elsewhere.
+        """
         tape, exact = self._tape, not self._tape.relaxations and self._tape.threat.norm == "linf"
         if exact or not bool((self._budget > 0).any()):
             return value
-        local, dense = tape.local_cost(value.at), tape.dense_cost(value.at)
-        chosen = local if local and local.multiplications < dense.multiplications else dense
-        entry_cost = chosen.multiplications / self._network.cost  # two rows, each half a pass
         # an equal share of what is left for every activation still to come: the last ones matter as much as the first
         share = self._budget / max(1, self._network.activations - len(tape.relaxations))
-        affordable = (share / max(entry_cost, 1e-12)).long().to(doubt.device)
-        rank = doubt.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        image, entry = ((doubt.flatten(1) > 0) & (rank < affordable[:, None])).nonzero(as_tuple=True)
-        if len(image) == 0:
-            return value
-        spent = entry_cost * image.bincount(minlength=len(self._budget)).cpu().double()
-        self._budget, self._network.passes = self._budget - spent, self._network.passes + float(spent.sum())
-        rows = max(1, _ENTRIES // chosen.entries)
-        below, above = self._ranges(value, (image, entry), rows, local=chosen is local)
-        low, high = value.low.flatten(1).clone(), value.high.flatten(1).clone()
-        low[image, entry] = torch.maximum(low[image, entry], below)
-        high[image, entry] = torch.minimum(high[image, entry], above)
-        return value._replace(low=low.view(value.shape), high=high.view(value.shape))
+        local, dense = tape.local_cost(value.at), tape.dense_cost(value.at)
+        is_local = local is not None and _ON_PATCHES * local.multiplications < dense.multiplications
+        sides = _Sides(value, local if local is not None and is_local else dense, is_local=is_local)
+        # by the fewest multiplications, so that the budget does not depend on the faster way to compute them
+        fewest = min(each.multiplications for each in (local, dense) if each is not None)
+        row_cost = max(fewest / (2 * self._network.cost), 1e-12)
+        affordable = (share / row_cost).long().to(doubt.device)
+        doubt, spent = doubt.flatten(1), torch.zeros_like(affordable)
+        nearer = torch.where(value.value.flatten(1) > 0, 1.0, -1.0).to(value.value)
+        rounds = ((nearer, _FIRST_SIDES), (-nearer, 1.0)) if one_side_first else ((nearer, 0.5), (-nearer, 1.0))
+        for side, limit in rounds:
+            rank = doubt.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            left = ((affordable * limit).long() - spent).clamp_min(0)
+            image, entry = ((doubt > 0) & (rank < left[:, None])).nonzero(as_tuple=True)
+            sides.bound(image, entry, side[image, entry])
+            spent = spent + image.bincount(minlength=len(spent))
+            if one_side_first:
+                doubt = torch.minimum(-sides.low, sides.high)
+            else:
+                doubt = torch.where(rank < left[:, None], doubt, torch.zeros_like(doubt))
+        cost = row_cost * spent.cpu().double()
+        self._budget = self._budget - cost
+        self._network.spend(float(cost.sum()))
+        return value._replace(low=sides.low.view(value.shape), high=sides.high.view(value.shape))
 
-    def _ranges(self, value: Bounds, places: tuple[Tensor, Tensor], rows: int, *, local: bool) -> tuple[Tensor, Tensor]:
-        """Return bounds (M,) by lines of single entries, at images and indices (M,); `rows` are bounded at once."""
-        tape, found = self._tape, list[tuple[Tensor, Tensor]]()
-        for image, entry in zip(*(part.split(rows) for part in places), strict=True):
-            if local:
-                found.append(tape.range_of_entries(value.at, value.value, image, entry))
-                continue
-            unit = torch.zeros(len(image), value.shape[1:].numel()).to(value.value)
-            unit[torch.arange(len(image)), entry] = 1.0
-            unit = unit.view(-1, *value.shape[1:])
-            above = -tape.least(value.at, value.value, Rows(-unit, image))
-            found.append((tape.least(value.at, value.value, Rows(unit, image)), above))
-        below, above = (torch.cat(part) for part in zip(*found, strict=True))
-        return below, above
+
+class _Sides:
+    """Ranges (N, E) of the flattened values of a step, of which single sides are tightened by lines."""
+
+    def __init__(self, value: Bounds, cost: RowCost, *, is_local: bool) -> None:
+        self._value, self._is_local = value, is_local
+        self._rows = max(1, _ENTRIES // cost.entries)
+        self.low, self.high = value.low.flatten(1).clone(), value.high.flatten(1).clone()
+
+    def bound(self, image: Tensor, entry: Tensor, side: Tensor) -> None:
+        """Bound entries of images (M,) from below where `side` (M,) is 1, and from above where it is -1."""
+        if len(image) == 0:
+            return
+        parts = zip(*(each.split(self._sizes(image)) for each in (image, entry, side)), strict=True)
+        least = torch.cat([self._least(*part) for part in parts])
+        below, above = side > 0, side < 0
+        places = image[below], entry[below]
+        self.low[places] = torch.maximum(self.low[places], least[below])
+        places = image[above], entry[above]
+        self.high[places] = torch.minimum(self.high[places], -least[above])
+
+    def _sizes(self, image: Tensor) -> list[int]:
+        """Return the sizes of parts of rows that are bounded at once: of one image each, if that gives large ones."""
+        counts = image.bincount().tolist()
+        if self._is_local or len(image) < _LARGE * sum(count > 0 for count in counts):
+            counts = [len(image)]
+        return [min(self._rows, count - start) for count in counts for start in range(0, count, self._rows)]
+
+    def _least(self, image: Tensor, entry: Tensor, side: Tensor) -> Tensor:
+        """Return lower bounds (M,) of `side` times single entries."""
+        value = self._value
+        if self._is_local:
+            return value.tape.least_of_entries(value.at, value.value, (image, entry), side)
+        unit = torch.zeros(len(image), value.shape[1:].numel()).to(value.value)
+        unit[torch.arange(len(image)), entry] = side
+        return value.tape.least(value.at, value.value, Rows(unit.view(-1, *value.shape[1:]), image))

@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Linear functions (M, ...) of a step's values, each for the image `image` (M,) of the batch."""
+    """Linear functions (M, ...) of a step's values, each for image `image` (M,) of the batch, or all for (1,)."""
 
     coefficients: Tensor
     image: Tensor
@@ -100,9 +100,12 @@ class Relaxation:
             free = lines.free[image]
             lower = torch.where(free, slope, lower)
             below = torch.where(free, (slope * self.before[image] - self.after[image]).clamp_max(0), below)
-        positive, negative = rows.coefficients.clamp_min(0), rows.coefficients.clamp_max(0)
-        spent = (positive * below + negative * self.above[image]).flatten(1).sum(1)
-        return positive * lower + negative * lines.upper_slope[image], spent
+        upper, above = lines.upper_slope[image], self.above[image]
+        coefficients, positive = rows.coefficients, rows.coefficients.clamp_min(0)
+        # negative coefficients are all less the positive ones: two passes over memory fewer than two clamped copies
+        spent = torch.linalg.vecdot(positive.flatten(1), (below - above).flatten(1))
+        spent = spent + torch.linalg.vecdot(coefficients.flatten(1), above.flatten(1))
+        return torch.addcmul(coefficients * upper, positive, lower - upper), spent
 
     def pull_patch(self, patch: Patch, image: Tensor) -> tuple[Patch, Tensor]:
         """Return a patch before the activation, and the (M,) that the lines cost at the clean image."""
@@ -132,7 +135,8 @@ class MaximumRelaxation(NamedTuple):
         above = torch.where(certain, chosen, self.ceiling[image])
         spent = positive * (chosen - after) + negative * (above - after).clamp_min(0)
         kept = positive + torch.where(certain, negative, torch.zeros_like(negative))
-        return torch.zeros_like(before).scatter(2, entry, kept), spent.flatten(1).sum(1)
+        zeros = coefficients.new_zeros(len(coefficients), *before.shape[1:])
+        return zeros.scatter(2, entry.expand_as(kept), kept), spent.flatten(1).sum(1)
 
 
 @dataclass(eq=False)
@@ -177,18 +181,20 @@ class Tape:
         reference, size = terms.flatten(1).sum(1), terms.flatten(1).abs().sum(1)
         coefficients = {at: rows.coefficients}
         spent = torch.zeros_like(reference)
+        # rows of one image share its lines, which are then broadcast instead of copied
+        image = rows.image[:1] if bool((rows.image == rows.image[:1]).all()) else rows.image
         for index in self.ancestors(at)[:-1]:
             step, current = self.steps[index], coefficients.pop(index)
             if index in self.relaxations:
                 slope = None if slopes is None else slopes.get(index)
-                pulled, cost = self.relaxations[index].pull(Rows(current, rows.image), slope)
+                pulled, cost = self.relaxations[index].pull(Rows(current, image), slope)
                 spent, arguments = spent + cost, [pulled]
             else:
                 arguments = [pull(current) for pull in step.pulls]
             for argument, pulled in zip(step.arguments, arguments, strict=True):
                 earlier = coefficients.get(argument)
                 coefficients[argument] = pulled if earlier is None else earlier + pulled
-        down, up = self._down[rows.image].flatten(1), self._up[rows.image].flatten(1)
+        down, up = self._down[image].flatten(1), self._up[image].flatten(1)
         change = least_change(coefficients[0].flatten(1), down, up, self.threat)
         return reference + spent + change - MARGIN * (size - spent - change)
 
@@ -198,7 +204,7 @@ class Tape:
         return RowCost(sum(step.cost for step in steps), max(step.shape.numel() for step in steps))
 
     def local_cost(self, at: int) -> RowCost | None:
-        """Return the cost of one side of one entry in `range_of_entries`; None where that does not apply."""
+        """Return the cost of one entry in `least_of_entries`; None where that does not apply."""
         inner, shape = self.ancestors(at)[:-1], self.steps[at].shape
         activations = {index for index in inner if isinstance(self.relaxations.get(index), Relaxation)}
         if len(shape) != 3 or any(self.steps[i].local is None for i in inner if i not in activations):
@@ -214,18 +220,16 @@ class Tape:
                 patches[argument] = pulled if argument not in patches else patches[argument].add(pulled)
         return RowCost(cost, max(largest, patches[0].coefficients.numel()))
 
-    def range_of_entries(self, at: int, values: Tensor, image: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """Return bounds (M,) from below and above of single entries of the maps of step `at`, as `least` gives them.
+    def least_of_entries(self, at: int, values: Tensor, places: tuple[Tensor, Tensor], side: Tensor) -> Tensor:
+        """Return lower bounds (M,), as `least` gives them, of single entries of the maps of step `at`, times `side`.
 
-        `entry` (M,) are indices into the flattened maps of the images `image` (M,).
+        `places` are the images (M,) and indices (M,) into their flattened maps; `side` (M,) is 1 or -1.
         """
-        reference = values.flatten(1)[image, entry]
+        image, entry = places
+        reference = side * values.flatten(1)[image, entry]
         start = single_entries(entry, self.steps[at].shape, values)
-        least = [
-            sign * reference + self._local(at, start._replace(coefficients=sign * start.coefficients), image, reference)
-            for sign in (1.0, -1.0)
-        ]
-        return least[0], -least[1]
+        start = start._replace(coefficients=side[:, None, None, None] * start.coefficients)
+        return reference + self._local(at, start, image, reference)
 
     def _local(self, at: int, start: Patch, image: Tensor, reference: Tensor) -> Tensor:
         """Return what the ball may take away, (M,), from the entries of a patch, `MARGIN` included."""

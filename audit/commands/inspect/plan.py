@@ -75,8 +75,8 @@ def _print_plan(numbers: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -
         return
     header = ("model", "data set", "cells", "passes", "time", "memory", "disk")
     print_table(header, [(row["model"], row["dataset"], row["cells"], *_costs(row)) for row in rows])
-    totals = dict(zip(header[3:], _costs(_totals(rows)), strict=True))
-    click.echo("In total about " + ", ".join(f"{name} {cost}" for name, cost in totals.items()) + ".")
+    passes, time, memory, disk = _costs(_totals(rows))
+    click.echo(f"In total about {passes} passes, {time}, {memory} of memory and {disk} on disk.")
     click.echo("A pass is one forward and backward pass of one image. Time is rough, from a short calibration.")
 
 

@@ -13,7 +13,7 @@ from audit.adversary.threat import ThreatModel
 from audit.commands.python.arguments import layers_of, several, threats_of
 from audit.commands.python.data import read_data
 from audit.commands.python.records import AuditRecords
-from audit.commands.python.watching import AuditStage, OnStage, progress_line
+from audit.commands.python.watching import OnStage, StageCounter, progress_line, silent
 from audit.config.settings import AuditSettings, attack_of, estimator_of, seeds_of
 from audit.errors import UnknownNameError, UsageError
 from audit.information.estimator import Estimator
@@ -118,37 +118,32 @@ def audit_model(
     images, targets = read_data(data, labels, given.get("count"))
     device = next((tensor.device for tensor in network.state_dict().values()), images.device)
     target = TargetModel(network, images.to(device), targets.to(device))
-    cells = list(product(choices, layers, threats))
-    total = _stages(choices, len(layers), len(threats), headless=isinstance(network, Headless))
-    with progress_line(total, shown=given.get("progress", True)) as show:
-        counter = _Counter(total, (show, given.get("on_stage", show)))
-        audit = NetworkAudit(target, facts, counter)
-        records = [audit.record(place, ball, choice) for choice, place, ball in cells]
+    cells, audit = list(product(choices, layers, threats)), NetworkAudit(target, facts)
+    passes = _expected(audit, cells)
+    with progress_line(len(passes), shown=given.get("progress", True)) as show:
+        audit.on_stage = counter = StageCounter(passes, show, given.get("on_stage", silent))
+        with counter.counting(sum(passes)):
+            records = [audit.record(place, ball, choice) for choice, place, ball in cells]
     single = not (several(layer) or several(threat) or several(given.get("estimator")))
     return records[0] if single else AuditRecords(records)
 
 
-class _Counter:
-    """Counts the stages that began, and tells the watchers of each."""
-
-    def __init__(self, total: int, watchers: Sequence[OnStage]) -> None:
-        self._total, self._begun, self._watchers = total, 0, tuple(dict.fromkeys(watchers))
-
-    def __call__(self, name: str, layer: str, threat: ThreatModel | None) -> None:
-        stage = AuditStage(name, layer, threat, self._begun, self._total)
-        self._begun += 1
-        for watch in self._watchers:
-            watch(stage)
-
-
-def _stages(choices: Sequence[AuditSettings], layers: int, threats: int, *, headless: bool) -> int:
-    """Return the number of stages: attacks, which estimators and layers share, and the cases of each seed.
+def _expected(audit: NetworkAudit, cells: Sequence[tuple[AuditSettings, str, ThreatModel]]) -> list[float]:
+    """Return about how many passes every stage of some cells takes: those that cells share are computed once.
 
     The heads of an encoder are attacked on each layer.
     """
-    attacks = len({(choice.attack, choice.seeds[0]) for choice in choices}) * threats * (layers if headless else 1)
-    cases = sum(layers * len(choice.seeds) * (1 + threats) for choice in choices)
-    return attacks + cases + sum(layers * threats for choice in choices if choice.certificate)
+    found = dict[object, float]()
+    headless = isinstance(audit.target.network, Headless)
+    for choice, layer, threat in cells:
+        expected = audit.expected(layer, choice)
+        found[choice.attack, choice.seeds[0], threat, layer if headless else ""] = expected.attack
+        for seed in choice.seeds:
+            found[choice, layer, seed] = expected.normal
+            found[choice, layer, seed, threat] = expected.worst(seed)
+        if choice.certificate:
+            found[choice, layer, threat] = expected.certificate
+    return list(found.values())
 
 
 def _settings(settings: AuditSettings | None, given: dict[str, Any]) -> list[AuditSettings]:

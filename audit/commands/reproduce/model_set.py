@@ -1,23 +1,12 @@
 """The studies `figure1` and `figure2`: two figures of one run over the paper's model set."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from audit.commands.options import FOLDER, ExecutorOptions, SourceOptions, grouped_options, json_option
-from audit.commands.reproduce.shared import PROGRESS_STEPS, DataOptions, data_options
-
-
-@dataclass(frozen=True)
-class ModelSetOptions:
-    """Scale, data set and run folder of the study."""
-
-    scale: str
-    dataset: str | None
-    out: Path | None
-    as_json: bool
-
+from audit.commands.reproduce.shared import PROGRESS_STEPS, DataOptions, ModelSetOptions, data_options
+from audit.errors import UsageError
 
 _model_set_options = grouped_options(
     "chosen",
@@ -26,11 +15,21 @@ _model_set_options = grouped_options(
         "--scale",
         default="tiny",
         show_default=True,
-        help="tiny (the bundled zoo), small (two CPU cores), paper (one GPU).",
+        help="tiny (the bundled zoo), small (two CPU cores), paper (one GPU), study (a population of networks).",
     ),
-    click.option("--dataset", default=None, help="That of the scale: digits for tiny, else cifar10."),
+    click.option(
+        "--dataset",
+        default=None,
+        help="That of the scale: digits for tiny, else cifar10; study: digits, mnist, cifar10.",
+    ),
     click.option("--out", type=FOLDER, default=None, help="The run folder. [runs/figure1-<scale>]"),
     json_option("the records as one JSON array"),
+    click.option("--seeds", type=click.IntRange(1), default=None, help="Study: training seeds, from the first. [all]"),
+    click.option(
+        "--subset",
+        default=None,
+        help="Study: then measure a costly estimator, such as label-information, of its subset.",
+    ),
 )
 
 
@@ -41,7 +40,8 @@ def figure1_command(chosen: ModelSetOptions, data: DataOptions) -> int:
     """Figure 1: RV against the adversarial gap of the paper's model set; missing models are trained.
 
     --data and --train-data must both be given, or neither. Writes models/ (weights and cards) and the run with its
-    leaderboard, report and both figures. Re-running resumes.
+    leaderboard, report and both figures. Re-running resumes. Scale study asks whether RV predicts robustness: it writes
+    the rows of a population of networks, their figures and study.md, and divides --data where it comes alone.
 
     Example: rvaudit reproduce figure1 --scale tiny
     """
@@ -61,6 +61,12 @@ def figure2_command(chosen: ModelSetOptions, data: DataOptions) -> int:
 
 def _audit_model_set(figure: str, chosen: ModelSetOptions, data: DataOptions) -> int:
     """Train missing models, run the benchmark of the set as `rvaudit run` does, and return its exit code."""
+    if chosen.scale == "study":
+        from audit.commands.reproduce.population import run_study
+
+        return run_study(figure, chosen, data)
+    if chosen.seeds is not None or chosen.subset is not None:
+        raise UsageError(f"scale {chosen.scale} takes neither --seeds nor --subset: they are of scale study")
     from audit.commands.display import Display
     from audit.commands.execution import publish, run_benchmark
     from audit.config.yaml_source import read_config

@@ -23,6 +23,18 @@ class DataOptions:
     device: str
 
 
+@dataclass(frozen=True)
+class ModelSetOptions:
+    """Scale, data set and run folder of a model set; of the study also its seeds, and an estimator of its subset."""
+
+    scale: str
+    dataset: str | None
+    out: Path | None
+    as_json: bool
+    seeds: int | None
+    subset: str | None
+
+
 data_options = grouped_options(
     "data",
     DataOptions,

@@ -33,7 +33,7 @@ PUSHED, MERGED, PLAYED = Origin("pushed"), Origin("merged"), Origin("game")
 _CHOOSING = tuple(name for name in ALL_MEMBERS if name != "boosted")  # which is slow, and like the forest
 _FEWEST_ROUNDS = 4  # before the search may end because it stalls
 _JOINING = 2  # opponents that a round adds
-_SLOWING = 0.3  # the first step of round r is 1 / (1 + 0.3 r) of the first round's
+_SLOWING = 0.15  # the first step of round r is 1 / (1 + 0.15 r) of the first round's
 _SHORTEST = 0.03  # least share of a step that an image takes in every second round
 _MIXED_ROUNDS = (2, 4, 8)  # last rounds that images are mixed from
 
@@ -164,7 +164,7 @@ class ProbeGame:
     def _ended(self, curve: Sequence[tuple[int, float]], stderr: float) -> bool:
         if self._nothing_left(curve[-1][1]):
             return True
-        stalled = len(curve) > _FEWEST_ROUNDS and curve[-3][1] - curve[-1][1] <= self.settings.gain
+        stalled = len(curve) > _FEWEST_ROUNDS and curve[-4][1] - curve[-1][1] <= self.settings.gain
         return stalled and self._slope(curve) <= max(self.settings.tolerance, stderr)
 
     def _slope(self, curve: Sequence[tuple[int, float]]) -> float:

@@ -52,7 +52,7 @@ class LabelInformationSettings(EstimatorSettings):
 
     The search is a repeated game. A round fits two probes on the present images, and then takes `steps` steps, from
     `relative_step` x eps down to a tenth of that, against the last `memory` probes. It ends when nothing is left, or
-    when two rounds brought at most `gain` nats and the second half of all rounds at most `tolerance` nats or one
+    when three rounds brought at most `gain` nats and the second half of all rounds at most `tolerance` nats or one
     standard error, at the latest after `rounds` rounds.
     """
 

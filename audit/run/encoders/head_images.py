@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from audit.hashing import tensors_sha256
+from audit.hashing import image_hashes, tensors_sha256
+from audit.information.floors import few_a_class
 from audit.random_keys import Purpose, keyed_generator
 from audit.run.encoders.plan import Fold, HeadPlan
-from audit.types import Images, Labels
+from audit.types import Images, Labels, selected_pixels
 from model_zoo.images.datasets import ImageSet
 
 HEADS_VERSION = 1
@@ -52,7 +53,7 @@ def head_plan(audited: Labelled, others: ImageSet | None, seed: int) -> HeadPlan
 
     They are trained on `others`, without copies of audited images, if these hold two images of the classes of most
     audited images. Else the audited images are cross-fitted: each half, with half of every class, is measured with
-    heads trained on the other half. Neither is possible where most audited images are the only ones of their class.
+    heads trained on the other half. Neither is possible with fewer than two audited images a class.
     """
     if others is not None:
         found = _without_copies(others, audited)
@@ -61,13 +62,13 @@ def head_plan(audited: Labelled, others: ImageSet | None, seed: int) -> HeadPlan
             everything = torch.arange(len(audited.labels))
             fold = Fold(found.images, found.labels, everything)
             return HeadPlan((fold,), f"{len(found.labels)} images {where}")
-    if 2 * _covered(audited.labels, audited.labels) <= len(audited.labels):
-        present = len(audited.labels.unique())
-        count = f"{len(audited.labels)} images of {present} classes"
-        return HeadPlan((), "", f"no accuracy can be measured: {count} hold fewer than two images of most classes")
+    few = few_a_class(audited.labels)
+    if few:
+        return HeadPlan((), "", f"no accuracy can be measured: {few}")
     first, second = _halves(audited.labels, seed)
     folds = [
-        Fold(audited.images[train], audited.labels[train], test) for train, test in ((first, second), (second, first))
+        Fold(selected_pixels(audited.images, train), audited.labels[train], test)
+        for train, test in ((first, second), (second, first))
     ]
     return HeadPlan(tuple(folds), "the other half of the audited images (cross-fitting)")
 
@@ -78,9 +79,10 @@ class _Sample(NamedTuple):
 
 
 def _without_copies(others: ImageSet, audited: Labelled) -> _Sample:
-    known = {image.numpy().tobytes() for image in audited.images.cpu()}
-    new = torch.tensor([image.numpy().tobytes() not in known for image in others.images.cpu()], dtype=torch.bool)
-    return _Sample(others.images[new.to(others.images.device)], others.labels[new.to(others.labels.device)])
+    known = set(image_hashes(audited.images))
+    new = torch.tensor([each not in known for each in image_hashes(others.images)], dtype=torch.bool)
+    new = new.to(others.images.device)
+    return _Sample(selected_pixels(others.images, new), others.labels[new])
 
 
 def _covered(training: Labels, labels: Labels) -> int:

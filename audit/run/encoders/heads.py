@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.adversary.accuracy import Accuracy, AttackOutcome
 from audit.adversary.attack_checks import Check
 from audit.adversary.label_attack import LabelAttack
 from audit.adversary.robustness import Robustness, TargetModel, evaluate_robustness
+from audit.adversary.staged.outcome import Accuracy, AttackOutcome
 from audit.adversary.threat import ThreatModel
 from audit.information.floors import largest_share
 from audit.proportion import Proportion, wilson
@@ -24,7 +24,7 @@ from audit.representation.headless import OUTPUT
 from audit.representation.layers import Representation
 from audit.run.encoders.plan import Fold, HeadPlan
 from audit.training.heads import HeadTraining, LayerClassifier, train_adversarial_head, train_linear_head
-from audit.types import Images, Labels
+from audit.types import Images, Labels, selected_pixels
 
 STANDARD, ADVERSARIAL = "slf", "alf"
 _BATCHES, _LARGEST_BATCH = 10, 50  # at least so many updates an epoch, however few the images
@@ -85,7 +85,7 @@ def measure_encoder(
     found: dict[str, list[Robustness]] = {}
     for fold in plan.folds:
         index = fold.measured.to(audited.images.device)
-        data = (audited.images[index], audited.labels[index])
+        data = (selected_pixels(audited.images, index), audited.labels[index])
         for name, head in _trained(_features_of(layer), fold, audited.classes, threat, training).items():
             found.setdefault(name, []).append(evaluate_robustness(TargetModel(head, *data), threat, attack, seed))
     order = torch.cat([fold.measured for fold in plan.folds]).to(audited.images.device)

@@ -2,8 +2,6 @@
 
 from audit.adversary.label_attack import LabelAttack
 from audit.adversary.threat import ThreatModel
-from audit.config.settings import AuditSettings
-from audit.errors import UsageError
 from audit.representation.layers import Reduction, Representation
 from audit.run.encoders.head_images import head_plan
 from audit.run.encoders.heads import AuditedImages, EncoderAccuracy, measure_encoder
@@ -23,10 +21,7 @@ class EncoderResults:
         self._accuracies: Memo[_Key, EncoderAccuracy] = Memo()
 
     def accuracy(self, inputs: CellInputs) -> EncoderAccuracy | None:
-        """Return the accuracies of a cell's layer under its attack; None for a classifier.
-
-        Raises UsageError where no accuracy can be measured and the cell's estimator needs labels.
-        """
+        """Return the accuracies of a cell's layer under its attack; None for a classifier."""
         if self._model.num_classes:
             return None
         cell, images = inputs.cell, inputs.images
@@ -42,14 +37,4 @@ class EncoderResults:
             return measure_encoder(layer, audited, cell.threat, settings.attack, seed)
 
         key = (images.sha256, cell.layer, settings.reduce, cell.threat, settings.attack, seed)
-        found = self._accuracies.get(key, lambda: self._intermediate.get(part, compute))
-        check_labels(found, settings)
-        return found
-
-
-def check_labels(found: EncoderAccuracy, settings: AuditSettings) -> None:
-    """Raise UsageError where no head can be measured and the estimator reads labels, too."""
-    estimator = settings.estimator
-    if found.robustness is None and estimator.floor_kind == "labels":
-        message = f"{estimator.name} reads labels from features, and {found.reason.partition(': ')[2]}"
-        raise UsageError(f"{message}; use sandwich or mine, or more images a class")
+        return self._accuracies.get(key, lambda: self._intermediate.get(part, compute))

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from audit.adversary.accuracy import logits_of
 from audit.adversary.label_attack import margin
+from audit.adversary.staged.outcome import logits_of
 from audit.adversary.threat import ThreatModel, threat_model
 from audit.errors import AuditError, IntegrityError
 from audit.records import AuditRecord
@@ -19,7 +19,7 @@ from audit.run.cell import Cell
 from audit.run.evidence.kept import KeptImages, read_images
 from audit.run.gates.inputs import CellInputs
 from audit.run.intermediate import Memo
-from audit.run.layer_audit import LayerAudit
+from audit.run.layer_audit import LayerAudit, Reuse
 from audit.run.loading import InputCache, RunOptions
 from audit.storage import digest
 from audit.types import Images, standard_torch_state
@@ -72,7 +72,8 @@ class Rereader:
     def _measured(self, record: AuditRecord, cell: Cell, network: nn.Module, kept: KeptImages) -> Reading:
         if any(check.get("id") == "determinism" and check.get("passed") is False for check in record.checks):
             return Reading(unread=("accuracies and nats: the outputs of the network are random",))
-        audit = LayerAudit(network, kept.clean, kept.labels, cell.layer, cell.settings)
+        later = Reuse(later=cell.later)
+        audit = LayerAudit(network, kept.clean, kept.labels, cell.layer, cell.settings, later)
         nats = self._nats(record, audit, kept)
         if isinstance(network, Headless):
             return Reading(nats.wrong, (*nats.unread, "accuracies: the heads would have to be trained again"))

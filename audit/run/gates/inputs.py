@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from audit.adversary.memory.stages import stage
 from audit.adversary.passes import outputs_of
 from audit.errors import MismatchError, UsageError
 from audit.run.cell import Cell
@@ -38,6 +39,7 @@ class CellInputs:
         return digest(self.identity)
 
 
+@stage("gates")
 def check_inputs(model: LoadedModel, images: ImageSet, min_images: int = MIN_IMAGES) -> None:
     """Check that a model, with or without a classifier, fits a set of images on its device.
 

@@ -7,6 +7,7 @@ done.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from audit.adversary.label_attack import LabelAttack
 from audit.adversary.memory.counting import counted_by
@@ -19,15 +20,17 @@ from audit.run.upkeep.progress import in_words
 _CHECKED, _CHECKS = 100, 90  # images that an attack is checked on, and passes of each
 _SURVIVORS = 0.3  # share of images that the first two stages of an attack leave
 _ROUNDS_PLAYED = 0.5  # share of the rounds of a game before it ends
+_JACOBIANS = 40  # of an image at a layer that is certified: from 5, all at one hub, to 100, most in no collision
+_LEDGER = 75  # passes of an image that a ledger neither proves nor breaks at once
 _EVERY = 1.0  # seconds between two reports
 
 
 class PassMeter:
-    """Reports a stage with its passes, at most once a second: `12,300 of about 50,000 passes, about 3 min left`."""
+    """Reports a stage with its passes, at most once a second: `about 3 min left, 12,300 of about 50,000 passes`."""
 
-    def __init__(self, report: Callable[[str], None]) -> None:
+    def __init__(self, report: Callable[[str], object]) -> None:
         self._report, self._stage = report, ""
-        self._expected, self._done, self._began, self._last = 0.0, 0, 0.0, 0.0
+        self._expected, self._done, self._began, self._last = 0.0, 0.0, 0.0, 0.0
 
     def stage(self, name: str) -> None:
         """Report the start of a stage."""
@@ -37,14 +40,14 @@ class PassMeter:
     @contextmanager
     def counting(self, expected: float) -> Iterator[None]:
         """Count and report the passes of the work inside, of which about so many are expected."""
-        self._expected, self._done, self._began = expected, 0, time.monotonic()
+        self._expected, self._done, self._began = expected, 0.0, time.monotonic()
         try:
             with counted_by(self._count):
                 yield
         finally:
-            self._done = 0
+            self._done = 0.0
 
-    def _count(self, images: int) -> None:
+    def _count(self, images: float) -> None:
         self._done += images
         now = time.monotonic()
         if now - self._last >= _EVERY:
@@ -52,12 +55,17 @@ class PassMeter:
             self._report(self._text)
 
     @property
-    def _text(self) -> str:
+    def passed(self) -> str:
+        """The time left and the passes in words; empty before the first pass."""
         if not self._done:
-            return self._stage
+            return ""
         expected = max(self._expected, 1.05 * self._done)
         left = (time.monotonic() - self._began) * (expected - self._done) / self._done
-        return f"{self._stage}, {self._done:,} of about {_rounded(expected):,} passes, {in_words(left)} left"
+        return f"{in_words(left)} left, {self._done:,.0f} of about {_rounded(expected):,} passes"
+
+    @property
+    def _text(self) -> str:
+        return ", ".join(filter(None, (self._stage, self.passed)))
 
 
 class StageMeter(PassMeter):
@@ -83,18 +91,58 @@ def _rounded(count: float) -> int:
     return round(count / unit) * unit
 
 
-def expected_attack_passes(attack: LabelAttack, images: int) -> float:
-    """Return about how many passes an attack with its checks takes; one forward pass counts as one."""
+def expected_attack_passes(attack: LabelAttack, images: int, *, checked: bool = True) -> float:
+    """Return about how many passes an attack takes, if `checked` with its checks; one forward pass counts as one."""
     costs = [stage.pgd.restarts * stage.pgd.steps * max(1, stage.targets) for stage in attack.stages]
     later = sum(costs[2:]) + attack.noise + attack.queries
-    return _CHECKS * min(images, _CHECKED) + images * (3 + sum(costs[:2]) + _SURVIVORS * later)
+    checks = _CHECKS * min(images, _CHECKED) if checked else 0
+    return checks + images * (3 + sum(costs[:2]) + _SURVIVORS * later)
+
+
+class StagePasses(NamedTuple):
+    """About how many passes each stage of an audit takes; one forward pass counts as one.
+
+    `dimension` is the number of features of a layer that is certified.
+    """
+
+    settings: AuditSettings
+    images: int
+    dimension: int = 10
+
+    @property
+    def attack(self) -> float:
+        """Passes of the attack on the label with its checks."""
+        return expected_attack_passes(self.settings.attack, self.images)
+
+    @property
+    def head(self) -> float:
+        """Passes of the attack on one head beside a certificate."""
+        return expected_attack_passes(self.settings.attack, self.images, checked=False)
+
+    @property
+    def normal(self) -> float:
+        """Passes of the normal case of one seed."""
+        return self.images * 8 / len(self.settings.seeds)
+
+    def worst(self, seed: int) -> float:
+        """Return the passes of the worst case of a seed: the first one costs most."""
+        first, later = _seed_passes(self.settings.estimator, self.images)
+        return self.images * (first if seed == self.settings.seeds[0] else later)
+
+    @property
+    def certificate(self) -> float:
+        """Passes of the certificate of a layer, with the attack on its best head; 0 where none is asked for."""
+        if not self.settings.certificate:
+            return 0.0
+        ledger = _LEDGER if self.settings.ledger else 0
+        return self.head + self.images * (_JACOBIANS * (1 + self.dimension) / 2 + ledger)
 
 
 def expected_passes(settings: AuditSettings, images: int) -> float:
     """Return about how many passes the audit of one layer under one threat model takes, its attack included."""
-    first, later = _seed_passes(settings.estimator, images)
-    seeds = first + later * (len(settings.seeds) - 1)
-    return expected_attack_passes(settings.attack, images) + images * (8 + seeds)
+    stages = StagePasses(settings, images)
+    cases = sum(stages.normal + stages.worst(seed) for seed in settings.seeds)
+    return stages.attack + cases + stages.certificate
 
 
 def _seed_passes(estimator: Estimator, images: int) -> tuple[float, float]:

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import nn
 
-from audit.adversary.accuracy import logits_of, measure_accuracy
+from audit.adversary.accuracy import measure_accuracy
 from audit.adversary.label_attack import TIERS, LabelAttack, Stage, two_losses
 from audit.adversary.pgd import PGD
+from audit.adversary.staged.outcome import logits_of
 from audit.adversary.threat import Linf
 from audit.errors import InvalidModelError, UnknownNameError, UsageError
 from audit.proportion import wilson
@@ -116,7 +117,11 @@ def test_a_network_with_nan_outputs_under_attack_is_refused():
 
 def test_attacks_have_names():
     assert TIERS["smoke"].name == "ce-10+margin-10"
-    assert TIERS["audit"].name == "ce-10+margin-10+margin-40x2+targeted-20x3+noise-100+square-300"
+    assert TIERS["audit"].name == (
+        "ce-1+ce-3+margin-10+targeted-8x3-near+margin-32-near+ce-32-near+targeted-32x3-near+ce-32x3-near"
+        "+targeted-32x2x3-near+margin-32x3-near+noise-100+square-300"
+    )
+    assert len(set(TIERS["audit"].names_in("linf"))) == 12
     assert two_losses(PGD(5, restarts=2), PGD(40)).name == "ce-5x2+margin-40"
 
 

@@ -152,7 +152,7 @@ def test_names_and_versions_depend_on_the_norm():
     assert AUDIT.gradient_free_name("l1") == AUDIT.gradient_free_name("l2") == "differences-300"
     assert AUDIT.name == AUDIT.name_in("linf")
     assert "+noise-100+differences-300" in AUDIT.name_in("l2")
-    assert AUDIT.version_in("linf") == AUDIT.version
+    assert AUDIT.version_in("linf") == AUDIT.version + 1  # its stages stop where images are out of reach
     assert AUDIT.version_in("l2") == AUDIT.version + 3
     assert AUDIT.version_in("l1") == AUDIT.version + 4
     assert LabelAttack(AUDIT.stages).version_in("l2") == AUDIT.version

@@ -235,7 +235,7 @@ def test_the_network_itself_is_searched_if_the_copy_is_wrong(monkeypatch):
         def forward(self, x):
             return -network(x)
 
-    monkeypatch.setattr("audit.adversary.accuracy.fused_copy", lambda _network, _images: WrongCopy())
+    monkeypatch.setattr("audit.adversary.staged.images.fused_copy", lambda _network, _images: WrongCopy())
     found = measure_accuracy(network, clean, labels, Linf(0.05), two_losses(PGD(10)), 0)
     monkeypatch.undo()
     wanted = measure_accuracy(

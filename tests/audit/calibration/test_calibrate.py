@@ -6,7 +6,14 @@ from math import log
 import pytest
 
 from audit.calibration import calibrate as calibration
-from audit.calibration.calibrate import applicable_channels, calibrate, settings_key
+from audit.calibration.calibrate import (
+    TELLING_CHANNELS,
+    applicable_channels,
+    calibrate,
+    calibration_key,
+    settings_key,
+)
+from audit.calibration.catalogue import all_channels
 from audit.calibration.plans import PLANS, plan_of
 from audit.errors import UsageError
 from audit.information.estimator import COLD_START, ESTIMATORS, MIEstimate
@@ -56,7 +63,7 @@ class WithoutSearch(LabelEntropy):
 
 @pytest.mark.parametrize("name", ["sandwich", "label-level", "label-information"])
 def test_correct_estimators_pass_on_the_brief_channels(name):
-    rows = calibrate(QUICK[name], brief=True)
+    rows = calibrate(QUICK[name], extent="brief")
     assert all(row.passed for row in rows), [row for row in rows if not row.passed]
     assert all(row.normal_tolerance is not None for row in rows)
     assert any(row.worst_tolerance is not None and row.worst_nats is not None for row in rows)
@@ -65,12 +72,12 @@ def test_correct_estimators_pass_on_the_brief_channels(name):
 
 
 def test_a_biased_estimator_fails_on_every_channel():
-    assert not any(row.passed for row in calibrate(Biased(steps=2, start_steps=1), brief=True))
-    assert not any(row.passed for row in calibrate(Biased(steps=2, start_steps=1, bias=-0.3), brief=True))
+    assert not any(row.passed for row in calibrate(Biased(steps=2, start_steps=1), extent="brief"))
+    assert not any(row.passed for row in calibrate(Biased(steps=2, start_steps=1, bias=-0.3), extent="brief"))
 
 
 def test_an_estimator_without_a_search_fails_on_known_worst_cases():
-    rows = calibrate(WithoutSearch(), brief=True)
+    rows = calibrate(WithoutSearch(), extent="brief")
     (sign,) = [row for row in rows if row.channel == "sign of a Gaussian mixture"]
     assert sign.normal_nats == sign.worst_nats == pytest.approx(log(2), abs=1e-3)
     assert not sign.passed or sign.true_normal_nats - sign.true_worst_nats < sign.worst_tolerance
@@ -85,7 +92,7 @@ def test_an_estimator_without_a_search_fails_on_known_worst_cases():
 
 @pytest.mark.parametrize("name", ["mine", "ref-local", "ref-mean"])
 def test_rows_of_trained_critics_carry_their_name_and_verdict(name):
-    rows = calibrate(QUICK[name], brief=True)
+    rows = calibrate(QUICK[name], extent="brief")
     assert {row.estimator for row in rows} == {QUICK[name].name}
     judged = [row for row in rows if row.normal_tolerance is not None]
     assert bool(judged) == (name == "mine")  # the released estimators have no tolerance
@@ -95,7 +102,7 @@ def test_rows_of_trained_critics_carry_their_name_and_verdict(name):
 
 def test_channels_beyond_the_limits_get_no_verdict(monkeypatch):
     monkeypatch.setitem(PLANS, "sandwich", replace(PLANS["sandwich"], max_nats=0.4, max_dimensions=1))
-    for row in calibrate(Sandwich(steps=1, start_steps=1), brief=True):
+    for row in calibrate(Sandwich(steps=1, start_steps=1), extent="brief"):
         assert (row.normal_tolerance is None) == (row.true_normal_nats > 0.4 or "bits" in row.channel)
 
 
@@ -110,12 +117,54 @@ def test_channels_match_the_quantity_of_each_estimator():
 
 @pytest.mark.parametrize("name", sorted(ESTIMATORS))
 def test_brief_channels_are_distinct_and_exist_for_every_estimator(name):
-    brief, whole = applicable_channels(ESTIMATORS[name], brief=True), applicable_channels(ESTIMATORS[name])
+    brief, whole = applicable_channels(ESTIMATORS[name], "brief"), applicable_channels(ESTIMATORS[name], "full")
     names = [channel.name for channel in brief]
     assert 1 <= len(names) == len(set(names)) <= 7
     assert len(brief) < len(whole)
     assert all(channel.eps > 0 for channel in brief if channel.worst_nats is not None)
     assert any(channel.eps > 0 for channel in brief)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_default_channels_are_few_and_hold_the_brief_ones(name):
+    estimator = ESTIMATORS[name]
+    brief, default, whole = (
+        {channel.title for channel in applicable_channels(estimator, extent)} for extent in ("brief", "default", "full")
+    )
+    assert brief < default < whole
+    assert len(default) <= 25
+    titles = [channel.title for channel in all_channels()]
+    assert len(titles) == len(set(titles))
+    assert set(titles) > TELLING_CHANNELS
+
+
+def test_a_search_without_steps_fails_on_default_channels():
+    """Of the same estimator: a search that hardly moves, and one that merges everything for nothing."""
+
+    @dataclass(frozen=True)
+    class Collapsed(LabelEntropy):
+        def vulnerability(self, inputs, threat, seed, warm_start=COLD_START):
+            found = super().vulnerability(inputs, threat, seed, warm_start)
+            return found._replace(worst=replace(found.worst, nats=0.0))
+
+    for wrong in (LabelEntropy(targets=1, kept=1, steps=1, relative_step=0.01), Collapsed(targets=1, kept=1, steps=1)):
+        rows = calibrate(wrong)
+        judged = [row for row in rows if row.worst_nats is not None]
+        assert any(not row.passed for row in judged), wrong
+        assert {row.channel for row in rows} >= {"constant", "3 noiseless bits"}
+
+
+def test_keys_of_kept_rows_depend_on_channels_and_limits(monkeypatch):
+    keys = [calibration_key(LabelEntropy(), extent) for extent in ("brief", "default", "full")]
+    assert len(set(keys)) == 3
+    assert calibration_key(LabelEntropy(), "brief") == keys[0]
+    plan = PLANS["label-level"]
+    for changed in (replace(plan, samples=7), replace(plan, worst_tolerance=0.5)):
+        monkeypatch.setitem(PLANS, "label-level", changed)
+        keys.append(calibration_key(LabelEntropy(), "brief"))
+    monkeypatch.setitem(PLANS, "label-level", plan)
+    keys.append(calibration_key(LabelEntropy(steps=2), "brief"))
+    assert len(set(keys)) == 6
 
 
 def test_every_estimator_has_a_plan():
@@ -133,17 +182,17 @@ def test_an_estimator_without_a_plan_is_refused(monkeypatch):
     with pytest.raises(
         UsageError, match="estimator 'mine-infonce' has no calibration plan; plans exist for sandwich, "
     ):
-        calibrate(Mine(), brief=True)
+        calibrate(Mine(), extent="brief")
 
 
 def test_the_channel_sets_the_noise_of_the_sandwich():
     quick = Sandwich(steps=1, start_steps=1)
-    assert calibrate(quick, brief=True) == calibrate(replace(quick, noise=3.0), brief=True)
+    assert calibrate(quick, extent="brief") == calibrate(replace(quick, noise=3.0), extent="brief")
 
 
 def test_progress_receives_each_channel():
     seen = []
-    rows = calibrate(LabelEntropy(targets=2, kept=1, steps=1), brief=True, progress=lambda *step: seen.append(step))
+    rows = calibrate(LabelEntropy(targets=2, kept=1, steps=1), extent="brief", progress=lambda *step: seen.append(step))
     assert [number for _, number in seen] == list(range(len(rows)))
     assert [name for name, _ in seen] == [f"{row.channel}, {row.parameters}" for row in rows]
 
@@ -152,7 +201,7 @@ def test_keys_identify_settings():
     assert settings_key(Sandwich()) == settings_key(Sandwich())
     assert settings_key(Sandwich()).startswith("sandwich-")
     keys = [settings_key(each) for each in ESTIMATORS.values()]
-    keys += [settings_key(Sandwich(noise=0.4)), settings_key(Sandwich(quantisers=(2,))), settings_key(QUICK["mine"])]
+    keys += [settings_key(Sandwich(noise=0.4)), settings_key(Sandwich(quantisers=(4,))), settings_key(QUICK["mine"])]
     keys += [settings_key(replace(LabelInformation(), probes=replace(LabelInformation().probes, folds=4)))]
     assert len(set(keys)) == len(keys)
     assert settings_key(Sandwich(quantisers=(2, 8))) == settings_key(Sandwich(quantisers=(2, 8)))

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from audit.studies import recipes
 from audit.studies.recipes import DigitsRecipe
@@ -69,6 +72,28 @@ def test_a_failed_audit_still_prints_strict_json(
     assert captured.err.count("unknown layer") == 1
 
 
+@pytest.mark.parametrize(("options", "code"), [((), 0), (("--estimator", "label-information"), 2)])
+def test_an_estimator_that_runs_by_default_may_not_suit_the_images(
+    options: tuple[str, ...], code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Photographs of one image a class: `sandwich` is measured, and `label-information` refused with the reason."""
+    torch.manual_seed(0)
+    torch.save(nn.Sequential(nn.Flatten(), nn.Linear(16, 52)).state_dict(), tmp_path / "net.pth")
+    factory = (
+        "from torch import nn\n\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, 52))\n"
+    )
+    (tmp_path / "nets.py").write_text(factory)
+    pixels = np.random.default_rng(0).integers(0, 256, (52, 1, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=pixels, labels=np.arange(52))
+    ref = f"file:{tmp_path / 'net.pth'}?arch={tmp_path / 'nets.py'}:net&num_classes=52"
+    audited = ["audit", ref, "--dataset", f"npz:{tmp_path / 'data.npz'}", "--layer", "logits", "--eps", "0"]
+    more = ["--trust-code", "--seeds", "1", "--out", str(tmp_path / "run"), *options]
+    assert main([*audited, *more]) == code
+    said = capsys.readouterr().err
+    assert "label-information reads labels from features, and 52 images of 52 classes are fewer than 2 a class" in said
+    assert (tmp_path / "run" / "cells").exists() == (not options)
+
+
 def test_estimators_side_by_side_and_their_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +118,11 @@ def test_calibrating_one_estimator(
     assert {row["channel"] for row in rows} == {"sign of a Gaussian mixture", "2 noiseless bits"}
     assert all(row["passed"] and row["estimator"] == "label-level" for row in rows)
     assert len(list((tmp_path / "run" / "calibration").iterdir())) == 1
+    monkeypatch.setattr("audit.commands.execution.calibrate", None)  # kept rows are not computed again
+    assert main(["calibrate", "--estimator", "label-level", "--brief", "--json", "--out", "other"]) == 0
+    assert json.loads(capsys.readouterr().out) == rows
+    assert main(["calibrate", "--brief", "--full"]) == 2
+    assert "--brief and --full exclude each other" in capsys.readouterr().err
     assert main(["calibrate", "--estimator", "label-levle"]) == 2
     assert "unknown estimator 'label-levle'; did you mean 'label-level'" in capsys.readouterr().err
 

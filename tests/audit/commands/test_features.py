@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from audit.attribution.saliency import SaliencySettings
 from audit.attribution.single_features import FeatureSettings
+from audit.commands.features import FeatureOptions
 from audit.commands.reproduce.group import reproduce_command
 from audit.errors import UsageError
 from audit.run.loading import RunOptions
@@ -50,6 +51,39 @@ def test_json_is_one_array_and_units_are_checked(tmp_path, capsys):
     assert "--unit 'a' is not ROW,COLUMN or TOKEN" in capsys.readouterr().err
     assert main([*asked[:-4], "--eps", "far"]) == 2
     assert "--eps" in capsys.readouterr().err
+
+
+def test_requests_have_folders_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quick = (*FEW[:5], "12", "--feature", "0")
+    words = ["features", REF, *quick, "--steps", "1"]
+    for asked in (("--eps", "0.05"), ("--eps", "0.1", "--layer", "stages.0.0")):
+        assert main([*words, *asked]) == 0
+    for asked in ((), ("--draw", "2")):
+        assert main(["saliency", REF, *quick, "--noise", "1", *asked]) == 0
+    stored = [read(path)[0] for path in sorted(Path("runs").glob("features-digits-vgg-robust-*/features.csv"))]
+    places = sorted((row["layer"], float(row["eps"])) for row in stored)
+    assert places == [("stages.0.0", 0.1), (LAYER, 0.05)]
+    maps = [json.loads(path.read_text()) for path in Path("runs").glob("saliency-digits-vgg-robust-*/saliency.json")]
+    drawn = sorted((len(panels), len(panels[0]["images"])) for panels in maps)
+    assert drawn == [(1, 2), (1, 5)]
+    said = capsys.readouterr().out
+    assert all(f"runs/{path.name}/" in said for path in Path("runs").iterdir())
+
+
+def test_options_that_decide_numbers_name_the_folder():
+    options = FeatureOptions(
+        "0.1", "linf", None, "feature", 10, 1, "digits", LAYER, 300, False, (), 0.5, 0, "model", False
+    )
+    own = options.folder(REF, "linf", 0.1)
+    assert replace(options, eps="1/10").folder(REF, "linf", 0.1) == own
+    changes = {"unit": "1,1", "scale": "layer", "steps": 5, "restarts": 2, "dataset": "mnist", "layer": "logits",
+               "images": 5, "balanced": True, "features": (1,), "noise": 1.0, "seed": 1, "preprocess": "none",
+               "restrict_classes": True}  # fmt: skip
+    others = {replace(options, **{name: value}).folder(REF, "linf", 0.1) for name, value in changes.items()}
+    others |= {options.folder("bundled:b", "linf", 0.1), options.folder(REF, "l2", 0.1), options.folder(REF, "linf", 1)}
+    assert len(others | {own}) == len(changes) + 4
+    assert replace(options, unit=" 1,1").folder(REF, "linf", 0.1) in others
 
 
 def test_saliency_compares_networks(tmp_path, capsys):

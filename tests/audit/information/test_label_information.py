@@ -12,11 +12,17 @@ from audit.errors import InvalidModelError, UsageError
 from audit.information.estimator import ATTACKED, EstimatorInputs, WarmStart
 from audit.information.floors import empirical_entropy
 from audit.information.label_information import LabelInformation
+from audit.information.probing.learning_curve import learning_curves
+from audit.information.probing.members import Readers
+from audit.information.probing.panel import Panel
 from audit.information.probing.settings import PanelSettings, ProbeTraining
 from audit.types import Encoded
 
 ESTIMATOR = LabelInformation(rounds=4)
 QUICK = LabelInformation(ProbeTraining(folds=3, steps=40), PanelSettings(trees=20), rounds=2, steps=5)
+FAST = LabelInformation(
+    ProbeTraining(folds=2, hidden=4, steps=10), PanelSettings(trees=5, boosts=2), rounds=1, steps=2, relative_step=1.0
+)
 
 
 def seeded(seed=0):
@@ -118,12 +124,44 @@ def test_images_of_the_attack_on_the_label_are_a_candidate():
     assert found.worst.nats < 0.01 < 0.6 < found.normal.nats
 
 
+def layers(seed):
+    """Return the inputs of a layer of six features, and of a later one that is a function of it, of two."""
+    images, draws = pixels(200), seeded(seed)
+    labels = (images.flatten(1)[:, 0] + images.flatten(1)[:, 1] > 1).long()
+    first, second = torch.randn(4, 6, generator=draws), torch.randn(6, 2, generator=draws)
+
+    def features(batch):
+        return (4 * (batch.flatten(1) - 0.5) @ first).tanh()
+
+    def encoder(of):
+        return lambda batch: Encoded(of(features(batch)), batch.new_empty(len(batch), 0))
+
+    later = EstimatorInputs(encoder(lambda values: 3 * values @ second), images, labels)
+    return EstimatorInputs(encoder(lambda values: values), images, labels, later={"second": later}), later
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_neither_information_nor_bounds_rise_from_a_layer_to_a_later_one(seed):
+    given, later = layers(seed)
+    here = FAST.vulnerability(given, Linf(0.1), 0)
+    found = FAST.vulnerability(later, Linf(0.1), 0, WarmStart(earlier=here.adversarial))
+    assert found.normal.nats <= here.normal.nats
+    assert found.worst.nats <= here.worst.nats
+    assert found.worst.upper <= here.worst.upper
+    assert here.worst.nats >= FAST.read_worst(later, here.adversarial, 0).nats == here.worst.parts["at second"]
+
+
 def test_bounds_rest_on_the_upper_end_of_the_interval():
     images = pixels(300)
     labels = (images.flatten(1)[:, 0] + 0.3 * torch.rand(300, generator=seeded(2)) > 0.65).long()
     found = QUICK.normal(EstimatorInputs(without_log_probs, images, labels), 0)
-    assert found.upper == pytest.approx(found.nats + 1.96 * found.stderr, abs=1e-4)
-    assert found.upper <= found.ceiling
+    panel = Panel(Readers(QUICK.panel, QUICK.probes), unit=images.flatten(1).std(0, correction=0))
+    curves = learning_curves(panel, without_log_probs(images), labels, 0)
+    tends = [found.parts[name] + max(0, (c - a) / 3, c - b) for name, ((_, a), (_, b), (_, c)) in curves.items()]
+    assert found.upper == pytest.approx(max(found.nats, *tends) + 1.96 * found.stderr, abs=1e-4)
+    assert found.nats + 1.96 * found.stderr <= found.upper + 1e-4 <= found.ceiling + 1e-4
+    assert [count for count, _ in found.by_images] == [75, 150, 300]
+    assert found.by_images[-1][1] == pytest.approx(max(points[-1][1] for points in curves.values()))
     assert found.accuracy.low < found.accuracy.value < found.accuracy.high
 
 
@@ -178,4 +216,5 @@ def test_fewer_than_two_images_a_class_are_refused(count, classes):
 def test_fewer_than_twenty_images_a_class_are_flagged_in_both_cases(count, classes, flagged):
     found = QUICK.vulnerability(sample_of(count, classes), Linf(0.1), 0)
     for case in (found.normal, found.worst):
-        assert any(flag.startswith("few_images") for flag in case.flags) is flagged
+        assert any(flag.startswith("too_few_images") for flag in case.flags) is flagged
+        assert case.bounds_heads is not flagged

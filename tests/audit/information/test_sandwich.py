@@ -274,10 +274,10 @@ def test_candidates_are_compared_on_other_draws_than_reported_values():
 @pytest.mark.parametrize(
     ("origin", "steps", "candidates"),
     [
-        (None, 3 * 2 + 3 + 2 * 4, 7),
+        (None, 3 * 2 + 3 + 4, 6),
         (Origin("quantised", 4), 2 + 3, 3),
         (Origin("quantised", 4).refined("mean shift from {}"), 2 + 3, 3),
-        (Origin("annealed", 8.0), 4, 2),
+        (Origin("annealed", 4.0), 4, 2),
         (CLEAN, 4, 2),
         (CARRIED, 4, 3),
     ],
@@ -298,6 +298,15 @@ def test_passes_are_counted(origin, steps, candidates):
     assert found.passes == sum(calls)
     trial = 7 * 8 * 50 if origin is None else 0  # centres, steps and images of the trial
     assert found.passes == 150 * (steps + candidates / 2) + trial
+
+
+def test_nothing_is_annealed_where_a_quicker_search_left_nearly_nothing():
+    given, quick = inputs_of(normal(60, 2)), Sandwich(annealing_steps=4, tolerance=0.1)
+    found = quick.vulnerability(given, Linf(0.3), 0)  # which moves every image to one point
+    thorough = replace(quick, tolerance=1e-12).vulnerability(given, Linf(0.3), 0)
+    assert 1e-12 < found.worst.nats <= quick.tolerance
+    assert thorough.passes - found.passes == 60 * 4.5
+    assert found.worst.nats - quick.tolerance <= thorough.worst.nats <= found.worst.nats
 
 
 @pytest.mark.parametrize(

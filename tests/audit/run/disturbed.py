@@ -3,6 +3,7 @@
 One process imports everything and forks the runs, so that thirty kills take seconds. Prints the result folders.
 """
 
+import gc
 import json
 import os
 import random
@@ -95,6 +96,7 @@ def signalled(config: Path, folder: Path, number: int) -> tuple[int, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # every run collects garbage: a fork need not walk and copy what was imported
     short, long, place = map(Path, sys.argv[1:])
     audit.run.intermediate.MIN_SECONDS = -1.0  # so that kills also meet intermediate results
     told = {

@@ -28,12 +28,12 @@ from model_zoo.model_types import SourceSettings
 
 # Dataclasses that are no sections: which fields are part of a cell's identity, and which are not.
 CLASSES: dict[type, tuple[set[str], set[str]]] = {
-    Cell: ({"ref", "dataset", "images", "layer", "threat", "settings", "after", "rules"}, {"name"}),
+    Cell: ({"ref", "dataset", "images", "layer", "threat", "settings", "after", "rules", "later"}, {"name"}),
     InputRules: ({"preprocess", "restrict_classes", "balanced"}, set()),
     Preprocessing: ({known.name for known in fields(Preprocessing)}, set()),
     AuditSettings: ({"estimator", "attack", "seeds", "reduce", "certificate", "ledger"}, set()),
     Linf: ({"eps"}, {"pixel_range"}),  # the range is the same for all images
-    LabelAttack: ({"stages", "noise", "queries", "borrowed", "version"}, {"fast"}),
+    LabelAttack: ({"stages", "noise", "queries", "borrowed", "by_reach", "version"}, {"fast"}),
     Stage: ({"loss", "pgd", "targets"}, set()),
     PGD: ({"steps", "relative_step", "random_start", "restarts"}, {"batch_size"}),
     CriticTraining: ({known.name for known in fields(CriticTraining)}, set()),

@@ -91,7 +91,10 @@ def costly(monkeypatch):
 
 
 def rows(folder: Path) -> dict[str, str]:
-    return {record.cell_id: json.dumps(record.to_dict() | {"seconds": None}) for record in RecordStore(folder)}
+    return {
+        record.cell_id: json.dumps(record.to_dict() | {"seconds": None, "timing": None})
+        for record in RecordStore(folder)
+    }
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from audit.run.loading import InputCache, RunOptions, device_of
 from audit.run.locks import lock
 from audit.run.run_loop import Watcher, claim, run
 from audit.storage import digest
+from audit.training.heads import HeadTraining
 from model_zoo.images.datasets import ImageRequest, load_images
 from model_zoo.load import identify, load_model
 from reports.cli import main
@@ -396,6 +397,12 @@ def test_estimators_share_a_certificate(tmp_path: Path, monkeypatch: pytest.Monk
         return real(*arguments)
 
     monkeypatch.setattr(model_results, "certify_layers", counting)
+    # how tight the certificate is and how well heads are trained does not matter: that estimators share them does
+    effort = SearchEffort(hubs=1, neighbours=2, newton_steps=10)
+    monkeypatch.setattr(model_results, "CertificateSettings", partial(CertificateSettings, effort=effort))
+    monkeypatch.setattr(
+        model_results, "CertificationSettings", partial(CertificationSettings, heads=HeadTraining(epochs=1))
+    )
     (tmp_path / "b.yaml").write_text(CERTIFIED)
     records = run(expand(read_config(tmp_path / "b.yaml")), tmp_path / "run")
     assert made == [(["logits"], [Linf(0.2)])]

@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from audit.adversary.label_attack import two_losses
+from audit.adversary.pgd import PGD
 from audit.adversary.threat import threat_model
 from audit.config.settings import AuditSettings
 from audit.config.yaml_source import read_config
 from audit.errors import InvalidModelError
+from audit.information.label_information import LabelInformation
+from audit.information.probing.settings import PanelSettings, ProbeTraining
 from audit.information.sandwich import Sandwich
 from audit.records import RecordStore
-from audit.run.cell import Cell, expand, search_groups, warm_start_path, with_warm_starts
+from audit.run.cell import Cell, expand, search_groups, sources, warm_start_path, with_warm_starts
 from audit.run.cell_runner import CellRunner
 from audit.run.layer_audit import LayerAudit
 from audit.run.loading import RunOptions
@@ -74,6 +78,74 @@ def test_the_warm_start_path_holds_all_predecessors():
     last = with_warm_starts([cell("logits", 0.1), cell("a", 0.1), cell("a", 0.2)])[2]
     assert warm_start_path(last) == [["logits", 0.1], ["a", 0.1]]
     assert warm_start_path(cell()) == []
+
+
+LABELS = AuditSettings(
+    LabelInformation(
+        ProbeTraining(folds=2, hidden=4, steps=10),
+        PanelSettings(trees=5, boosts=2),
+        rounds=1,
+        steps=2,
+        relative_step=1.0,
+    ),
+    two_losses(PGD(2, 0.5)),
+    seeds=(0,),
+)
+
+
+def test_layers_go_forward_where_later_ones_count():
+    cells = [cell(layer, eps, settings=LABELS) for eps in (0.2, 0.1, 0.0) for layer in ("logits", "block", "input")]
+    (group,) = search_groups(cells)
+    linked = with_warm_starts(cells)
+    ordered = [linked[number] for number in group]
+    assert [(each.layer, each.threat.eps) for each in ordered] == [
+        (layer, eps) for layer in ("input", "block", "logits") for eps in (0.0, 0.1, 0.2)
+    ]
+    assert {each.layer: each.later for each in linked} == {
+        "input": ("block", "logits"),
+        "block": ("logits",),
+        "logits": (),
+    }
+    told = {
+        (each.layer, each.threat.eps): [(source.layer, source.threat.eps) for source in sources(each)]
+        for each in linked
+        if each.threat.eps
+    }
+    assert told == {
+        ("input", 0.1): [],
+        ("input", 0.2): [("input", 0.1)],
+        ("block", 0.1): [("input", 0.1)],
+        ("block", 0.2): [("block", 0.1), ("input", 0.2)],
+        ("logits", 0.1): [("block", 0.1)],
+        ("logits", 0.2): [("logits", 0.1), ("block", 0.2)],
+    }
+    paths = {(each.layer, each.threat.eps): warm_start_path(each) for each in linked if each.layer == "logits"}
+    assert paths["logits", 0.0] == []
+    assert paths["logits", 0.1] == [["input", 0.1], ["block", 0.1]]  # a larger radius decides nothing of it
+    assert len(paths["logits", 0.2]) == 5
+
+
+def test_one_layer_alone_has_the_cells_it_always_had():
+    cells = [cell(eps=eps, settings=LABELS) for eps in (0.1, 0.2)]
+    first, second = with_warm_starts(cells)
+    assert (first, second) == (cells[0], replace(cells[1], after=cells[0]))
+
+
+def test_neither_worst_case_nor_bound_rises_towards_later_layers(tmp_path):
+    cells = [
+        replace(cell(layer, 0.2, "bundled:digits-vgg-robust-quarter", settings=LABELS), images=200)
+        for layer in ("penultimate", "logits")
+    ]
+    inner, last = run(with_warm_starts(cells), tmp_path)
+    assert (inner.valid, last.valid) == (True, True), (inner.reason, last.reason)
+    assert (inner.layer, last.layer) == ("penultimate", "logits")
+    assert last.normal_nats <= inner.normal_nats
+    assert last.worst_nats <= inner.worst_nats
+    assert last.fano_accuracy_bound <= inner.fano_accuracy_bound
+    assert inner.details["identity"]["later"] == ["logits"]
+    assert last.details["identity"]["after"] == [["penultimate", 0.2]]
+    assert "at logits" in inner.details["per_seed"][0]["worst_parts"]
+    assert [row[0] for row in last.details["per_seed"][0]["worst_by_images"]] == [50, 100, 200]
 
 
 class Backwards(nn.Module):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from audit.adversary.accuracy import measure_accuracy
@@ -9,6 +10,7 @@ from audit.adversary.label_attack import two_losses
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import Linf
 from audit.errors import UnknownNameError, UsageError
+from audit.random_keys import Purpose, keyed_generator
 from audit.training import classifiers
 from audit.training.classifiers import ClassifierTraining, StepSchedule, train_classifier
 
@@ -186,3 +188,61 @@ def test_illegal_settings_are_refused():
     ):
         with pytest.raises(UsageError, match=message):
             StepSchedule(**changes)
+
+
+def tilted(scale=1.0):
+    """Return a linear classifier without batch statistics."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    with torch.no_grad():
+        net[1].weight.copy_(scale * torch.randn(2, 36, generator=torch.Generator().manual_seed(3)))
+        net[1].bias.zero_()
+    return net
+
+
+def test_trades_is_the_clean_loss_and_beta_times_the_divergence(toy):
+    images, labels = toy[0][:32], toy[1][:32]
+    net, threat = tilted(), Linf(0.1)
+    settings = ClassifierTraining(method="trades", threat=threat, pgd=PGD(5, 0.5), beta=3.0)
+
+    def generator():
+        return torch.Generator().manual_seed(4)
+
+    moved = classifiers._attacked(net, images, labels, settings, generator())
+    assert float(threat.distance(moved, images).max()) <= threat.eps + 1e-6
+    clean, other = net(images).log_softmax(1), net(moved).log_softmax(1)
+    divergence = F.kl_div(other, clean, reduction="batchmean", log_target=True)
+    expected = F.cross_entropy(net(images), labels) + 3.0 * divergence
+    assert torch.allclose(classifiers._loss(net, images, labels, settings, generator()), expected, rtol=1e-5)
+    at_random = net(threat.random_start(images, generator())).log_softmax(1)
+    assert divergence > F.kl_div(at_random, clean, reduction="batchmean", log_target=True)
+
+
+def test_noise_is_a_random_point_of_the_ball_without_a_search(toy):
+    seen = []
+
+    class Watched(nn.Sequential):
+        def forward(self, images):
+            seen.append(images.detach().clone())
+            return super().forward(images)
+
+    net, (images, labels) = Watched(*tilted()), (toy[0][:32], toy[1][:32])
+    settings = ClassifierTraining(epochs=1, batch_size=32, shift=0, method="noise", threat=Linf(0.1))
+    train_classifier(net, images, labels, settings)
+    (moved,) = seen  # one pass
+    order = torch.randperm(32, generator=keyed_generator(0, Purpose.CLASSIFIER_TRAINING))
+    changes = (moved - images[order]).abs()
+    assert float(changes.max()) <= 0.1 + 1e-6
+    assert float(changes.mean()) > 0.02
+
+
+def test_the_method_is_part_of_the_identity_where_it_matters():
+    base = {"threat": Linf(0.1)}
+    adversarial = ClassifierTraining(**base).identity()
+    assert not {"method", "beta"} & set(adversarial)  # checkpoints of earlier versions stay valid
+    trades, noise = (ClassifierTraining(**base, method=name).identity() for name in ("trades", "noise"))
+    assert trades == adversarial | {"method": "trades", "beta": 6.0}
+    assert noise == adversarial | {"method": "noise"}
+    with pytest.raises(UnknownNameError, match="did you mean 'trades'"):
+        ClassifierTraining(method="trade")
+    with pytest.raises(UsageError, match="beta -1"):
+        ClassifierTraining(method="trades", beta=-1)

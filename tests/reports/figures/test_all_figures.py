@@ -30,7 +30,7 @@ def test_files_exist_are_valid_and_deterministic(mixed_zoo, tmp_path):
     for path in paths:
         if path.suffix == ".png":
             with Image.open(path) as image:
-                assert image.width == 1440
+                assert image.width == 1260
         else:
             assert ElementTree.parse(path).getroot().tag.endswith("svg")
             assert b"<dc:date>" not in path.read_bytes()

@@ -134,3 +134,29 @@ def test_drawing_imports_no_torch():
     code = "import sys, reports.figures.certificate_figure; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+LEDGER = {"proved": 0.25, "broken": 0.5, "undecided": 0.25, "kept_population": [0.125, 0.625]}
+
+
+def spans(figure):
+    """Return the vertical lines from one share to another, as (x, low, high)."""
+    lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    return {(at[0][0], at[0][1], at[1][1]) for at in lines if len(at) == 2 and at[0][0] == at[1][0]}
+
+
+def test_a_ledger_is_a_band_with_its_limits_on_the_population_also_of_a_single_layer(tmp_path):
+    """Proved .25, broken .5: the band reaches from .25 to .5; read back from a file it is the same."""
+    one = [row("logits", 2 / 255, 0.9, 0.45, **LEDGER)]
+    figure = layer_profile(one)
+    assert {(0.0, 0.25, 0.5), (0.0, 0.125, 0.625)} <= spans(figure)
+    assert "network: proved to keep, not broken (certified)" in texts(figure)
+    (tmp_path / "rows.csv").write_text(to_csv(one))
+    assert spans(layer_profile(read_rows(tmp_path / "rows.csv"))) == spans(figure)
+    assert [path.name for path in write_certificate_figures(one, tmp_path / "one.csv")] == [
+        "one-layers.png", "one-layers.svg",
+    ]  # fmt: skip
+
+
+def test_without_a_ledger_there_is_no_band(rows):
+    assert "network: proved to keep, not broken (certified)" not in texts(layer_profile(rows))

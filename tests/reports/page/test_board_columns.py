@@ -124,6 +124,8 @@ def test_a_run_of_one_model_opens_with_its_card_and_plots_along_layers_and_radii
         assert f"<b>{title}.</b>" in text
     for word in ("Figure 1.", "Spearman", "Every correlation", "correlation of RV"):
         assert word not in text
+    twice = render_report([*records, *(replace(r, cell_id=f"{r.cell_id}-s", estimator="sandwich") for r in records)])
+    assert "Do the estimators agree?" not in twice  # of one model there is no order
     assert text.count('<option value="view-') == 4
     assert '<option value="view-3" selected>digits, logits, ℓ∞ 0.2</option>' in text
 

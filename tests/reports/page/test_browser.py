@@ -70,6 +70,34 @@ def test_keys_sort_both_ways_with_the_missing_last(browser, written, mixed_zoo):
     assert browser.faults() == []
 
 
+def test_every_column_sorts_both_ways(browser, written, mixed_zoo, audited):
+    flags = [("saturated: at 6.2 nats",), (), ("unpinned: recorded",)]
+    records = [replace(record, flags=flags[i % 3]) for i, record in enumerate(audited(mixed_zoo))]
+    browser.open(written(records))
+    columns = "Array.from(document.querySelector('.sortable').tHead.rows[0].cells, %s)"
+    heads = browser.evaluate(columns % "(head) => [head.dataset.key, 'numeric' in head.dataset]")
+    assert {"rank", "model", "rv", "flags"} <= {key for key, _ in heads}
+    assert len(heads) >= 12
+    for i, (key, numeric) in enumerate(heads):
+        for descending in (False, True):
+            values, state = browser.evaluate(f"""(() => {{
+              const table = document.querySelector(".sortable"), head = table.tHead.rows[0].cells[{i}];
+              if ({str(not descending).lower()}) head.removeAttribute("aria-sort");
+              head.querySelector("button").click();
+              const values = Array.from(table.tBodies[0].rows, (row) => row.cells[{i}].dataset.sort);
+              return [values, head.getAttribute("aria-sort")];
+            }})()""")
+            known = [value for value in values if value != ""]
+            assert values == known + [""] * (len(values) - len(known)), key  # the missing come last
+            assert state == ("descending" if descending else "ascending")
+            if numeric:
+                numbers = list(map(float, known))
+                assert numbers == sorted(numbers, reverse=descending), key
+            else:
+                assert [text.lower() for text in known] == sorted((t.lower() for t in known), reverse=descending), key
+    assert browser.faults() == []
+
+
 def test_typing_filters_and_tells_how_many_are_left(browser, written, mixed_zoo):
     browser.open(written(mixed_zoo))
     assert browser.evaluate("document.getElementById('filter').labels[0].innerText.trim()") == "Filter"

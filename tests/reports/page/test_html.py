@@ -45,8 +45,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(mixed_zoo):
-    return Page(render_report(mixed_zoo))
+def page(mixed_page):
+    return Page(mixed_page)
 
 
 def test_the_policy_allows_this_script_and_style_only(page):

@@ -62,6 +62,18 @@ def test_both_ends_of_the_ledger_stand_among_the_limits(zoo):
     assert kept.name.startswith("not broken")
 
 
+def test_limits_on_the_population_from_the_ledger_stand_below_it(zoo):
+    details = zoo[0].details | {"certificate": {"kept_population": [0.2, 0.6], "confidence": 0.9}}
+    record = replace(zoo[0], proved_share=0.25, not_broken_share=0.5, details=details)
+    (found,) = pages_of([record])[0].places
+    least, most = [row for row in found.limits if row.kind == "certified"][2:]
+    assert (least.text, most.text) == ("0.200", "0.600")
+    assert (least.name, most.name) == tuple(
+        f"keeps at {side}: the network, under every attack in the ball, all images of their kind, 90% confidence"
+        for side in ("least", "most")
+    )
+
+
 def test_what_estimators_share_is_told_once(suite):
     records = [replace(record, checks=(CHECK,)) for record in suite(models=1, estimators=["sandwich", "label-level"])]
     (found,) = pages_of(records)[0].places

@@ -21,8 +21,12 @@ def test_rows_hold_both_values_and_their_difference(zoo):
         ("baseline-h-standard", "digits, penultimate, ℓ∞ 0.2", "mine", "1.050 ± 0.060", "1.300 ± 0.060",
          "+0.250 [+0.250, +0.250]", "0.980 → 0.500", "0.050 → –", "steps"),
     ]  # fmt: skip
-    assert any("only the first run has bundled:baseline-h-quarter" in sentence for sentence in found.sentences)
-    assert any("only the second run has bundled:baseline-h-robust" in sentence for sentence in found.sentences)
+    assert any("only the first run has bundled:baseline-h-quarter" in sentence for sentence in found.unpaired)
+    assert any(
+        "only the second run has bundled:baseline-h-robust, penultimate, linf 0.2" in sentence
+        for sentence in found.unpaired
+    )
+    assert found.sentences[-1].startswith("Differences are the second run less the first")
 
 
 def test_runs_without_a_common_cell_are_refused(zoo):
@@ -37,4 +41,5 @@ def test_the_command_writes_a_page_of_its_own(zoo, write_run, capsys):
     text = (run / "comparison.html").read_text()
     assert "<h2>Beside <bdi>&lt;b&gt;other</bdi></h2>" in text
     assert text.index('id="comparison"') < text.index('id="leaderboard"')
+    assert "Cells that only one of the runs has: 2" in text
     assert 'id="comparison"' not in (run / "report.html").read_text()

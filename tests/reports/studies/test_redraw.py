@@ -66,7 +66,9 @@ def test_a_run_folder_is_no_folder_of_studies(tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "cells").mkdir()
     assert not holds_studies(tmp_path)
-    assert {"figure1-2", "figure3", "figure4-5", "theorem-3.2", "table1", "guess-first", "speed"} == set(STUDIES)
+    assert {"figure1-2", "figure3", "figure4-5", "theorem-3.2", "table1", "guess-first", "speed", "study"} == set(
+        STUDIES
+    )
 
 
 def test_another_table_is_no_leaderboard(tmp_path):

@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 from importlib import import_module
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from audit.adversary.external_adapter import PassCounter
 from audit.adversary.label_attack import LabelAttack, Stage
 from audit.adversary.memory import batch_size
-from audit.adversary.memory.batch_size import fitting_batch, fitting_batches, saved_bytes
+from audit.adversary.memory.batch_size import budget_of, fitting_batch, fitting_batches, saved_bytes
 from audit.adversary.memory.limit import allowed, fixed_batches
 from audit.adversary.passes import Batches, MeanOfDraws
 from audit.adversary.pgd import PGD
@@ -221,3 +222,29 @@ def test_a_network_that_mixes_the_images_of_a_batch_is_found_in_batches_of_any_s
         robust = evaluate_robustness(TargetModel(network, images, labels), Linf(0.1), attack, 0)
     assert checks["batch_independence"].passed is False
     assert {check.id: check.passed for check in robust.checks}["determinism"] is False
+
+
+class OnGPU(NamedTuple):
+    """What is asked of images on a GPU before any pass."""
+
+    device: torch.device
+    count: int = 7
+
+    def __len__(self):
+        return self.count
+
+
+def test_a_gpu_gives_a_share_of_what_is_free_or_only_kept_and_batches_grow_to_it(monkeypatch):
+    gpu = torch.device("cuda")
+    figures = {"mem_get_info": (100 << 20, 1 << 34), "memory_reserved": 60 << 20, "memory_allocated": 20 << 20}
+    for name, found in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, found=found: found)
+    assert budget_of(gpu) == int(0.4 * (140 << 20))
+    assert budget_of(torch.device("cpu")) == batch_size.CPU_BUDGET
+    monkeypatch.setattr(batch_size, "fitting_batch", lambda _network, _images: 700)
+    with fitting_batches(Watched(), OnGPU(gpu)):
+        assert allowed(256) == 700
+    with fitting_batches(Watched(), OnGPU(torch.device("cpu"))):
+        assert allowed(256) == 256
+    with fixed_batches(3), fitting_batches(Watched(), OnGPU(gpu)):
+        assert allowed(256) == 3

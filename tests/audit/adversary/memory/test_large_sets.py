@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -22,12 +23,13 @@ from audit.information.probing.positions import chosen
 from audit.information.sandwich import Sandwich
 from audit.run.cell import Cell
 from audit.run.cell_runner import CellRunner
+from audit.run.encoders.head_images import head_plan
 from audit.run.intermediate import file_parts, read_result
 from audit.run.layer_audit import LayerAudit
 from audit.run.loading import RunOptions
 from audit.storage import release_scratch, scratch_in, scratch_memory
-from audit.types import Encoded, copied_pixels, empty_pixels, image_slices, pixel_extremes
-from model_zoo.images.datasets import load_images
+from audit.types import Encoded, copied_pixels, empty_pixels, image_slices, pixel_extremes, selected_pixels
+from model_zoo.images.datasets import ImageSet, load_images
 
 SIDE = 8
 BYTES = 4 * SIDE * SIDE  # of one image
@@ -72,6 +74,36 @@ def test_large_copies_lie_in_files_that_vanish_with_them(tmp_path):
     assert torch.equal(view, images[3:])
     del view
     assert scratch_bytes() == before
+
+
+@pytest.mark.usefixtures("ten_at_a_time")
+def test_a_large_selection_lies_in_a_file_and_a_small_one_does_not():
+    images, before = images_of(25), scratch_bytes()
+    index = torch.randperm(25, generator=torch.Generator().manual_seed(2))
+    large, small, masked = (selected_pixels(images, each) for each in (index, index[:9], index > 3))
+    assert scratch_bytes() - before == (25 + 21) * BYTES
+    assert torch.equal(large, images[index])
+    assert torch.equal(small, images[index[:9]])
+    assert torch.equal(masked, images[index > 3])
+
+
+@pytest.mark.usefixtures("ten_at_a_time")
+def test_images_that_heads_are_trained_on_are_not_held_in_memory():
+    """Neither to leave out copies of audited images, nor as halves of these."""
+    images, labels = torch.rand(200, 1, 32, 32), torch.arange(200) % 4
+    found = ImageSet(images, labels, ("a", "b", "c", "d"), "set", "test", tuple(range(200)), "")
+    audited = replace(found, images=images[:100].clone(), labels=labels[:100])
+    before = scratch_bytes()
+    tracemalloc.start()
+    (fold,) = head_plan(audited, found, 0).folds
+    halves = head_plan(audited, None, 0).folds
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torch.equal(fold.images, images[100:])
+    assert torch.equal(fold.labels, labels[100:])
+    assert torch.equal(halves[0].images, audited.images[halves[1].measured])
+    assert peak < 25 * 4 * 32 * 32
+    assert scratch_bytes() - before == 200 * 4 * 32 * 32
 
 
 def test_memory_without_room_on_the_disk_is_ordinary(monkeypatch, tmp_path):

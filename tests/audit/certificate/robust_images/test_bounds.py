@@ -15,7 +15,7 @@ from audit.certificate.robust_images.lines import relu_lines
 from audit.certificate.robust_images.margins import bound_margins, check_margins
 from audit.certificate.robust_images.network import BoundedNetwork
 from audit.certificate.robust_images.results import BoundEffort, Slopes
-from audit.certificate.robust_images.tape import Tape
+from audit.certificate.robust_images.tape import Relaxation, Tape
 from audit.random_keys import keyed_generator
 
 RADII = {"linf": 0.15, "l2": 0.2, "l1": 0.25}
@@ -236,6 +236,12 @@ def test_fault_a_slope_off_by_one_percent_is_caught(norm, monkeypatch):
 
     monkeypatch.setattr(network, "relu_lines", wrong)
     assert excess(norm)[0] > 1e-6
+
+
+def test_fault_lines_that_cost_nothing_are_caught(monkeypatch):
+    pull = Relaxation.pull
+    monkeypatch.setattr(Relaxation, "pull", lambda *given: (pull(*given)[0], torch.zeros(len(given[1].coefficients))))
+    assert excess("linf")[0] > 1e-6
 
 
 def test_fault_a_dropped_residual_branch_is_caught(monkeypatch):

@@ -1,6 +1,8 @@
 """`audit_model`: every form of data, layers, threats and settings gives the plain record, or one sentence."""
 
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from audit.adversary.label_attack import TIERS, two_losses
 from audit.adversary.pgd import PGD
 from audit.errors import AuditError, MismatchError, UnknownNameError, UsageError
 from audit.information.label_entropy import LabelEntropy
+from audit.run.upkeep import pass_meter
 from model_zoo import wrap
 
 ATTACK = two_losses(PGD(steps=1))
@@ -30,7 +33,7 @@ def network() -> nn.Module:
 
 def same(first: AuditRecord, second: AuditRecord) -> bool:
     """Return whether two records agree in everything but time."""
-    return {**first.to_dict(), "seconds": 0} == {**second.to_dict(), "seconds": 0}
+    return {**first.to_dict(), "seconds": 0, "timing": {}} == {**second.to_dict(), "seconds": 0, "timing": {}}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,40 @@ def test_several_cells_are_those_of_single_calls_and_every_stage_is_told() -> No
     assert len(told) == 2 + 2 * 2 * 2 * (1 + 2)  # attacks; cases of estimators, layers and seeds
     assert told[0].text == "attack, linf 0.05"
     assert (told[0].share, told[-1].text) == (0.0, "worst case, seed 1, 1, l2 0.3")
+
+
+class Passed(nn.Module):
+    """A network that counts the images it passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.seen = network(), 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        found: Tensor = self.body(images)
+        return found
+
+
+def test_progress_moves_within_attacks_searches_and_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = list[AuditStage]()
+    monkeypatch.setattr(pass_meter, "_EVERY", 0.0)
+    monkeypatch.setattr("audit.commands.python.audit.progress_line", lambda _total, **_: nullcontext(shown.append))
+    counted, attack = Passed(), replace(ATTACK, fast=False)
+    audit_model(counted, PAIRS, threat=0.3, estimator="label-level", attack=attack, seeds=(0,), certificate=True)
+    for name in ("attack", "worst case, seed 0", "certificate"):
+        within = [stage.within for stage in shown if stage.name == name]
+        assert within[0] == 0.0
+        assert sorted(set(within)) == within[: len(set(within))]  # it never moves back
+        assert len(set(within)) >= 5, name
+    shares = [stage.share for stage in shown]
+    assert shares == sorted(shares)
+    assert {stage.total for stage in shown} == {4}
+    last = re.fullmatch(r"about \d+ s left, ([\d,]+) of about ([\d,]+) passes", shown[-1].passed)
+    assert last is not None
+    done, expected = (int(number.replace(",", "")) for number in last.groups())
+    assert 0.5 * counted.seen <= done <= 1.5 * counted.seen
+    assert done <= expected
 
 
 def test_a_list_of_one_is_a_collection() -> None:

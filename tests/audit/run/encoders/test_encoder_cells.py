@@ -14,8 +14,10 @@ from torch import nn
 
 from audit.adversary.label_attack import two_losses
 from audit.adversary.pgd import PGD
+from audit.adversary.robustness import TargetModel
 from audit.adversary.threat import Linf
 from audit.config.settings import AuditSettings
+from audit.errors import UsageError
 from audit.information.estimator import ESTIMATORS
 from audit.information.label_information import LabelInformation
 from audit.information.mine import Mine
@@ -23,11 +25,13 @@ from audit.information.probing.settings import PanelSettings, ProbeTraining
 from audit.information.sandwich import Sandwich
 from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.records import AuditRecord
+from audit.representation.headless import Headless
 from audit.run import intermediate
 from audit.run.cell import Cell
 from audit.run.encoders import results
 from audit.run.evidence.rereading import Rereader
 from audit.run.loading import RunOptions
+from audit.run.network_audit import NetworkAudit
 from audit.run.run_loop import run
 from audit.run.upkeep.verification import check_record
 from model_zoo.load import SourceSettings, load_model
@@ -201,8 +205,7 @@ def test_one_image_a_class_gives_information_and_no_accuracy(tmp_path: Path, ima
     assert record.valid, record.reason
     count = images or 60
     assert record.details["heads"] == {
-        "reason": f"no accuracy can be measured: {count} images of {count} classes hold fewer than two images of most "
-        "classes"
+        "reason": f"no accuracy can be measured: {count} images of {count} classes are fewer than 2 a class"
     }
     assert (record.natural_accuracy, record.adversarial_accuracy, record.adversarial_gap) == (None, None, None)
     assert (record.natural_head, record.fano_accuracy_bound, record.images) == ("", None, count)
@@ -211,6 +214,21 @@ def test_one_image_a_class_gives_information_and_no_accuracy(tmp_path: Path, ima
     refused = audited(ref, dataset, tmp_path / "run", settings=LABELS, images=images)
     assert not refused.valid
     assert f"label-information reads labels from features, and {count} images of {count} classes" in refused.reason
+
+
+@pytest.mark.parametrize(("count", "classes"), [(60, 60), (59, 30), (70, 36)])
+@pytest.mark.parametrize("headless", [True, False])
+def test_too_few_images_a_class_are_refused_before_anything_is_computed(
+    count: int, classes: int, headless: bool
+) -> None:
+    body = [nn.Flatten(), nn.Linear(16, 3 if headless else classes)]
+    network = Headless(nn.Sequential(*body)) if headless else nn.Sequential(*body)
+    heard: list[str] = []
+    target = TargetModel(network, torch.rand(count, 1, 4, 4), torch.arange(count) % classes)
+    audit = NetworkAudit(target, on_stage=lambda stage, _layer, _threat, _passes: heard.append(stage))
+    with pytest.raises(UsageError, match=f"{count} images of {classes} classes are fewer than 2 a class"):
+        audit.record("penultimate", Linf(0.1), LABELS)
+    assert not heard
 
 
 def test_named_data_sets_train_heads_on_their_training_split(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Progress of long work: passes done, passes expected, and the time left."""
 
+import io
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from audit.adversary.label_attack import TIERS, LabelAttack, Stage
@@ -51,12 +54,12 @@ def test_passes_are_reported_once_a_second_with_the_time_left(clock):
     count_passes(7)
     assert seen == [
         "attacking",
-        "attacking, 40 of about 1,000 passes, about 24 s left",
-        "attacking, 80 of about 1,000 passes, about 23 s left",
-        "attacking, 120 of about 1,000 passes, about 22 s left",
-        "attacking, 160 of about 1,000 passes, about 21 s left",
-        "attacking, 200 of about 1,000 passes, about 20 s left",
-        "estimating information, 200 of about 1,000 passes, about 20 s left",
+        "attacking, about 24 s left, 40 of about 1,000 passes",
+        "attacking, about 23 s left, 80 of about 1,000 passes",
+        "attacking, about 22 s left, 120 of about 1,000 passes",
+        "attacking, about 21 s left, 160 of about 1,000 passes",
+        "attacking, about 20 s left, 200 of about 1,000 passes",
+        "estimating information, about 20 s left, 200 of about 1,000 passes",
     ]
 
 
@@ -65,7 +68,7 @@ def test_more_passes_than_expected_leave_little_time(clock):
     with PassMeter(seen.append).counting(10):
         clock.now += 100
         count_passes(20000)
-    assert seen == [", 20,000 of about 21,000 passes, about 5 s left"]
+    assert seen == ["about 5 s left, 20,000 of about 21,000 passes"]
 
 
 def test_stages_keep_their_number(clock):
@@ -76,7 +79,7 @@ def test_stages_keep_their_number(clock):
         meter("second", 1)
         clock.now += 2
         count_passes(50)
-    assert seen == [("first", 0), ("second", 1), ("second, 50 of about 100 passes, about 2 s left", 1)]
+    assert seen == [("first", 0), ("second", 1), ("second, about 2 s left, 50 of about 100 passes", 1)]
 
 
 def test_into_a_pipe_a_line_is_printed_every_half_minute(clock, capsys):
@@ -95,6 +98,37 @@ def test_into_a_pipe_a_line_is_printed_every_half_minute(clock, capsys):
         "[0/4] net: attacking, second 99",
         "[2/4] [transfer], about 2 min left",
     ]
+
+
+def test_the_live_line_keeps_count_and_time_left_on_a_narrow_terminal(clock, monkeypatch):
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("audit.commands.display.Console", lambda **_settings: terminal)
+    text = "estimating information, about 3 min left, 12,300 of about 50,000 passes"
+    with Display(4) as display:
+        display.stage("digits-vgg-robust", text)
+        display._progress.refresh()
+        clock.now += 60
+        display.channel("digits-vgg-robust", 2)
+        display._progress.refresh()
+    lines = [part.strip() for part in re.split(r"\r|\n|\x1b\[\w+", shown.getvalue())]
+    start = "0/4 digits-vgg-robust: estimating information, about 3 min left, 1"
+    assert any(line.startswith(start) for line in lines)
+    assert any(line.endswith("2/4 digits-vgg-robust, about 60 s left") for line in lines)
+    assert not [line for line in lines if "-:--" in line]
+
+
+def test_the_time_left_in_all_is_that_of_cells_that_were_not_known(clock, monkeypatch):
+    shown = []
+    with Display(5) as display:
+        monkeypatch.setattr(display._progress, "update", lambda _task, description: shown.append(description))
+        record = SimpleNamespace(model="m", layer="logits", eps=0.1, estimator="sandwich", valid=True, seconds=60.0)
+        display.done(record, known=True)
+        display.stage("m", "attacking")
+        clock.now += 60
+        display.done(record, known=False)
+        display.stage("m", "attacking")
+    assert shown == ["m: attacking", "about 3 min left in all; m: attacking"]  # 1 of 4 took a minute
 
 
 def test_a_quiet_display_prints_nothing(clock, capsys):
@@ -153,4 +187,4 @@ def test_a_cell_reports_its_stages_with_passes(monkeypatch):
     assert seen[0] == "loading"
     assert [stage for stage in seen if "passes" not in stage][:1] == ["loading"]
     for stage in ("checking the network", "attacking", "estimating information"):
-        assert any(re.fullmatch(rf"{stage}, [\d,]+ of about [\d,]+ passes, about \d+ s left", text) for text in seen)
+        assert any(re.fullmatch(rf"{stage}, about \d+ s left, [\d,]+ of about [\d,]+ passes", text) for text in seen)

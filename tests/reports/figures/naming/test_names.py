@@ -2,29 +2,51 @@
 
 import math
 from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from reports.figures.all_figures import by_setting, figure1, figure2, save_figures
-from reports.figures.names import Named, name_points, without_shared_start
+from reports.figures.leaderboard_figures import read_leaderboard
+from reports.figures.naming.names import Named, name_points, without_shared_start
 from reports.figures.profile_figure import profile_figures
 from reports.figures.style import Sheet, limits, paper_style
 from reports.tables.ranking import leaderboard
 from reports.tables.table import to_frame
+
+ROOT = Path(__file__).parents[4]
 
 
 def names_of(ax):
     return [text for text in ax.texts if text.get_gid() == "name"]
 
 
+def leaders_of(ax):
+    """The lines from points to names, in pixels (2, 2)."""
+    found = []
+    for text in ax.texts:
+        if text.get_gid() == "leader":
+            start = ax.transData.transform(text.xy)
+            found.append(np.array([start, start + np.array(text.get_position()) * ax.figure.dpi / 72]))
+    return found
+
+
 def check_apart(figure):
-    """Check that names lie inside their axes and apart from one another and from every marker; return how many."""
+    """Check that names lie inside their axes and apart from one another and from every marker; return how many.
+
+    No line to a point runs through a name.
+    """
     figure.canvas.draw()
-    count = 0
+    count, point = 0, figure.dpi / 72
     for ax in figure.axes:
         boxes = [text.get_window_extent() for text in names_of(ax)]
+        for line in leaders_of(ax):
+            along = line[0] + np.linspace(0, 1, 400)[1:-1, None] * (line[1] - line[0])
+            assert not any(box.contains(*place) for box in boxes for place in along)
         inside = ax.get_window_extent()
         for i, box in enumerate(boxes):
             assert inside.x0 <= box.x0
@@ -35,7 +57,8 @@ def check_apart(figure):
             for line in ax.lines:
                 if str(line.get_gid()).startswith("cell-"):
                     x, y = ax.transData.transform(line.get_xydata()[0])
-                    assert not (box.x0 < x < box.x1 and box.y0 < y < box.y1)
+                    half = point * line.get_markersize() / 2
+                    assert not box.overlaps(Bbox.from_extents(x - half, y - half, x + half, y + half))
         count += len(boxes)
     return count
 
@@ -67,6 +90,57 @@ def test_eight_points_almost_on_one_another_are_all_named_nearby(seed):
     for text in names_of(ax):
         assert isinstance(text, Annotation)
         assert math.dist(text.get_position(), (0, 0)) < 150  # points; the axes is 290 wide
+
+
+@pytest.mark.parametrize("figure_of", [figure1, figure2])
+@pytest.mark.parametrize("name", ["digits", "third-party"])
+def test_every_model_of_the_committed_rows_has_its_name(name, figure_of):
+    frame = read_leaderboard(ROOT / "docs" / name / "leaderboard.csv")
+    figure = figure_of(frame)
+    said = [text.get_text() for ax in figure.axes for text in ax.texts]
+    assert not [text for text in said if "no room" in text]
+    points = [line for ax in figure.axes for line in ax.lines if str(line.get_gid()).startswith("cell-")]
+    assert check_apart(figure) == len(points) >= 12
+
+
+@pytest.mark.parametrize(("spread", "seed"), [(0.0, 0), (0.0, 2), (0.01, 1), (0.06, 0)])
+def test_twenty_four_points_in_a_crowd_are_all_named(zoo, spread, seed):
+    random = np.random.default_rng(seed)
+    middle = ((1.0, 0.8), (0.2, 0.5), (0.6, 0.1))[seed]
+    records = [
+        replace(zoo[0], cell_id=f"{i}", model=f"digits-network-{i:02d}-robust", rv=middle[0] + spread * x, rv_se=0.01,
+                adversarial_gap=middle[1] + spread * y)
+        for i, (x, y) in enumerate(random.normal(size=(24, 2)).clip(-1.5, 1.5))
+    ]  # fmt: skip
+    alone = replace(zoo[0], cell_id="far", model="digits-far", rv=0.4, adversarial_gap=0.4)
+    figure = figure1(to_frame([*records, alone]))
+    assert check_apart(figure) == 25
+    crossing = [(a, b) for ax in figure.axes for a, b in combinations(leaders_of(ax), 2) if do_cross(*a, *b)]
+    assert not crossing or spread  # the points of one place have one column
+
+
+def do_cross(a, b, c, d):
+    def side(p, q, r):
+        return np.sign((q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0]))
+
+    return side(a, b, c) * side(a, b, d) < 0 and side(c, d, a) * side(c, d, b) < 0
+
+
+def test_models_of_equal_values_are_named_wherever_there_is_room(zoo):
+    records = [replace(zoo[0], cell_id=str(i), model=f"digits-net-{i}", rv=0.3 + 0.1 * (i % 6)) for i in range(24)]
+    figure = figure1(to_frame(records))
+    assert check_apart(figure) == 24
+
+
+def test_a_panel_grows_until_every_name_has_room(zoo):
+    names = [f"{i:02d}-a-network-with-a-long-name" for i in range(40)]
+    records = [
+        replace(zoo[0], cell_id=name, model=name, rv=0.3 + 0.1 * (i % 6), rv_se=0.0, adversarial_gap=i / 40)
+        for i, name in enumerate(names)
+    ]
+    few, many = figure1(to_frame(records[:6])), figure1(to_frame(records))
+    assert many.get_figwidth() > few.get_figwidth()
+    assert check_apart(many) == 40
 
 
 def test_a_point_alone_has_its_name_beside_it_without_a_line():
