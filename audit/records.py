@@ -85,8 +85,10 @@ class AuditRecord:
     certified_tier: str = ""
     best_head: str = ""
     best_head_accuracy: float | None = None
-    proved_share: float | None = None  # of the ledger of images, as is the next
+    proved_share: float | None = None  # of the ledger of images, as are the next three
     not_broken_share: float | None = None
+    kept_population_low: float | None = None
+    kept_population_high: float | None = None
     flags: tuple[str, ...] = ()
     checks: tuple[dict[str, Any], ...] = ()  # each: number, name, level, passed, figure, ...
     passes: int | None = None

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import product
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,7 +133,8 @@ def search(case: Case, settings: WorstCaseSearch, every: int) -> Iterator[Evalua
         found = fitted(case, recording.after(step, case.images)) if step != merging else merged
         candidates = [clean, merged, found] if step > merging else [clean, found]
         worst = min(candidates, key=lambda candidate: candidate.validated)
-        encodings = 0.5 * (len(candidates) + (step > merging))  # the search encodes the merged images once more
+        blocks = ceil(max(0, step - merging) / settings.every)  # each begins with an encoding of the moved images
+        encodings = 0.5 * (len(candidates) + blocks)
         yield Evaluation(step, recording.trial + total * (step + encodings), worst.nats)
 
 

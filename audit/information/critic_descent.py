@@ -1,14 +1,14 @@
 """Representation vulnerability by a critic: normal-case minus worst-case mutual information of one split.
 
 The worst-case search keeps the perturbed images as its state. It first moves them towards one class; then every round
-takes one projected step down the critic's value and trains the critic further. A new critic is fitted on the result.
-The information of any images inside the balls is an upper bound on the minimum; the critic's value is an upper bound
-up to the critic's own error.
+takes one projected step down the critic's value and trains the critic further. Every few rounds a fresh critic takes
+over, fitted on another half of the images. New critics are fitted on the result. The information of any images inside
+the balls is an upper bound on the minimum; the critics' value is an upper bound up to the critics' own error.
 
 Source: Zhu, Zhang & Evans 2020, Definition 3.1 and section 4.1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from audit.adversary.passes import deviations, input_gradient
 from audit.adversary.threat import ThreatModel
 from audit.information.bounds import BOUNDS
-from audit.information.critic_training import critic_optimiser, critic_step, fit_critic
-from audit.information.encoding import EncodedSplits, Splits, encode
+from audit.information.critic_training import critic_optimiser, critic_step, estimate_fixed, fit_division
+from audit.information.encoding import Division, EncodedSplits, Splits, encode
 from audit.information.estimator import CARRIED, CLEAN, COLD_START, MIEstimate, Origin, Vulnerability, WarmStart
 from audit.information.feature_merging import BatchGradient, Descent, step_sizes
 from audit.information.settings import CriticTraining, WorstCaseSearch
@@ -61,7 +61,7 @@ def estimate_vulnerability(
     """
     network = _CountingEncoder(encoder, training.batch_size)
     search = _WorstCase(network, images, training, adversary, seed, warm_start)
-    normal = warm_start.normal or search.fit(images)[1]
+    normal = warm_start.normal or search.estimate(images)
     indices = torch.arange(len(images.test))
     if adversary.threat.eps == 0:
         return Vulnerability(normal, normal, images.test, indices, 0.5 * sum(map(len, images)), CLEAN)
@@ -102,44 +102,49 @@ class _WorstCase:
         start, found, search = self.clean, {}, self.adversary.search
         if self.warm_start.images is not None:
             start = Splits(*self.warm_start.images.split([len(part) for part in self.clean]))
-            found[CARRIED] = self.fit(start)[1], start
+            found[CARRIED] = self.estimate(start), start
             search = replace(search, collapse_steps=ceil(search.collapse_steps / 4), rounds=ceil(search.rounds / 4))
         merging = _Merging(self.network, self.clean, self.adversary, self.warm_start)
         merged, target = merging.run(start, search.collapse_steps), merging.target.label
         # records show the missing class of an encoder without log-probabilities, too
         origin = Origin(f"{_MERGED} None") if target is None else Origin(_MERGED, target)
-        critic, best = self.fit(merged)
-        found[origin] = best, merged
-        if best.validated <= search.tolerance:
-            return found
-        for descended in self._descend(merged, critic, target, search):
-            estimate = self.fit(descended)[1]
-            gain = best.validated - estimate.validated
-            if gain > 0:
-                found[origin.refined(_DESCENDED)], best = (estimate, descended), estimate
-            if gain < search.tolerance:
-                break
+        found[origin] = self.estimate(merged), merged
+        if found[origin][0].validated > search.tolerance:
+            descended = self._descend(merged, target, search)
+            found[origin.refined(_DESCENDED)] = self.estimate(descended), descended
         return found
 
-    def fit(self, images: Splits) -> tuple[nn.Module, MIEstimate]:
-        """Return a critic fitted on images, and its held-out estimate."""
+    def estimate(self, images: Splits) -> MIEstimate:
+        """Return the mean held-out estimate of new critics on images, each with its own division of them."""
         encoded = EncodedSplits(*map(self.network.encode, images))
-        return fit_critic(images, encoded, self.training, self.seed)
+        return estimate_fixed(images, encoded, self.training, self.adversary.search.repeats, self.seed)
 
-    def _descend(
-        self, start: Splits, critic: nn.Module, target: int | None, search: WorstCaseSearch
-    ) -> Iterator[Splits]:
-        """Yield the images every few rounds of descending the critic's value; the critic is trained in between."""
-        threat = self.adversary.threat
-        batches = keyed_generator(self.seed, Purpose.MINE_SEARCH)
-        critic_batches = keyed_generator(self.seed, Purpose.MINE_SEARCH_CRITIC)
-        moved = start.map(Tensor.clone)
-        merged = [_predicts(self.network.encode(part).log_probs, target) for part in moved]
-        train_features = self.network.encode(moved.train).features
-        optimiser, bounds = critic_optimiser(critic, self.training), [threat.step_bounds(part) for part in self.clean]
-        sizes = step_sizes(threat.eps * self.adversary.search.relative_step, search.rounds)
-        for number, size in enumerate(sizes, 1):
-            self.network.passes += sum(map(len, self.clean))
+    def _descend(self, start: Splits, target: int | None, search: WorstCaseSearch) -> Splits:
+        """Return the images after descending the value of one critic after the other, none of which `estimate` uses."""
+        moved, held, sizes = start, None, step_sizes(self.adversary.threat.eps * search.relative_step, search.rounds)
+        for block, first in enumerate(range(0, len(sizes), search.every)):
+            number, encoded = search.repeats + block, EncodedSplits(*map(self.network.encode, moved))
+            held = held or Splits(*(_predicts(part.log_probs, target) for part in encoded))
+            critic, estimate = fit_division(moved, encoded, self.training, self.seed, number)
+            if estimate.validated <= search.tolerance:
+                break
+            division = Division.draw(self.clean, self.seed, number)
+            features = division.encoded(encoded).train.features
+            opponent = _Opponent(critic, number, features, target, division.of(held))
+            moved = division.undone(
+                self._descend_one(division.of(moved), division.of(self.clean), opponent, sizes[first:][: search.every])
+            )
+        return moved
+
+    def _descend_one(self, start: Splits, clean: Splits, opponent: "_Opponent", sizes: Sequence[float]) -> Splits:
+        """Return images after a few rounds of descending one critic's value; the critic is trained in between."""
+        threat, critic, target = self.adversary.threat, opponent.critic, opponent.target
+        batches = keyed_generator(self.seed, Purpose.MINE_SEARCH, opponent.number)
+        critic_batches = keyed_generator(self.seed, Purpose.MINE_SEARCH_CRITIC, opponent.number)
+        moved, train_features, merged = start.map(Tensor.clone), opponent.features.clone(), opponent.held
+        optimiser, bounds = critic_optimiser(critic, self.training), [threat.step_bounds(part) for part in clean]
+        for size in sizes:
+            self.network.passes += sum(map(len, clean))
             for images, part_merged, part_bounds in zip(moved, merged, bounds, strict=True):
                 for index in _shuffled_batches(images, self.training.batch_size, batches):
                     batch = images[index]
@@ -150,10 +155,19 @@ class _WorstCase:
                     images[index] = stepped
                     if images is moved.train:
                         train_features[index] = features
-            for _ in range(search.critic_steps):
+            for _ in range(self.adversary.search.critic_steps):
                 critic_step(critic, optimiser, moved.train, train_features, self.training, critic_batches)
-            if number % search.every == 0 or number == search.rounds:
-                yield moved.map(Tensor.clone)
+        return moved
+
+
+class _Opponent(NamedTuple):
+    """A critic with its number, training features, and the class that the images `held` (bool) must keep."""
+
+    critic: nn.Module
+    number: int
+    features: Features
+    target: int | None
+    held: Splits
 
 
 class _MergeTarget(NamedTuple):

@@ -7,8 +7,10 @@ Source: Belghazi et al. 2018 (MINE); Zhu, Zhang & Evans 2020, section 4.1.
 """
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import hypot, isfinite, log, sqrt
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,13 @@ from torch import Tensor, nn
 from audit.flags import FlagCode, flag
 from audit.information.bounds import BOUNDS, donsker_varadhan, infonce_terms, offsets
 from audit.information.critics import build_critic
-from audit.information.encoding import EncodedSplits, Splits, encode_splits, label_surprise
+from audit.information.encoding import Division, EncodedSplits, Splits, encode_splits, label_surprise
 from audit.information.estimator import MIEstimate
 from audit.information.settings import CriticTraining
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Encoder, Features, Images
+
+_SEED_OFFSET = 1_000_003  # of the critics of further divisions
 
 
 def estimate_mi(encoder: Encoder, images: Splits, training: CriticTraining, seed: int) -> MIEstimate:
@@ -52,6 +56,41 @@ def fit_critic(
                 curves.training_history.append((step, value))
     averaged.load_state_dict(curves.best_weights)
     return averaged.requires_grad_(True), _estimate(averaged, images, encoded, curves)
+
+
+def estimate_fixed(
+    images: Splits, encoded: EncodedSplits, training: CriticTraining, repeats: int, seed: int
+) -> MIEstimate:
+    """Return the mean held-out estimate of `repeats` critics of fixed images, each with its own division of them."""
+    fits = [fit_division(images, encoded, training, seed, number)[1] for number in range(repeats)]
+    return _mean(fits, len(images.test) / sum(map(len, images)))
+
+
+def fit_division(
+    images: Splits, encoded: EncodedSplits, training: CriticTraining, seed: int, number: int
+) -> tuple[nn.Module, MIEstimate]:
+    """Return the critic of the division of this number, and its held-out estimate."""
+    division = Division.draw(images, seed, number)
+    return fit_critic(division.of(images), division.encoded(encoded), training, seed + _SEED_OFFSET * number)
+
+
+def _mean(estimates: Sequence[MIEstimate], share: float) -> MIEstimate:
+    """Return the mean of estimates by several critics, each evaluated on another `share` of the same images.
+
+    The standard error is that of all images and of the mean over critics. Learning curves are those of the first.
+    """
+    first, count = estimates[0], len(estimates)
+    if count == 1:
+        return first
+    sampling = fmean(each.stderr for each in estimates) * sqrt(max(share, 1 / count))
+    return replace(
+        first,
+        nats=fmean(each.nats for each in estimates),
+        stderr=hypot(sampling, stdev(each.nats for each in estimates) / sqrt(count)),
+        validated=fmean(each.validated for each in estimates),
+        parts={name: fmean(each.parts[name] for each in estimates) for name in first.parts},
+        flags=tuple(dict.fromkeys(flag for each in estimates for flag in each.flags)),
+    )
 
 
 @dataclass

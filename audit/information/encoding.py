@@ -34,6 +34,35 @@ class EncodedSplits(NamedTuple):
     test: Encoded
 
 
+class Division(NamedTuple):
+    """Another division of the images of `Splits` into parts of the same sizes: `order` (N,) numbers them through."""
+
+    order: Tensor
+    sizes: list[int]
+
+    @classmethod
+    def draw(cls, images: Splits, seed: int, number: int) -> "Division":
+        """Return the random division of this number; number 0 is the given one."""
+        sizes, device = [len(part) for part in images], images.train.device
+        if number == 0:
+            return cls(torch.arange(sum(sizes), device=device), sizes)
+        generator = keyed_generator(seed, Purpose.CRITIC_SPLIT, number)
+        return cls(torch.randperm(sum(sizes), generator=generator).to(device), sizes)
+
+    def of(self, images: Splits) -> Splits:
+        """Return images in this division."""
+        return Splits(*torch.cat([*images])[self.order].split(self.sizes))
+
+    def undone(self, images: Splits) -> Splits:
+        """Return images of this division in the one that it was drawn from."""
+        return Splits(*torch.cat([*images])[self.order.argsort()].split(self.sizes))
+
+    def encoded(self, encoded: EncodedSplits) -> EncodedSplits:
+        """Return encodings in this division."""
+        parts = (self.of(Splits(*each)) for each in zip(*encoded, strict=True))
+        return EncodedSplits(*(Encoded(*part) for part in zip(*parts, strict=True)))
+
+
 def split_indices(count: int, seed: int, train: float = 0.5, validation: float = 0.2) -> Splits:
     """Return seeded, disjoint indices; raises UsageError if a part would hold fewer than ten images."""
     first, second = int(train * count), int((train + validation) * count)

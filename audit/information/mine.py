@@ -10,7 +10,7 @@ import torch
 
 from audit.adversary.threat import ThreatModel
 from audit.information.critic_descent import Adversary, estimate_vulnerability
-from audit.information.critic_training import fit_critic
+from audit.information.critic_training import estimate_fixed
 from audit.information.encoding import EncodedSplits, encode_clean, split_images, split_indices
 from audit.information.estimator import (
     COLD_START,
@@ -30,11 +30,12 @@ class Mine(MineSettings, Estimator):
 
     max(E_i[T(x_i, z_i) - ln (1/N) sum_j exp T(x_i, z_j)], H(argmax)), the InfoNCE bound of N held-out pairs or the
     entropy of the predicted classes, whichever is larger; at most ln N. Images are (N, C, H, W) in [0, 1], features
-    (N, D). Half of the images train the critic, a fifth chooses its step, the rest (at least ten) is held out.
+    (N, D). Half of the images train the critic, a fifth chooses its step, the rest (at least ten) is held out. The
+    value is the mean over critics with different divisions of the images.
 
-    The worst case moves all three parts inside their eps-balls, first towards one class and then down the critic's
-    value; a new critic is fitted on the result. Every candidate is an upper bound on the minimum, up to the critic's
-    error.
+    The worst case moves all images inside their eps-balls, first towards one class and then down the value of one
+    critic after the other; new critics are fitted on the result. Every candidate is an upper bound on the minimum, up
+    to the critics' error.
 
     Raises UsageError for fewer than 50 images or a setting that is not legal; InvalidModelError if a feature or a
     gradient is not finite.
@@ -43,13 +44,15 @@ class Mine(MineSettings, Estimator):
     """
 
     quantity: ClassVar[str] = "I(X; g(X))"
+    version: ClassVar[int] = 2
 
     def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:
         """Return the held-out value on the clean images."""
         parts = split_indices(len(inputs.images), seed)
         clean = encode_clean(inputs, self.training.batch_size)
         encoded = EncodedSplits(*(Encoded(*(each[part.to(each.device)] for each in clean)) for part in parts))
-        return fit_critic(split_images(inputs.images, seed), encoded, self.training, seed)[1]
+        images = split_images(inputs.images, seed)
+        return estimate_fixed(images, encoded, self.training, self.search.repeats, seed)
 
     def vulnerability(
         self, inputs: EstimatorInputs, threat: ThreatModel, seed: int, warm_start: WarmStart = COLD_START

@@ -235,17 +235,20 @@ class WorstCaseSearch(Settings):
     could merge them. Then each of `rounds` moves images one step down the critic's value while merged images keep
     their class, and trains the critic for `critic_steps` steps on features just computed, without passes through the
     network. Steps start at `relative_step` x eps, four times that while merging, and shrink linearly to a tenth. Every
-    `every` rounds a fresh critic is fitted: the search ends if its validation value fell by less than `tolerance`
-    nats, or has no more than that left to fall.
+    `every` rounds a fresh critic takes over, fitted on another half of the images: images moved against one critic
+    alone hide from it what others read. The search ends early if no more than `tolerance` nats are left.
+
+    Both cases are the mean of `repeats` critics that the search has not seen, each with its own division of the images.
     """
 
     subject: ClassVar[str] = "search"
 
     collapse_steps: Count = 20
-    rounds: Count = 40
+    rounds: Count = 60
     relative_step: StepSize = 0.1
     critic_steps: Count = 5
-    every: Count = 10
+    every: Count = 5
+    repeats: Count = 3
     tolerance: NotNegative = 0.02
 
 

@@ -208,6 +208,7 @@ def _certificate_fields(found: LayerCertificate | None) -> tuple[dict[str, Any],
     """Return the record's fields of a certificate, and the passes it took."""
     if found is None:
         return {}, 0
+    low, high = found.kept_population or (None, None)
     fields = {
         "certified_bound": found.certified_bound,
         "certified_bound_population": found.certified_bound_population,
@@ -216,6 +217,8 @@ def _certificate_fields(found: LayerCertificate | None) -> tuple[dict[str, Any],
         "best_head_accuracy": found.best_head_accuracy,
         "proved_share": found.proved,
         "not_broken_share": found.not_broken,
+        "kept_population_low": low,
+        "kept_population_high": high,
     }
     return fields, found.passes + found.attack_passes + found.ledger_passes
 

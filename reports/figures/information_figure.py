@@ -119,7 +119,9 @@ def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> int:
         if not pd.isna(row["certified_bound"]):
             _ceiling(ax, ends[1], float(row["certified_bound"]), look)
         if not pd.isna(row["proved_share"]):
-            ledger_band(ax, ends[1][0], (float(row["proved_share"]), float(row["not_broken_share"])), look)
+            shares = float(row["proved_share"]), float(row["not_broken_share"])
+            known = or_else(row["kept_population_low"], shares[0]), or_else(row["kept_population_high"], shares[1])
+            ledger_band(ax, ends[1][0], shares, look, known)
     low, high = limits([rows["normal_nats"], rows["worst_nats"]])
     ax.set_xlim(min(low, 0.0), high)
     ax.set_ylim(-0.04, 1.04)

@@ -67,6 +67,8 @@ _COLUMNS = (
     _measured("best_head_accuracy", "fraction", "share it keeps under the attack"),
     _certified("proved_share", "fraction", "share that no image in the ball makes the network misclassify, proved"),
     _certified("not_broken_share", "fraction", "share without a known adversarial image; the accuracy is at most this"),
+    _certified("kept_population_low", "fraction", "adversarial accuracy on all images of their kind: at least this"),
+    _certified("kept_population_high", "fraction", "and at most this, both with 95 % confidence"),
     _measured("natural_accuracy", "fraction", "share of the images answered rightly"),
     _measured("natural_accuracy_low", "fraction", "low end of its 95 % interval"),
     _measured("natural_accuracy_high", "fraction", "high end of its 95 % interval"),
@@ -92,7 +94,7 @@ COLUMNS = tuple(column.name for column in _COLUMNS)
 KINDS = {column.name: column.kind for column in _COLUMNS if column.kind}
 CERTIFICATE = tuple(name for name in COLUMNS if name.startswith(("certified_", "best_head")))
 """Columns that files leave out where no row has a certificate."""
-LEDGER = ("proved_share", "not_broken_share")
+LEDGER = ("proved_share", "not_broken_share", "kept_population_low", "kept_population_high")
 PROBE = tuple(name for name in COLUMNS if name.startswith("worst_probe_"))
 HEADS = ("natural_head", "adversarial_head")
 OPTIONAL = (

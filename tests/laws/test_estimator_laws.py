@@ -22,7 +22,7 @@ from audit.representation.layers import Representation
 from audit.types import Encoded
 
 TRAINING = CriticTraining(steps=60, every=5, batch_size=64, shape=CriticShape(width=32, embedding=8, channels=4))
-SEARCH = WorstCaseSearch(collapse_steps=3, rounds=3, critic_steps=1, relative_step=0.4)
+SEARCH = WorstCaseSearch(collapse_steps=3, rounds=3, critic_steps=1, repeats=2, relative_step=0.4)
 _SANDWICH = Sandwich(steps=4, start_steps=2, quantisers=(2, 4), annealing_steps=6, draws=4, batch_size=64)
 _LABEL_ENTROPY = LabelEntropy(targets=3, kept=2, steps=4)
 _LABEL_INFORMATION = LabelInformation(

@@ -17,7 +17,7 @@ from audit.types import Encoded
 NORMS = pytest.mark.parametrize("norm", sorted(THREATS))
 EPS = {"linf": 0.1, "l2": 0.5, "l1": 2.0}
 SHORT = CriticTraining(steps=20, every=5, batch_size=32)
-SEARCH = WorstCaseSearch(collapse_steps=3, rounds=3, critic_steps=1, relative_step=0.4)
+SEARCH = WorstCaseSearch(collapse_steps=3, rounds=3, critic_steps=1, repeats=1, relative_step=0.4)
 
 
 def seeded(seed=0):

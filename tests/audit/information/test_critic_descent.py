@@ -10,6 +10,7 @@ from torch import nn
 
 from audit.adversary.threat import L1, L2, Linf
 from audit.errors import InvalidModelError, UsageError
+from audit.information import critic_descent, critic_training
 from audit.information.bounds import BOUNDS
 from audit.information.critic_descent import Adversary, _shuffled_batches, estimate_vulnerability
 from audit.information.encoding import split_images
@@ -54,7 +55,7 @@ def sign_network(steepness, head=True):
 
 
 def searched(encoder, images, threat, training=LIGHT, seed=0, **search):
-    adversary = Adversary(threat, WorstCaseSearch(**search))
+    adversary = Adversary(threat, WorstCaseSearch(**{"rounds": 40, "every": 10, "repeats": 1, **search}))
     return estimate_vulnerability(encoder, split_images(images, seed), training, adversary, seed)
 
 
@@ -228,7 +229,7 @@ def test_rejects_illegal_settings(change, message):
         WorstCaseSearch(**change)
 
 
-def test_search_stops_when_its_gain_is_below_the_tolerance():
+def test_search_stops_when_no_more_than_the_tolerance_is_left():
     images = torch.rand(80, 1, 2, 2, generator=seeded(3))
 
     def encoder(batch):  # without log-probabilities, only the critic estimates
@@ -242,4 +243,25 @@ def test_search_stops_when_its_gain_is_below_the_tolerance():
     # merging steps and rounds; forward passes count as half: clean, merged, start of the rounds, each new critic
     encoded = 0.5 * 0.5  # the training half, for the mean of the features
     assert passes(tolerance=100.0) == 2 + 0.5 * 2 + encoded  # the value is already below the tolerance
-    assert passes(tolerance=0.5) == 2 + 2 + 0.5 * 4 + 2 * encoded
+    blocks = 8 / 2
+    assert passes(tolerance=0.0) == 2 + 8 + 0.5 * (2 + blocks + 1) + encoded
+
+
+def test_critics_of_the_search_take_turns_and_give_no_reported_value(monkeypatch):
+    numbers, left = [], iter((9.0, 9.0, 9.0, 9.0, 3.0, 0.1, 1.0, 1.0))
+    fit = critic_training.fit_division
+
+    def planted(images, encoded, training, seed, number):
+        critic, estimate = fit(images, encoded, training, seed, number)
+        numbers.append(number)
+        return critic, replace(estimate, validated=next(left))
+
+    monkeypatch.setattr(critic_descent, "fit_division", planted)
+    monkeypatch.setattr(critic_training, "fit_division", planted)
+    search = WorstCaseSearch(collapse_steps=1, rounds=6, every=2, critic_steps=1, repeats=2, tolerance=0.2)
+    images, training = split_images(mixture(60), 0), replace(LIGHT, steps=10)
+    found = estimate_vulnerability(sign_network(100.0), images, training, Adversary(Linf(0.02), search), 0)
+    # clean and merged images, two critics of the search, the second of which finds nothing left, and the result
+    assert numbers == [0, 1, 0, 1, 2, 3, 0, 1]
+    assert found.worst.validated == 1.0
+    assert found.worst.images == len(images.test)

@@ -9,7 +9,14 @@ from torch import nn
 
 from audit.errors import UnknownNameError, UsageError
 from audit.information.bounds import BOUNDS
-from audit.information.critic_training import _LearningCurves, _training_flags, estimate_mi, fit_critic
+from audit.information.critic_training import (
+    _LearningCurves,
+    _training_flags,
+    estimate_fixed,
+    estimate_mi,
+    fit_critic,
+    fit_division,
+)
 from audit.information.encoding import EncodedSplits, Splits, split_images
 from audit.information.settings import CriticShape, CriticTraining
 from audit.representation.layers import Representation
@@ -179,6 +186,25 @@ def test_training_flags(found, held_out, flags):
     earned = _training_flags(found, held_out)
     assert len(earned) == len(flags)
     assert all(flag.startswith(start) for flag, start in zip(earned, flags, strict=True))
+
+
+def test_critics_of_several_divisions_are_averaged():
+    images, features = gaussian(1, 1.0, 300, 0)
+    cuts = (slice(0, 150), slice(150, 210), slice(210, 300))
+    parts = Splits(*(images[cut] for cut in cuts))
+    encoded = EncodedSplits(*(Encoded(features[cut], features.new_empty(len(features[cut]), 0)) for cut in cuts))
+    training = CriticTraining(steps=40)
+    whole = estimate_fixed(parts, encoded, training, 3, 5)
+    each = [fit_division(parts, encoded, training, 5, number)[1] for number in range(3)]
+    assert each[0] == fit_critic(parts, encoded, training, 5)[1] == estimate_fixed(parts, encoded, training, 1, 5)
+    values = torch.tensor([one.nats for one in each], dtype=torch.float64)
+    assert len(set(values.tolist())) == 3
+    assert whole.nats == pytest.approx(float(values.mean()))
+    assert whole.validated == pytest.approx(sum(one.validated for one in each) / 3)
+    # each is evaluated on three tenths of the images, their mean on about all
+    sampling = sum(one.stderr for one in each) / 3 * sqrt(1 / 3)
+    assert whole.stderr == pytest.approx(sqrt(sampling**2 + float(values.var()) / 3))
+    assert (whole.images, whole.ceiling) == (90, pytest.approx(log(90)))
 
 
 def test_early_stopping_reports_the_best_validation_step():

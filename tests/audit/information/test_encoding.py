@@ -8,7 +8,7 @@ from torch import nn
 
 from audit.errors import InvalidModelError, UsageError
 from audit.information.critic_training import estimate_mi
-from audit.information.encoding import encode, label_surprise, split_images
+from audit.information.encoding import Division, EncodedSplits, encode, label_surprise, split_images
 from audit.information.settings import CriticTraining
 from audit.representation.layers import Representation
 from audit.types import Encoded
@@ -59,6 +59,22 @@ def test_batch_size_has_no_effect_and_no_graph_is_kept():
     torch.testing.assert_close(whole.features, parts.features)
     torch.testing.assert_close(whole.log_probs, whole.features.log_softmax(1))
     assert not whole.features.requires_grad
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_a_division_permutes_the_images_and_is_undone(number):
+    images = split_images(torch.arange(60.0).view(60, 1, 1, 1), 3)
+    division = Division.draw(images, 7, number)
+    again = division.of(images)
+    assert [len(part) for part in again] == [len(part) for part in images] == [30, 12, 18]
+    assert sorted(torch.cat([*again]).flatten().tolist()) == list(range(60))
+    assert torch.equal(again.test, images.test) is (number == 0)
+    assert all(map(torch.equal, division.undone(again), images))
+    assert all(map(torch.equal, Division.draw(images, 7, number).of(images), again))
+    encoded = EncodedSplits(*(Encoded(part.flatten(1), -part.flatten(1)) for part in images))
+    for part, divided in zip(again, division.encoded(encoded), strict=True):
+        assert torch.equal(divided.features, part.flatten(1))
+        assert torch.equal(divided.log_probs, -part.flatten(1))
 
 
 def test_mean_of_label_surprise_is_the_entropy_of_predictions():

@@ -452,7 +452,11 @@ def test_a_ledger_reaches_the_record_the_leaderboard_and_the_page(
     assert record.passes is not None
     assert record.passes > row["passes"] + row["attack_passes"] + row["ledger_passes"] > row["ledger_passes"] > 0
     (path, *_) = write_leaderboard(tmp_path / "run")
-    assert pd.read_csv(path).loc[0, list(LEDGER)].tolist() == [record.proved_share, record.not_broken_share]
+    assert pd.read_csv(path).loc[0, list(LEDGER)].tolist() == [
+        record.proved_share,
+        record.not_broken_share,
+        *row["kept_population"],
+    ]
     between = f"between {record.proved_share:.3f} and {record.not_broken_share:.3f} of the images stay right, proved"
     assert f"; {between} (50 images); " in verdict([record])
 

@@ -50,6 +50,16 @@ def test_a_contradicted_model_is_crossed_and_named(mixed_zoo):
     assert "contradicted: baseline-h-robust" in texts(figure)
 
 
+def test_figure_two_shows_what_is_proved_with_its_limits_on_the_population(zoo):
+    """Proved .25, not broken .5 of the images; between .125 and .625 on their population."""
+    kept = {"proved_share": 0.25, "not_broken_share": 0.5, "kept_population_low": 0.125, "kept_population_high": 0.625}
+    figure = figure2(to_frame([replace(zoo[0], **kept), *zoo[1:]]))
+    lines = [tuple(line.get_ydata()) for line in figure.axes[0].lines if len(line.get_ydata()) == 2]
+    assert {(0.25, 0.5), (0.125, 0.625)} <= set(lines)
+    assert "network: proved to keep, not broken (certified)" in texts(figure)
+    assert "network: proved to keep, not broken (certified)" not in texts(figure2(to_frame(zoo)))
+
+
 def test_many_contradicted_models_are_counted(zoo):
     figure = figure1(to_frame([replace(record, flags=("contradicted",)) for record in zoo]))
     assert "and 6 more contradicted" in texts(figure)

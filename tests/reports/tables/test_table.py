@@ -125,6 +125,8 @@ def test_only_the_certificate_and_the_ledger_are_called_certified():
         "certified_bound_population",
         "proved_share",
         "not_broken_share",
+        "kept_population_low",
+        "kept_population_high",
     }
     assert set(KINDS.values()) == {"certified", "estimate", "measured"}
     assert KINDS["rv"] == KINDS["adversarial_accuracy_bound"] == "estimate"
