@@ -33,7 +33,7 @@ from reports.figures.marks import (
 from reports.figures.proved_band import LEDGER_TEXT, ledger_band, ledger_mark
 from reports.figures.style import Look, fill_of, limits, looks, marker, paper_style
 from reports.statistics.correlation import Vector
-from reports.tables.table import Panel, panels
+from reports.tables.table import Panel, panels, too_few
 
 _REGION = "#999999"
 _CASES = (("normal", "natural"), ("worst", "adversarial"))
@@ -97,6 +97,8 @@ def _caption(panel: Panel) -> str:
     classes = " or ".join(f"{int(k)}" for k in sorted(set(panel.rows["num_classes"].dropna())))
     if not classes:
         return "No line: the number of classes is not known."
+    if too_few(panel.rows).all():
+        return "No line: too few images a class to state a bound on heads."
     if curve == "fano":
         return f"Solid: exact Fano for {classes} equal classes, an estimated bound because I(Y; g(X)) is an estimate."
     line = f"Dashed: Theorem 3.4 as printed, {classes} classes, an estimated bound because the MI is an estimate."
@@ -125,7 +127,7 @@ def _draw(ax: Axes, rows: pd.DataFrame, family_looks: dict[str, Look]) -> int:
     low, high = limits([rows["normal_nats"], rows["worst_nats"]])
     ax.set_xlim(min(low, 0.0), high)
     ax.set_ylim(-0.04, 1.04)
-    for classes in sorted(set(rows["num_classes"].dropna())):
+    for classes in sorted(set(rows.loc[~too_few(rows), "num_classes"].dropna())):
         _limit_line(ax, _curve(rows.iloc[0]), int(classes))
     drawn = points(rows)
     return write_names(ax, drawn, [(float(row["worst_nats"]), float(row["adversarial_accuracy"])) for row in drawn])

@@ -14,7 +14,7 @@ from reports.statistics.agreement import Agreement, agreements
 from reports.statistics.gap_statistics import correlations
 from reports.statistics.sentences import describe, panel_caption
 from reports.tables.calibration import calibration_sentence, channel_name, errors, failed_calibration, verdict
-from reports.tables.table import Panel, contradicted, panels
+from reports.tables.table import Panel, contradicted, panels, too_few
 from reports.text import format_eps, format_norm, layer_place, plain_text, short_name, shorten
 
 
@@ -22,14 +22,15 @@ from reports.text import format_eps, format_norm, layer_place, plain_text, short
 class Board:
     """One estimator: calibration, leaderboard, contradicted models with the figures, correlations.
 
-    `headers` are the columns that its rows fill; `limits_none` is set where no valid row bounds the accuracy of heads.
+    `headers` are the columns that its rows fill; `unbounded` says why no valid row bounds the accuracy of heads, ""
+    if one does.
     """
 
     estimator: str
     quantity: str
     calibration: str
     failed: bool
-    limits_none: bool
+    unbounded: str
     headers: Sequence[Header]
     rows: Sequence[tuple[str, Sequence[Cell]]]
     refuted: Sequence[str]
@@ -132,7 +133,7 @@ def _board(panel: Panel, calibration: Sequence[CalibrationRow], *, alone: bool) 
         quantity=plain_text(first["quantity"]),
         calibration=calibration_sentence(calibration, first["estimator"]),
         failed=failed_calibration(calibration, first["estimator"]),
-        limits_none=bool(len(valid)) and bool(valid["fano_accuracy_bound"].isna().all()),
+        unbounded=_unbounded(valid),
         headers=heads,
         rows=[
             ("unranked" if row["rank"] == "unranked" else "ranked", [head.cell(row) for head in heads]) for row in rows
@@ -141,6 +142,15 @@ def _board(panel: Panel, calibration: Sequence[CalibrationRow], *, alone: bool) 
         caption=panel_caption(panel.rows) if ranks else "" if claims else NO_CLAIM,
         correlations=[describe(correlation) for correlation in correlations(panel.rows)] if ranks else [],
     )
+
+
+def _unbounded(valid: pd.DataFrame) -> str:
+    """Return why no valid row bounds the accuracy of heads; "" if one does, or if there is none."""
+    if not len(valid) or valid["fano_accuracy_bound"].notna().any():
+        return ""
+    if too_few(valid).any():
+        return "There are too few images a class to state a bound on the accuracy of heads: see the flags."
+    return "Its worst case limits no head, so this table has no accuracy bound."
 
 
 def _refuted(row: Row) -> str:

@@ -56,6 +56,9 @@ def _limit(records: Sequence[AuditRecord]) -> str:
             return f"no bound on heads on {where} can be relied on: {doubt} ({name})"
         if bound < _NO_LIMIT:
             return f"no head on {where} should exceed {with_error(bound, None)} (estimated bound, exact Fano, {name})"
+    few = next((r for r in records if FlagCode.TOO_FEW_IMAGES in r.codes), None)
+    if few is not None:
+        return f"no bound on heads on {where} is stated: too few images a class ({plain_text(few.estimator)})"
     return f"heads on {where} are not limited by what was estimated"
 
 

@@ -83,6 +83,12 @@ def contradicted(frame: pd.DataFrame) -> "pd.Series[bool]":
     return pd.Series([bool(contradictions(cell)) for cell in frame["flags"]], index=frame.index, dtype=bool)
 
 
+def too_few(frame: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows have too few images a class to state a bound on heads."""
+    few = [FlagCode.TOO_FEW_IMAGES in map(code_of, split_flags(cell)) for cell in frame["flags"]]
+    return pd.Series(few, index=frame.index, dtype=bool)
+
+
 def sound(frame: pd.DataFrame) -> "pd.Series[bool]":
     """Return which rows hold an uncontradicted RV of a sound network by searches that passed their checks."""
     return frame["status"].eq("valid") & frame["rv"].notna() & ~contradicted(frame) & ~_out_of_the_ranking(frame)

@@ -60,6 +60,14 @@ def test_figure_two_shows_what_is_proved_with_its_limits_on_the_population(zoo):
     assert "network: proved to keep, not broken (certified)" not in texts(figure2(to_frame(zoo)))
 
 
+def test_no_limit_is_drawn_where_too_few_images_state_none(suite):
+    records = [record for record in suite() if record.estimator == "label-information"]
+    few = [replace(each, flags=("too_few_images: 10 images a class",), fano_accuracy_bound=None) for each in records]
+    drawn, without = figure2(to_frame(records)), figure2(to_frame(few))
+    assert len(drawn.axes[0].lines) == len(without.axes[0].lines) + 1
+    assert "No line: too few images a class to state a bound on heads." in " ".join(texts(without))
+
+
 def test_many_contradicted_models_are_counted(zoo):
     figure = figure1(to_frame([replace(record, flags=("contradicted",)) for record in zoo]))
     assert "and 6 more contradicted" in texts(figure)

@@ -65,6 +65,15 @@ def test_smoothed_information_and_a_bound_of_one_limit_no_head(record):
     assert none in verdict([replace(record, fano_accuracy_bound=None)])
 
 
+def test_a_bound_that_is_not_stated_for_want_of_images_is_not_called_no_limit(record):
+    few = replace(record, fano_accuracy_bound=None, flags=("too_few_images: 10 images a class",))
+    said = "no bound on heads on these logits is stated: too few images a class (label-information); "
+    assert verdict([few]) == f"Under ℓ∞ 8/255, {said}{KEPT}"
+    page = render_report([few])
+    assert "There are too few images a class to state a bound on the accuracy of heads" in page
+    assert "limits no head, so this table" not in page
+
+
 def test_an_attack_that_failed_a_check_gives_an_upper_bound(record):
     untrusted = replace(record, flags=("untrusted: failed unbounded attack",))
     assert "under attack (an upper bound: the attack failed a trust check)" in verdict([untrusted])
