@@ -64,7 +64,7 @@ class LabelInformationSettings(EstimatorSettings):
     rounds: Count = 23
     steps: Count = 7
     memory: Count = 9
-    relative_step: StepSize = 0.4
+    relative_step: StepSize = 0.3
     gain: Positive = 0.02
     tolerance: Positive = 0.05
     batch_size: Count = 256
