@@ -1,7 +1,6 @@
 """Audit records: one immutable JSON file per finished cell, and the folder that holds them. Imports no torch.
 
-A record is strict JSON, written atomically (temporary file, fsync, rename). Leaderboards, figures and reports are
-derived from records and can be rebuilt from them.
+A record is strict JSON, written atomically (temporary file, fsync, rename); tables, figures and pages derive from it.
 """
 
 import json
