@@ -52,8 +52,6 @@ class AuditRecord:
     seeds: int
     images: int
     critic_images: int | None = None
-
-    # results
     status: str = "valid"
     reason: str = ""
     normal_nats: float | None = None
