@@ -94,6 +94,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
         if threat.eps == 0:
             return Vulnerability(normal, normal, inputs.images, indices, 0.5 * len(indices), CLEAN)
         clean = encode_clean(inputs, self.batch_size)
+        inputs = inputs._replace(clean=clean)  # every reading below needs its scale
         game = self._game(inputs, clean, threat, seed)
         given = {CARRIED: warm_start.images, ATTACKED: warm_start.attacked, EARLIER: warm_start.earlier}
         starts = {each: _projected(images, inputs, threat) for each, images in given.items() if images is not None}
@@ -106,8 +107,8 @@ class LabelInformation(LabelInformationSettings, Estimator):
         candidates, read = {**candidates, CLEAN: inputs.images}, {**read, CLEAN: normal}
         origin = min(read, key=lambda each: read[each].nats)
         upper = min(each.upper for each in read.values() if each.upper is not None)
-        worst = replace(read[origin], validated=found.best.nats, history=found.curve, upper=upper)
-        worst = replace(worst, flags=(*worst.flags, *self._search_flags(found)))
+        flags = (*read[origin].flags, *self._search_flags(found))
+        worst = replace(read[origin], validated=found.best.nats, history=found.curve, upper=upper, flags=flags)
         return Vulnerability(normal, worst, candidates[origin], indices, found.passes, origin)
 
     def read_worst(self, inputs: EstimatorInputs, images: Images, seed: int) -> MIEstimate:
