@@ -21,6 +21,9 @@ from audit.types import Images
 CPU_BUDGET = 192 << 20
 """Bytes of saved activations in a batch on a CPU: networks of 0.03 to 78 MiB an image are fastest at or below it."""
 
+IMAGES_BUDGET = 8 << 20
+"""Bytes of the images of a batch on a CPU: the C library takes a larger tensor from the system anew in every pass."""
+
 _CUDA_SHARE = 0.4  # of the free memory: gradients and workspaces take as much again
 _LARGEST = 4096  # a larger batch saves nothing on any device
 
@@ -44,7 +47,7 @@ def fitting_batches(network: nn.Module, images: Images) -> Iterator[None]:
 
 
 def fitting_batch(network: nn.Module, images: Images) -> int:
-    """Return the largest batch of images like these (N, C, H, W), N > 0, whose saved activations fit the budget.
+    """Return the largest batch of images like these (N, C, H, W), N > 0, that fits the budgets.
 
     On a CPU it depends on the network and the shape of the images alone.
     """
@@ -52,7 +55,10 @@ def fitting_batch(network: nn.Module, images: Images) -> int:
     key = (tuple(images.shape[1:]), images.dtype, images.device)
     if key not in needed:
         needed[key] = saved_bytes(network, images[:1])
-    return max(1, min(_LARGEST, budget_of(images.device) // max(1, needed[key])))
+    fitting = budget_of(images.device) // max(1, needed[key])
+    if images.device.type == "cpu":
+        fitting = min(fitting, IMAGES_BUDGET // (images[0].numel() * images.element_size()))
+    return max(1, min(_LARGEST, fitting))
 
 
 def budget_of(device: torch.device) -> int:

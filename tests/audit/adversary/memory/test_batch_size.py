@@ -109,6 +109,10 @@ def test_a_network_that_cannot_be_run_is_not_limited():
     assert fitting_batch(nn.Sequential(nn.Conv2d(3, 2, 1)), images_of(1)) == batch_size._LARGEST
 
 
+def test_batches_of_large_images_stay_small_for_a_network_that_saves_nothing():
+    assert fitting_batch(nn.Flatten(), torch.rand(1, 3, 224, 224)) == (8 << 20) // (4 * 3 * 224 * 224)
+
+
 def test_the_activations_of_a_network_are_measured_once_for_each_shape():
     network = Heavy(KIB)
     for images in (images_of(2), images_of(5), images_of(2, side=4)):
