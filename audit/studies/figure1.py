@@ -1,7 +1,7 @@
 """Figures 1 and 2: train the missing networks of the paper's model set, and write the benchmark that audits it.
 
-Three scales: the bundled digits models, already trained; four families on a subset of CIFAR-10, for two CPU cores; the
-five networks of the paper on all of CIFAR-10, for a GPU.
+Three scales: the bundled digits models, already trained; five small families on a subset of CIFAR-10, for two CPU
+cores; the five networks of the paper on all of CIFAR-10, for a GPU.
 
 Source: Zhu, Zhang & Evans 2020, section 4, Figures 1 and 2.
 """

@@ -1,6 +1,7 @@
 """Recipes of the model set of Figures 1 and 2 on CIFAR-10: standard, and adversarial training at 2/255 and 8/255.
 
-`PAPER_RECIPES` is the set of the paper; `SMALL_RECIPES` has the four families of the bundled models, for two CPU cores.
+`PAPER_RECIPES` is the set of the paper; `SMALL_RECIPES` has the four families of the bundled models and a deeper ResNet,
+for two CPU cores.
 
 Source: Zhu, Zhang & Evans 2020, section 4 and Figure 1.
 """
@@ -97,11 +98,12 @@ _SMALL_FAMILIES = {
     "vgg": _family("vgg", 4),
     "resnet": _family("resnet", 6),
     "densenet": _family("densenet", 13),
+    "resnet-deep": _family("resnet", 10, depth=2),
 }
 PAPER_RECIPES = model_set("cifar10", _PAPER_FAMILIES, PAPER_TRAINING)
 """Baseline-H, ResNet-18, VGG-16, ResNet-50 and DenseNet-121, each standard, at 2/255 and at 8/255."""
 SMALL_RECIPES = model_set("cifar10-small", _SMALL_FAMILIES, SMALL_TRAINING)
-"""Four families of a few thousand weights, each standard, at 2/255 and at 8/255."""
+"""Five families of at most 182,000 weights, each standard, at 2/255 and at 8/255."""
 
 
 def is_trained(recipe: CifarRecipe, train: ImageSet, folder: Path) -> bool:

@@ -55,7 +55,7 @@ def test_the_model_set_and_training_match_the_paper():
         assert training.steps == StepSchedule(every=50, factor=0.1, momentum=0.9)
         assert training.pgd.steps == 7
         assert (training.shift, training.flip) == (4, True)
-    assert {recipe.family for recipe in SMALL_RECIPES} == {"baseline-h", "vgg", "resnet", "densenet"}
+    assert {recipe.family for recipe in SMALL_RECIPES} == {"baseline-h", "vgg", "resnet", "densenet", "resnet-deep"}
     assert PAPER_RECIPES[2].passes == 8 * PAPER_RECIPES[0].passes
 
 

@@ -93,7 +93,7 @@ def test_the_paper_scale_audits_fifteen_networks_at_eight_grey_levels(tmp_path):
     assert [each.ref.rpartition("/")[2] for each in config.models] == [
         f"{recipe.id}.safetensors" for recipe in PAPER_RECIPES
     ]
-    assert (len(PAPER_RECIPES), len(SMALL_RECIPES)) == (15, 12)
+    assert (len(PAPER_RECIPES), len(SMALL_RECIPES)) == (15, 15)
     assert config.threats[0].eps == (8 / 255,)
 
 
