@@ -1,7 +1,7 @@
 """Recipes of the model set of Figures 1 and 2 on CIFAR-10: standard, and adversarial training at 2/255 and 8/255.
 
-`PAPER_RECIPES` is the set of the paper; `SMALL_RECIPES` has the four families of the bundled models and a deeper ResNet,
-for two CPU cores.
+`PAPER_RECIPES` is the set of the paper; `SMALL_RECIPES` has the four families of the bundled models and a deeper
+ResNet, for two CPU cores.
 
 Source: Zhu, Zhang & Evans 2020, section 4 and Figure 1.
 """
