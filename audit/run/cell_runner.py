@@ -186,7 +186,7 @@ def _metered(
     Images of searches that do not fit into memory are put into the run folder.
     """
     images, meter = inputs.images.images, PassMeter(partial(report, inputs.cell))
-    expected = expected_passes(inputs.cell.settings, len(images))
+    expected = expected_passes(inputs.cell.settings, len(images), inputs.cell.threat.norm)
     limit = batches_for(results.model.network, images, cache.options)
     with limit, scratch_in(cache.scratch), meter.counting(expected):
         meter.stage("checking the network")

@@ -149,9 +149,9 @@ class NetworkAudit:
         )
 
     @standard_torch_state()
-    def expected(self, layer: str, settings: AuditSettings) -> StagePasses:
+    def expected(self, layer: str, settings: AuditSettings, norm: str) -> StagePasses:
         """Return about how many passes the stages of a layer take; raises what `Representation` raises."""
-        expected = StagePasses(settings, len(self.target.images))
+        expected = StagePasses(settings, len(self.target.images), norm=norm)
         if not settings.certificate:
             return expected
         with torch.no_grad():
@@ -160,7 +160,7 @@ class NetworkAudit:
 
     def _attacked(self, layer: str, threat: ThreatModel, settings: AuditSettings) -> Robustness:
         def attack() -> Robustness:
-            self.on_stage("attack", "", threat, self.expected(layer, settings).attack)
+            self.on_stage("attack", "", threat, self.expected(layer, settings, threat.norm).attack)
             return evaluate_robustness(self.target, threat, settings.attack, settings.seeds[0])
 
         return self._robustness.get((threat, settings.attack, settings.seeds[0]), attack)
@@ -170,7 +170,7 @@ class NetworkAudit:
         target, attack, seed = self.target, settings.attack, settings.seeds[0]
 
         def measure() -> EncoderAccuracy:
-            self.on_stage("attack", layer, threat, self.expected(layer, settings).attack)
+            self.on_stage("attack", layer, threat, self.expected(layer, settings, threat.norm).attack)
             classes = int(target.labels.max()) + 1
             audited = AuditedImages(target.images, target.labels, classes, head_plan(target, None, seed))
             return measure_encoder(
@@ -182,7 +182,7 @@ class NetworkAudit:
     def _estimated(
         self, layer: str, threat: ThreatModel, settings: AuditSettings, robustness: Robustness | None
     ) -> LayerResult:
-        target, expected = self.target, self.expected(layer, settings)
+        target, expected = self.target, self.expected(layer, settings, threat.norm)
 
         def normal(seed: int, compute: Callable[[], _Value], /) -> _Value:
             self.on_stage(f"normal case, seed {seed}", layer, None, expected.normal)
@@ -201,7 +201,7 @@ class NetworkAudit:
         return audit.under(threat, starts, worst)
 
     def _certified(self, layer: str, threat: ThreatModel, settings: AuditSettings) -> LayerCertificate:
-        self.on_stage("certificate", layer, threat, self.expected(layer, settings).certificate)
+        self.on_stage("certificate", layer, threat, self.expected(layer, settings, threat.norm).certificate)
         return _certificate(self.target, layer, threat, settings)
 
     @cached_property

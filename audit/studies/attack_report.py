@@ -94,9 +94,11 @@ def attack_report(
 
 def _expected_passes(request: AttackRequest, images: int) -> float:
     """Return about how many passes a report takes."""
-    found = expected_attack_passes(TIERS[request.tier], images) + _SINGLE * images * len(request.attacks)
+    norm = request.threat.norm
+    found = expected_attack_passes(TIERS[request.tier], images, norm) + _SINGLE * images * len(request.attacks)
     if request.checks == "all":
-        found += _COMPARED * min(images, 100) + len(EPS_MULTIPLES) * expected_attack_passes(TIERS["smoke"], images)
+        curve = len(EPS_MULTIPLES) * expected_attack_passes(TIERS["smoke"], images, norm)
+        found += _COMPARED * min(images, 100) + curve
     return found
 
 

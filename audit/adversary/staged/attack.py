@@ -15,7 +15,7 @@ from audit.proportion import wilson
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Objective
 
-_FEW_VERTICES, _FEW_QUERIES = 10, 60  # of every survivor; where they break none, the rest is for images within reach
+FEW_VERTICES, FEW_QUERIES = 10, 60  # of every survivor; where they break none, the rest is for images within reach
 _REST = 0.25  # that reach
 
 
@@ -45,7 +45,7 @@ class StagedAttack(AttackedImages):
         drawn, noise = 0, keyed_generator(self.seed, Purpose.CANDIDATE_NOISE)
         for number, stage in enumerate(attack.stages_in(norm)):
             if not drawn and isinstance(stage, NearStage) and stage.reach < inf:
-                drawn = min(_FEW_VERTICES, attack.noise)
+                drawn = min(FEW_VERTICES, attack.noise)
                 self._add_noise(drawn, inf, noise)
             self._search_all(number, stage)
         self._add_noise(attack.noise - drawn, _REST, noise)
@@ -111,8 +111,8 @@ class StagedAttack(AttackedImages):
         from audit.adversary.external import gradient_free_attack
 
         number, limit = self.names.index(self.attack.gradient_free_name(norm)), inf
-        if self.attack.reaches_in(norm) and queries > _FEW_QUERIES:
-            self._run_external(gradient_free_attack(self.threat, _FEW_QUERIES), number, self.survivors)
+        if self.attack.reaches_in(norm) and queries > FEW_QUERIES:
+            self._run_external(gradient_free_attack(self.threat, FEW_QUERIES), number, self.survivors)
             limit = inf if (self.outcome.stage == number).any() else _REST
         self._run_external(gradient_free_attack(self.threat, queries), number, self.within(limit))
 

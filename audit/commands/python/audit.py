@@ -136,7 +136,7 @@ def _expected(audit: NetworkAudit, cells: Sequence[tuple[AuditSettings, str, Thr
     found = dict[object, float]()
     headless = isinstance(audit.target.network, Headless)
     for choice, layer, threat in cells:
-        expected = audit.expected(layer, choice)
+        expected = audit.expected(layer, choice, threat.norm)
         found[choice.attack, choice.seeds[0], threat, layer if headless else ""] = expected.attack
         for seed in choice.seeds:
             found[choice, layer, seed] = expected.normal

@@ -7,18 +7,20 @@ done.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import NamedTuple
 
-from audit.adversary.label_attack import LabelAttack
+from audit.adversary.label_attack import LabelAttack, NearStage
 from audit.adversary.memory.counting import counted_by
+from audit.adversary.staged.attack import FEW_QUERIES, FEW_VERTICES
 from audit.config.settings import AuditSettings
 from audit.information.estimator import Estimator
 from audit.information.probing.settings import LabelInformationSettings
 from audit.information.settings import LabelEntropySettings, MineSettings, ReferenceSettings, SandwichSettings
 from audit.run.upkeep.progress import in_words
 
-_CHECKED, _CHECKS = 100, 90  # images that an attack is checked on, and passes of each
-_SURVIVORS = 0.3  # share of images that the first two stages of an attack leave
+_CHECKED, _CHECKS = 100, 25  # images that an attack is checked on, and passes of each
+_SURVIVORS, _NEAR = 0.3, 0.1  # share of images that the first two stages of an attack leave; of those within reach
 _ROUNDS_PLAYED = 0.5  # share of the rounds of a game before it ends
 _JACOBIANS = 40  # of an image at a layer that is certified: from 5, all at one hub, to 100, most in no collision
 _LEDGER = 75  # passes of an image that a ledger neither proves nor breaks at once
@@ -91,12 +93,17 @@ def _rounded(count: float) -> int:
     return round(count / unit) * unit
 
 
-def expected_attack_passes(attack: LabelAttack, images: int, *, checked: bool = True) -> float:
+def expected_attack_passes(attack: LabelAttack, images: int, norm: str = "linf", *, checked: bool = True) -> float:
     """Return about how many passes an attack takes, if `checked` with its checks; one forward pass counts as one."""
-    costs = [stage.pgd.restarts * stage.pgd.steps * max(1, stage.targets) for stage in attack.stages]
-    later = sum(costs[2:]) + attack.noise + attack.queries
-    checks = _CHECKS * min(images, _CHECKED) if checked else 0
-    return checks + images * (3 + sum(costs[:2]) + _SURVIVORS * later)
+    first, passes = attack.stages_in(norm)[:2], 3.0
+    for stage in (*attack.stages_in(norm), *attack.thorough_in(norm)):
+        near = isinstance(stage, NearStage) and stage.reach < inf
+        share = _NEAR if near else 1.0 if stage in first else _SURVIVORS
+        passes += share * stage.pgd.restarts * stage.pgd.steps * max(1, stage.targets)
+    drawn = attack.noise + attack.queries
+    few = min(attack.noise, FEW_VERTICES) + min(attack.queries, FEW_QUERIES) if attack.reaches_in(norm) else drawn
+    passes += _SURVIVORS * few + _NEAR * (drawn - few)
+    return images * passes + (_CHECKS * min(images, _CHECKED) if checked else 0)
 
 
 class StagePasses(NamedTuple):
@@ -108,16 +115,17 @@ class StagePasses(NamedTuple):
     settings: AuditSettings
     images: int
     dimension: int = 10
+    norm: str = "linf"
 
     @property
     def attack(self) -> float:
         """Passes of the attack on the label with its checks."""
-        return expected_attack_passes(self.settings.attack, self.images)
+        return expected_attack_passes(self.settings.attack, self.images, self.norm)
 
     @property
     def head(self) -> float:
         """Passes of the attack on one head beside a certificate."""
-        return expected_attack_passes(self.settings.attack, self.images, checked=False)
+        return expected_attack_passes(self.settings.attack, self.images, self.norm, checked=False)
 
     @property
     def normal(self) -> float:
@@ -138,9 +146,9 @@ class StagePasses(NamedTuple):
         return self.head + self.images * (_JACOBIANS * (1 + self.dimension) / 2 + ledger)
 
 
-def expected_passes(settings: AuditSettings, images: int) -> float:
+def expected_passes(settings: AuditSettings, images: int, norm: str = "linf") -> float:
     """Return about how many passes the audit of one layer under one threat model takes, its attack included."""
-    stages = StagePasses(settings, images)
+    stages = StagePasses(settings, images, norm=norm)
     cases = sum(stages.normal + stages.worst(seed) for seed in settings.seeds)
     return stages.attack + cases + stages.certificate
 

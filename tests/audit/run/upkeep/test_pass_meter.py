@@ -14,7 +14,7 @@ from audit.adversary.label_attack import TIERS, LabelAttack, Stage
 from audit.adversary.memory.counting import count_passes
 from audit.adversary.pgd import PGD
 from audit.adversary.robustness import TargetModel, evaluate_robustness
-from audit.adversary.threat import Linf
+from audit.adversary.threat import THREATS, Linf
 from audit.commands.display import Display
 from audit.config.settings import AuditSettings
 from audit.information.sandwich import Sandwich
@@ -24,6 +24,8 @@ from audit.run.layer_audit import LayerAudit
 from audit.run.loading import RunOptions
 from audit.run.upkeep import pass_meter
 from audit.run.upkeep.pass_meter import PassMeter, StageMeter, expected_attack_passes, expected_passes
+from model_zoo.images.datasets import ImageRequest, load_images
+from model_zoo.load import load_model
 
 
 class Clock:
@@ -165,6 +167,17 @@ def test_the_passes_of_attacks_and_searches_are_counted():
         counted = meter._done
     assert 0.9 * network.seen <= counted <= network.seen
     assert 0.4 * counted <= expected_passes(settings, 60) <= 2.5 * counted
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_attack_takes_between_a_fifth_and_five_times_the_expected_passes(norm):
+    model, digits = load_model("bundled:digits-vgg-robust"), load_images("digits", ImageRequest(100))
+    target, threat = TargetModel(model.network, digits.images, digits.labels), THREATS[norm](0.2)
+    meter = PassMeter(lambda _text: None)
+    with meter.counting(1):
+        evaluate_robustness(target, threat, TIERS["audit"], 0)
+        counted = meter._done
+    assert 0.25 * counted <= expected_attack_passes(TIERS["audit"], 100, norm) <= 4 * counted
 
 
 def test_stronger_attacks_are_expected_to_take_longer():
