@@ -61,7 +61,7 @@ class LabelInformationSettings(EstimatorSettings):
 
     probes: ProbeTraining = field(default_factory=ProbeTraining, metadata=FIXED)
     panel: PanelSettings = field(default_factory=PanelSettings, metadata=FIXED)
-    rounds: Count = 23
+    rounds: Count = 30
     steps: Count = 7
     memory: Count = 9
     relative_step: StepSize = 0.3
