@@ -195,6 +195,13 @@ def relieved(passed: int, images: Tensor) -> int:
     return 0
 
 
+def equal_pixels(images: Images, others: Images) -> bool:
+    """Return whether two sets of images (N, C, H, W) have the same size and pixels."""
+    if images is others or images.shape != others.shape:
+        return images is others
+    return all(torch.equal(images[part], others[part]) for part in image_slices(images))
+
+
 def pixel_extremes(images: Tensor) -> tuple[float, float]:
     """Return the lowest and the highest value of images (N, C, H, W), N > 0; both are NaN where one is."""
     found = [(float(images[part].min()), float(images[part].max())) for part in image_slices(images)]

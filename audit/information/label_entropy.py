@@ -25,7 +25,7 @@ from audit.information.estimator import (
 )
 from audit.information.settings import LabelEntropySettings
 from audit.random_keys import Purpose, keyed_generator
-from audit.types import Encoder, Images, Objective, ObjectiveValue
+from audit.types import Encoder, Images, Objective, ObjectiveValue, equal_pixels
 
 _TARGETED = "answer"  # kind of origin; its value is the target class
 _TRIAL_IMAGES = 100  # of the trial that chooses the target classes
@@ -80,7 +80,7 @@ class LabelEntropy(LabelEntropySettings, Estimator):
 
     def read_worst(self, inputs: EstimatorInputs, images: Images, seed: int) -> MIEstimate:
         """Return the entropy of the classes predicted for perturbed images."""
-        if torch.equal(images, inputs.images):
+        if equal_pixels(images, inputs.images):
             return self.normal(inputs, seed)
         return _entropy_estimate(encode(inputs.encoder, images, self.batch_size).log_probs)
 

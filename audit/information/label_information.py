@@ -31,7 +31,7 @@ from audit.information.probing.members import Readers, of_present_classes
 from audit.information.probing.opponents import Field
 from audit.information.probing.panel import Panel, Reading
 from audit.information.probing.settings import LabelInformationSettings
-from audit.types import Encoded, Images, Labels, empty_pixels, image_slices
+from audit.types import Encoded, Images, Labels, empty_pixels, equal_pixels, image_slices
 
 _TWO_SIDED = 1.959964  # normal quantile of a 95 % interval
 _ENOUGH_A_CLASS = 20  # images
@@ -113,7 +113,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
 
     def read_worst(self, inputs: EstimatorInputs, images: Images, seed: int) -> MIEstimate:
         """Return the label information that the panel reads from perturbed images."""
-        if torch.equal(images, inputs.images):
+        if equal_pixels(images, inputs.images):
             return self.normal(inputs, seed)
         return self._estimate(inputs, images, seed)
 
@@ -150,7 +150,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
 
     def _read(self, inputs: EstimatorInputs, images: Images, seed: int) -> _LayerReading:
         clean = encode_clean(inputs, self.batch_size)
-        moved = not torch.equal(images, inputs.images)
+        moved = not equal_pixels(images, inputs.images)
         encoded = encode(inputs.encoder, images, self.batch_size) if moved else clean
         panel = Panel(self._readers, unit=_unit(clean))
         reading, curves = panel.read(encoded, inputs.labels, seed), learning_curves(panel, encoded, inputs.labels, seed)

@@ -33,7 +33,7 @@ from audit.run.intermediate import Memo
 from audit.run.layer_audit import LayerAudit, LayerResult, Reuse, SearchStarts
 from audit.run.sanity_checks import sanity_checks
 from audit.run.upkeep.pass_meter import StagePasses
-from audit.types import Images, Labels, standard_torch_state
+from audit.types import Images, Labels, pixel_extremes, standard_torch_state
 
 _SOURCE = "python"
 _ROUNDING = 1e-5  # of pixels that were computed from 8 bits: far below half a grey level
@@ -249,6 +249,6 @@ def _without_rounding(images: Images) -> Images:
     """Return images clipped to [0, 1] where rounding alone took them outside."""
     if not images.is_floating_point() or not images.numel():
         return images
-    low, high = float(images.min()), float(images.max())
+    low, high = pixel_extremes(images)
     outside = (low < 0 or high > 1) and low >= -_ROUNDING and high <= 1 + _ROUNDING
     return images.clamp(0, 1) if outside else images

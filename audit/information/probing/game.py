@@ -23,14 +23,14 @@ from audit.information.probing.opponents import (
     ProbeDescent,
     fit_opponent,
 )
-from audit.information.probing.panel import ALL_MEMBERS, Panel
+from audit.information.probing.panel import Panel
 from audit.information.probing.positions import Mixture, Position, PositionReader
 from audit.information.probing.settings import LabelInformationSettings
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Images
 
 PUSHED, MERGED, PLAYED = Origin("pushed"), Origin("merged"), Origin("game")
-_CHOOSING = tuple(name for name in ALL_MEMBERS if name != "boosted")  # which is slow, and like the forest
+_CHOOSING = ("own", "neighbours", "linear", "hidden", "forest")  # by their cost; without boosting, like the forest
 _FEWEST_ROUNDS = 4  # before the search may end because it stalls
 _JOINING = 2  # opponents that a round adds
 _SLOWING = 0.15  # the first step of round r is 1 / (1 + 0.15 r) of the first round's
@@ -101,7 +101,7 @@ class ProbeGame:
             opponents = [*opponents, *self._joining(position)][-self.settings.memory :]
             position = self._round(position.images, opponents, number)
             rounds = [*rounds, position][-max(_MIXED_ROUNDS) :]
-            position = _better(position, self._mixture(rounds, best, number))
+            position = _better(position, self._mixture(rounds, best, number, position.nats))
             best = _better(best, position)
             curve.append(self._point(best))
             if self._ended(curve, best.reading.stderr):
@@ -135,14 +135,14 @@ class ProbeGame:
         sizes = [first * (1 - 0.9 * step / max(1, settings.steps - 1)) for step in range(settings.steps)]
         return descent.run(start, sizes, share)
 
-    def _mixture(self, rounds: Sequence[Position], best: Position, number: int) -> Position:
-        """Return the mixture of rounds of which neighbours read least."""
+    def _mixture(self, rounds: Sequence[Position], best: Position, number: int, enough: float) -> Position:
+        """Return the mixture of rounds of which neighbours read least, read until it holds `enough` nats."""
         generator = keyed_generator(self.seed, Purpose.PROBE_MIXES, number)
         groups = [rounds[-count:] for count in _MIXED_ROUNDS if count <= len(rounds)]
         groups += [[best, rounds[-1]], [best, best, best, rounds[-1]]]
         mixtures = [Mixture.draw(group, generator) for group in groups]
         best_mixture = min(mixtures, key=lambda mixture: self.reader.quickly(mixture.encoded()))
-        return self.reader.read(best_mixture.images(), best_mixture.encoded(), PLAYED)
+        return self.reader.read(best_mixture.images(), best_mixture.encoded(), PLAYED, enough)
 
     def _pushed(self, clean: Encoded) -> Position:
         """Return images pushed past the boundaries of a linear probe."""

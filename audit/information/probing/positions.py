@@ -1,6 +1,7 @@
 """Positions of a worst-case search: perturbed images, their encoding, and what a quick panel reads of the label."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -40,9 +41,10 @@ class PositionReader:
         self.passes += 0.5 * len(images)
         return self.read(images, encode(self.encoder, images, self.batch_size), origin)
 
-    def read(self, images: Images, encoded: Encoded, origin: Origin) -> Position:
-        """Return the position of images whose encoding is known."""
-        return Position(images, encoded, self.panel.read(encoded, self.labels, self.seed + CHOICE_SEED_OFFSET), origin)
+    def read(self, images: Images, encoded: Encoded, origin: Origin, enough: float = inf) -> Position:
+        """Return the position of images whose encoding is known; a reading of `enough` nats may be too small."""
+        reading = self.panel.read(encoded, self.labels, self.seed + CHOICE_SEED_OFFSET, enough)
+        return Position(images, encoded, reading, origin)
 
     def quickly(self, encoded: Encoded) -> float:
         """Return what neighbours alone read, in nats."""

@@ -36,7 +36,14 @@ class Probe(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Return logits (N, K) of features (N, D)."""
-        values = (features - self.mean) / self.deviation
+        return self.head(self.standardised(features))
+
+    def standardised(self, features: Features) -> Features:
+        """Return features (N, D) in units of the training samples."""
+        return (features - self.mean) / self.deviation
+
+    def head(self, values: Features) -> Tensor:
+        """Return logits (N, K) of standardised features (N, D)."""
         *hidden, last = self.layers
         for layer in hidden:
             values = layer(values).relu()
@@ -55,11 +62,11 @@ def fit_linear(
     if not standardise:
         probe.deviation.fill_(1.0)
     optimiser = torch.optim.LBFGS(probe.parameters(), max_iter=training.steps, line_search_fn="strong_wolfe")
-    weight = training.penalty / (2 * len(features))
+    values, weight = probe.standardised(features), training.penalty / (2 * len(features))
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = F.cross_entropy(probe(features), labels)
+        value = F.cross_entropy(probe.head(values), labels)
         value = value + weight * sum(p.square().sum() for p in probe.parameters() if p.dim() == 2)
         value.backward()
         return value
@@ -72,12 +79,12 @@ def fit_linear(
 def fit_hidden(features: Features, labels: Labels, classes: int, training: ProbeTraining) -> Probe:
     """Return a probe with one hidden layer, fitted by AdamW on full batches with a linearly decreasing rate."""
     probe = Probe(features, classes, training.hidden, keyed_generator(0, Purpose.PROBE_WEIGHTS))
-    optimiser = torch.optim.AdamW(probe.parameters(), 1e-2, weight_decay=0.1)
+    optimiser, values = torch.optim.AdamW(probe.parameters(), 1e-2, weight_decay=0.1), probe.standardised(features)
     with torch.enable_grad():
         for step in range(training.steps):
             for group in optimiser.param_groups:
                 group["lr"] = 1e-2 * (1 - step / training.steps)
             optimiser.zero_grad()
-            F.cross_entropy(probe(features), labels).backward()
+            F.cross_entropy(probe.head(values), labels).backward()
             optimiser.step()
     return probe.requires_grad_(False)

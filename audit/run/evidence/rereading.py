@@ -22,7 +22,7 @@ from audit.run.intermediate import Memo
 from audit.run.layer_audit import LayerAudit, Reuse
 from audit.run.loading import InputCache, RunOptions
 from audit.storage import digest
-from audit.types import Images, standard_torch_state
+from audit.types import Images, equal_pixels, standard_torch_state
 from model_zoo.load import LoadedModel
 
 _ROUNDING = 1e-6  # by how much rounding may take an image out of its ball, and of the radius
@@ -131,7 +131,7 @@ def _changed(record: AuditRecord, inputs: CellInputs, kept: KeptImages) -> Readi
         return Reading((f"weights, images or settings differ: the cell is now {inputs.cell_id}",))
     if inputs.cell_id != digest(identity):
         return Reading(unread=("accuracies and nats: this version of rvaudit measures by another method",))
-    if not torch.equal(kept.clean, inputs.images.images) or not torch.equal(kept.labels, inputs.images.labels):
+    if not equal_pixels(kept.clean, inputs.images.images) or not torch.equal(kept.labels, inputs.images.labels):
         return Reading(("the clean images or labels are not those of the data set",))
     return None
 

@@ -28,7 +28,15 @@ from audit.run.intermediate import file_parts, read_result
 from audit.run.layer_audit import LayerAudit
 from audit.run.loading import RunOptions
 from audit.storage import release_scratch, scratch_in, scratch_memory
-from audit.types import Encoded, copied_pixels, empty_pixels, image_slices, pixel_extremes, selected_pixels
+from audit.types import (
+    Encoded,
+    copied_pixels,
+    empty_pixels,
+    equal_pixels,
+    image_slices,
+    pixel_extremes,
+    selected_pixels,
+)
 from model_zoo.images.datasets import ImageSet, load_images
 
 SIDE = 8
@@ -140,6 +148,20 @@ def test_released_pages_are_not_resident():
     release_scratch()
     assert before - resident_file_bytes() >= 60 * mmap.PAGESIZE
     assert held.sum() == 7 * held.size
+
+
+def test_comparing_large_images_keeps_few_pages_resident(monkeypatch):
+    monkeypatch.setattr(audit.types, "LARGE", 16 * mmap.PAGESIZE)
+    images = torch.rand(320, 1, 32, 32, generator=torch.Generator().manual_seed(0))  # one page each
+    one, other = copied_pixels(images), copied_pixels(images)
+    release_scratch()
+    before = resident_file_bytes()
+    assert equal_pixels(one, other)
+    assert resident_file_bytes() - before <= 64 * mmap.PAGESIZE
+    other[-1, 0, 0, 0] += 1
+    assert not equal_pixels(one, other)
+    assert not equal_pixels(one, other[:-1])
+    assert equal_pixels(one, one)
 
 
 def resident_file_bytes():
