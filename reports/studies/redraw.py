@@ -40,7 +40,7 @@ _HOMES = {
 }
 # name: the folders its rows lie in, under the folder of all studies; and what draws them
 STUDIES: dict[str, tuple[tuple[str, ...], Draw]] = {
-    "figure1-2": (("digits", "third-party"), _drawer("leaderboard")),
+    "figure1-2": (("digits", "third-party", "figure1-small"), _drawer("leaderboard")),
     "theorem-3.2": (("figures",), _drawer("mixture")),
     "figure3": (("figures/digits", "figures/third-party"), _drawer("features")),
     "figure4-5": (("figures/digits", "figures/third-party"), _drawer("saliency")),

@@ -93,7 +93,7 @@ def test_eight_points_almost_on_one_another_are_all_named_nearby(seed):
 
 
 @pytest.mark.parametrize("figure_of", [figure1, figure2])
-@pytest.mark.parametrize("name", ["digits", "third-party"])
+@pytest.mark.parametrize("name", ["digits", "third-party", "figure1-small"])
 def test_every_model_of_the_committed_rows_has_its_name(name, figure_of):
     frame = read_leaderboard(ROOT / "docs" / name / "leaderboard.csv")
     figure = figure_of(frame)
