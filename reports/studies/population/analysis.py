@@ -63,6 +63,13 @@ class Design:
         chosen = self.values["statistics"]
         return Effort(chosen["shuffles"], chosen["draws"], chosen["seed"])
 
+    @property
+    def costly(self) -> dict[str, str]:
+        """The columns of estimators too costly for every network, and their names; {} for a plan without a subset."""
+        subset = self.values.get("subset", {})
+        found: dict[str, str] = subset.get("estimators", {}) | subset.get("optional", {})
+        return found
+
     def expected(self, predictor: str, outcome: str) -> int:
         """Return the sign of the correlation that the claim implies; without a claim, that of more robustness."""
         robust = self.predictors[predictor]["robust"] or 1
@@ -153,6 +160,21 @@ class SetAnalysis:
             for outcome in self.design.outcomes
         }
         return known | rivals
+
+    @property
+    def subset(self) -> "SetAnalysis | None":
+        """The analysis of the networks that costly estimators have measured, by these too; None where none has."""
+        measured = [name for name in self.design.costly if name in self.usable and self.usable[name].notna().any()]
+        if not measured:
+            return None
+        rows = self.usable[self.usable[measured].notna().all(axis=1)]
+        layers = {name: "logits" if name.endswith("logits") else "penultimate layer" for name in measured}
+        added = {
+            name: {"robust": -1, "estimator": True, "words": f"RV by {self.design.costly[name]} at the {layers[name]}"}
+            for name in measured
+        }
+        values = self.design.values | {"predictors": added | self.design.predictors}
+        return SetAnalysis(self.name, rows, Design(values))
 
     def partial(self, estimator: str, outcome: str, given: Sequence[str]) -> Grouped:
         """Return the correlation inside groups of an estimator with an outcome, given other predictors."""

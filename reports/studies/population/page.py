@@ -67,6 +67,9 @@ def page(analyses: Sequence[SetAnalysis], design: Design) -> str:
             parts += [f"### {_capital(design.predictors[name]['words'])}\n", _table(analysis, found)]
         parts += ["### Given one rival at a time\n", _partial_table(analysis)]
         parts += ["### Over training seeds\n", _reliability_table(analysis)]
+        subset = analysis.subset
+        if subset is not None and subset.enough:
+            parts += ["### Costly estimators, on the plan's subset\n", _population(subset), _subset_table(subset)]
     return "\n".join([*parts, f"{_NOTE}\n"])
 
 
@@ -170,6 +173,18 @@ def _reliability_table(analysis: SetAnalysis) -> str:
         value, pairs = analysis.reliability(name)
         lines.append((name.replace("_", " "), _number(value), str(pairs)))
     return _markdown(("predictor", "correlation between seeds", "recipes with both"), lines)
+
+
+def _subset_table(subset: SetAnalysis) -> str:
+    """Return what every estimator says of the decisive outcomes on the networks of the subset."""
+    head = ("estimator", "outcome", "rho", "tau", "p", "best rival", "added inside")
+    level = subset.design.values["statistics"]["level"]
+    lines = []
+    for found in (each for each in subset.found if each.outcome in DECISIVE):
+        outcome, rho, tau, p, _, _, rival, added, *_ = _line(subset, found, level)
+        words = subset.design.predictors[found.estimator]["words"]
+        lines.append((words, outcome, rho, tau, p, rival, added))
+    return _markdown(head, lines)
 
 
 def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

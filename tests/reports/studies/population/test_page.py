@@ -144,6 +144,26 @@ coverage = 0.9
         draw(tmp_path)
 
 
+def test_costly_estimators_are_judged_on_the_networks_that_they_measured():
+    found = rows(1.0, 0.5)
+    held = found["family"].isin(["a", "b"])
+    found["rv_slow_logits"] = found["gap"].where(held)  # the outcome itself
+    design = Design(
+        DESIGN.values | {"subset": {"estimators": {"rv_slow_logits": "slow"}, "optional": {"rv_mine": "mine"}}}
+    )
+    analysis = SetAnalysis("toy", found, design)
+    subset = analysis.subset
+    assert len(subset.every) == held.sum()
+    (slow,) = [each for each in subset.found if (each.estimator, each.outcome) == ("rv_slow_logits", "gap")]
+    assert slow.inside.value == pytest.approx(1.0)
+    assert slow.held_back is None
+    told = page([analysis], design)
+    assert "### Costly estimators, on the plan's subset" in told
+    assert "| RV by slow at the logits | gap | 1.00" in told
+    assert answer([analysis], design) == answer([SetAnalysis("toy", rows(1.0, 0.5), DESIGN)], DESIGN)
+    assert "Costly" not in page([SetAnalysis("toy", rows(1.0, 0.5), DESIGN)], DESIGN)
+
+
 def test_few_networks_leave_the_question_open(tmp_path):
     few = rows(1.0, 0.5).iloc[:3]
     assert not SetAnalysis("toy", few, DESIGN).enough
