@@ -178,11 +178,8 @@ class _TreeModel(Protocol):
 
 
 def _fit_trees(model: _TreeModel, sample: Sample, training: Tensor) -> None:
-    from sklearn import config_context
-
     index = training.cpu().numpy()
-    # each tree would check its settings again, which takes longer than to fit it
-    with warnings.catch_warnings(), config_context(skip_parameter_validation=True):
+    with warnings.catch_warnings():
         # few images of many classes, such as photographs of ImageNet, are no regression problem
         warnings.filterwarnings("ignore", message="The number of unique classes", category=UserWarning)
         model.fit(sample.reduced_array[index], sample.labels.cpu().numpy()[index])

@@ -79,7 +79,7 @@ class Panel(NamedTuple):
         folds = self._folds(sample.labels, seed)
         found, parts = dict[str, _CrossFitted](), dict[str, float]()
         for name in self.members:
-            if (name != "own" or sample.own is not None) and max(parts.values(), default=0.0) < enough:
+            if (name != "own" or sample.own is not None) and max(parts.values(), default=-inf) < enough:
                 found[name] = self._cross_fitted(name, sample, folds, seed)
                 parts[name] = float(found[name].terms.mean())
         best = max(parts, key=parts.__getitem__)

@@ -95,10 +95,10 @@ def _rounded(count: float) -> int:
 
 def expected_attack_passes(attack: LabelAttack, images: int, norm: str = "linf", *, checked: bool = True) -> float:
     """Return about how many passes an attack takes, if `checked` with its checks; one forward pass counts as one."""
-    first, passes = attack.stages_in(norm)[:2], 3.0
-    for stage in (*attack.stages_in(norm), *attack.thorough_in(norm)):
+    passes = 3.0
+    for number, stage in enumerate((*attack.stages_in(norm), *attack.thorough_in(norm))):
         near = isinstance(stage, NearStage) and stage.reach < inf
-        share = _NEAR if near else 1.0 if stage in first else _SURVIVORS
+        share = _NEAR if near else 1.0 if number < 2 else _SURVIVORS
         passes += share * stage.pgd.restarts * stage.pgd.steps * max(1, stage.targets)
     drawn = attack.noise + attack.queries
     few = min(attack.noise, FEW_VERTICES) + min(attack.queries, FEW_QUERIES) if attack.reaches_in(norm) else drawn

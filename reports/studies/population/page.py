@@ -138,7 +138,7 @@ def _table(analysis: SetAnalysis, found: Iterable[Found]) -> str:
 
 def _line(analysis: SetAnalysis, found: Found, level: float) -> tuple[str, ...]:
     inside, partial = found.inside, analysis.partial(found.estimator, found.outcome, ["natural"])
-    star = "*" if found.as_claimed and found.corrected is not None and found.corrected < level else ""
+    star = _star(found, level)
     held, rival = found.held_back, found.best_rival
     return (
         found.outcome.replace("_", " "),
@@ -155,6 +155,10 @@ def _line(analysis: SetAnalysis, found: Found, level: float) -> tuple[str, ...]:
         else f"{_number(held.error)} ({_rival(rival[0])} {_number(rival[1].error)})",
         "" if held is None else f"{held.covered:.0%}",
     )
+
+
+def _star(found: Found, level: float) -> str:
+    return "*" if found.as_claimed and found.corrected is not None and found.corrected < level else ""
 
 
 def _partial_table(analysis: SetAnalysis) -> str:
@@ -181,9 +185,19 @@ def _subset_table(subset: SetAnalysis) -> str:
     level = subset.design.values["statistics"]["level"]
     lines = []
     for found in (each for each in subset.found if each.outcome in DECISIVE):
-        outcome, rho, tau, p, _, _, rival, added, *_ = _line(subset, found, level)
-        words = subset.design.predictors[found.estimator]["words"]
-        lines.append((words, outcome, rho, tau, p, rival, added))
+        inside, added = found.inside, found.added
+        star = _star(found, level)
+        lines.append(
+            (
+                subset.design.predictors[found.estimator]["words"],
+                found.outcome.replace("_", " "),
+                _interval(inside.value, inside.low, inside.high) + star,
+                _number(inside.tau),
+                _p(found.corrected),
+                _rival(added.rival),
+                _interval(added.added, added.low, added.high),
+            )
+        )
     return _markdown(head, lines)
 
 

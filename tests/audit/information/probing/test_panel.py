@@ -170,3 +170,18 @@ def test_seed_determines_the_folds_and_nothing_global(member):
 
 def test_every_member_is_a_member_of_the_default_panel():
     assert tuple(MEMBERS) == ALL_MEMBERS
+
+
+@pytest.mark.parametrize(("enough", "asked"), [(0.0, 1), (0.2, 1), (10.0, None)])
+def test_members_are_asked_until_one_reads_enough(enough, asked):
+    features, labels = gaussians(200)
+    panel, encoded = Panel(READERS, FITTED, quick=True), Encoded(features, features[:, :0])
+    whole, found = panel.read(encoded, labels, 0), panel.read(encoded, labels, 0, enough)
+    assert list(found.parts.items()) == list(whole.parts.items())[:asked]
+
+
+def test_a_reading_is_compared_with_one_of_nothing():
+    features, labels = torch.zeros(200, 3), torch.arange(200) % 2
+    found = Panel(READERS, FITTED, quick=True).read(Encoded(features, features[:, :0]), labels, 0, enough=0.0)
+    assert found.parts
+    assert 0 <= found.nats < 0.001
