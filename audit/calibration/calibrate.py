@@ -15,19 +15,9 @@ from audit.records import VERSION, CalibrationRow
 from audit.storage import digest
 
 Extent = Literal["brief", "default", "full"]
-"""The channels of a calibration: one radius of a few as in every run, those that tell most about errors, or all."""
+"""The channels of a calibration: one radius of a few with half of the samples, as in every run, those that tell most
+about errors, or all."""
 
-BRIEF_CHANNELS = (
-    "two points",
-    "three points",
-    "Gaussian",
-    "projection of 8x8 images",
-    "sign of a Gaussian mixture",
-    "2 noiseless bits",
-    "labels of two Gaussians",
-    "labels by the mean of 16 pixels",
-    "8 bits on 100 features, fitted noise",
-)
 TELLING_CHANNELS = frozenset(
     {
         # large and small shifts, a search that must find a change of sign, and one that must find nothing
@@ -73,10 +63,10 @@ def calibrate(
     progress: ChannelProgress = lambda _channel, _done: None,
 ) -> list[CalibrationRow]:
     """Return one row for each applicable channel of an extent."""
-    plan, rows = plan_of(estimator), list[CalibrationRow]()
+    rows = list[CalibrationRow]()
     for done, channel in enumerate(applicable_channels(estimator, extent)):
         progress(channel.title, done)
-        rows.append(_row(estimator, channel, plan))
+        rows.append(calibrate_channel(estimator, channel, extent))
     return rows
 
 
@@ -86,7 +76,7 @@ def applicable_channels(estimator: Estimator, extent: Extent = "default") -> lis
     applicable = [channel for channel in all_channels() if plan.applies(channel)]
     if extent == "full":
         return applicable
-    brief = list(_brief(applicable))
+    brief = list(_brief(applicable, plan.brief))
     if extent == "brief":
         return brief
     chosen = {channel.title for channel in brief} | TELLING_CHANNELS
@@ -96,7 +86,7 @@ def applicable_channels(estimator: Estimator, extent: Extent = "default") -> lis
 def calibration_key(estimator: Estimator, extent: Extent) -> str:
     """Return a key of settings, versions and channels: a calibration under it need not be repeated."""
     plan = plan_of(estimator)
-    made = [(each.title, each.samples or plan.samples, each.repeats) for each in applicable_channels(estimator, extent)]
+    made = [(each.title, _samples(each, plan, extent), each.repeats) for each in applicable_channels(estimator, extent)]
     limits = (plan.normal_tolerance, plan.worst_tolerance, plan.max_nats, plan.max_dimensions)
     return f"{settings_key(estimator)}-{extent}-{digest({'channels': made, 'limits': limits})[:12]}"
 
@@ -107,21 +97,27 @@ def settings_key(estimator: Estimator) -> str:
     return f"{estimator.name}-{digest({**versions, **asdict(estimator)})[:12]}"
 
 
-def _brief(candidates: Sequence[Channel]) -> Iterator[Channel]:
+def _brief(candidates: Sequence[Channel], names: Sequence[str]) -> Iterator[Channel]:
     seen: set[str] = set()
     for channel in candidates:
         medium_radius = channel.eps == 0 or any(radius in channel.parameters for radius in ("shift 0.5", "eps 2 x"))
-        if channel.name in BRIEF_CHANNELS and channel.name not in seen and medium_radius and channel.sigma <= 0.5:
+        if channel.name in names and channel.name not in seen and medium_radius and channel.sigma <= 0.5:
             seen.add(channel.name)
             yield channel
 
 
-def _row(estimator: Estimator, channel: Channel, plan: CalibrationPlan) -> CalibrationRow:
-    estimates = [_estimate(estimator, channel, plan, seed) for seed in range(channel.repeats)]
+def _samples(channel: Channel, plan: CalibrationPlan, extent: Extent) -> int:
+    return channel.samples or (plan.samples // 2 if extent == "brief" else plan.samples)
+
+
+def calibrate_channel(estimator: Estimator, channel: Channel, extent: Extent) -> CalibrationRow:
+    """Return the row of one channel of an extent."""
+    plan = plan_of(estimator)
+    samples = _samples(channel, plan, extent)
+    estimates = [_estimate(estimator, channel, samples, seed) for seed in range(channel.repeats)]
     normal, normal_error = _mean([each.normal for each in estimates])
     worst, worst_error = _mean([each.worst for each in estimates]) if channel.eps else (None, None)
     true_normal, true_worst = _truth(channel, estimates)
-    samples = channel.samples or plan.samples
     small = channel.at_noise is not None or _dimension(channel) <= plan.max_dimensions
     judged = true_normal <= min(plan.max_nats, log(samples)) and small
     worst_known = true_worst is not None and channel.worst_is_exact
@@ -150,8 +146,8 @@ def _truth(channel: Channel, estimates: Sequence[Vulnerability]) -> tuple[float,
     return fmean(each.normal for each in exact), worst
 
 
-def _estimate(estimator: Estimator, channel: Channel, plan: CalibrationPlan, seed: int) -> Vulnerability:
-    sample = channel.sample(channel.samples or plan.samples, seed)
+def _estimate(estimator: Estimator, channel: Channel, samples: int, seed: int) -> Vulnerability:
+    sample, plan = channel.sample(samples, seed), plan_of(estimator)
     encoder = channel.noisy_encoder(seed)
     if plan.with_noise is not None:
         encoder, estimator = channel.noiseless_encoder(), plan.with_noise(estimator, channel)

@@ -2,25 +2,44 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
-from audit.commands.options import FOLDER, json_option
+from audit.commands.options import FOLDER, grouped_options, json_option
 from audit.errors import UnknownNameError, UsageError
 from audit.records import CalibrationRow
+
+
+@dataclass(frozen=True)
+class _ExtentOptions:
+    brief: bool = False
+    full: bool = False
+
+
+_extent_options = grouped_options(
+    "extent",
+    _ExtentOptions,
+    click.option("--brief", is_flag=True, help="One radius of a few channels, as in every run."),
+    click.option("--full", is_flag=True, help="Every channel at every radius: minutes to hours."),
+)
 
 
 @click.command("calibrate")
 @click.option("--estimator", "estimators", multiple=True, help="Repeatable. [all that the configuration names]")
 @click.option("--config", type=click.Path(path_type=Path), default=None, help="A benchmark file, for its settings.")
-@click.option("--brief", is_flag=True, help="One radius of a few channels, as in every run.")
-@click.option("--full", is_flag=True, help="Every channel at every radius: minutes to hours.")
+@_extent_options
 @click.option("--out", type=FOLDER, default=Path("runs/calibration"), show_default=True, help="A run folder.")
+@click.option("--jobs", type=click.IntRange(1), default=None, help="Processes. [one per core; 1 with --brief]")
 @json_option("the rows as one JSON array")
 def calibrate_command(
-    estimators: tuple[str, ...], config: Path | None, brief: bool, full: bool, out: Path, as_json: bool
+    estimators: tuple[str, ...],
+    config: Path | None,
+    extent: "_ExtentOptions",
+    out: Path,
+    jobs: int | None,
+    as_json: bool,
 ) -> int:
     """Compare estimators with channels of known normal- and worst-case information; exit code 1 where one fails.
 
@@ -36,15 +55,17 @@ def calibrate_command(
     from audit.commands.execution import calibrate_into
     from audit.config.yaml_source import read_config
     from audit.information.estimator import ESTIMATORS
+    from audit.run.processes import cores
 
     known = ESTIMATORS if config is None else {each.shown: each.estimator() for each in read_config(config).estimators}
-    if brief and full:
+    if extent.brief and extent.full:
         raise UsageError("--brief and --full exclude each other: use one, or none for the default channels")
-    extent: Extent = "brief" if brief else "full" if full else "default"
+    channels: Extent = "brief" if extent.brief else "full" if extent.full else "default"
     for name in estimators:
         if name not in known:
             raise UnknownNameError("estimator", name, known)
-    rows = [row for name in estimators or known for row in calibrate_into(known[name], out, extent)]
+    processes = jobs or (1 if extent.brief else cores())
+    rows = calibrate_into([known[name] for name in dict.fromkeys(estimators or known)], out, channels, processes)
     if as_json:
         click.echo(json.dumps([{**asdict(row), "passed": row.passed} for row in rows], allow_nan=False))
     else:

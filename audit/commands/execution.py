@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from audit.calibration.calibrate import Extent, applicable_channels, calibrate, calibration_key, settings_key
+from audit.calibration.calibrate import Extent, applicable_channels, calibration_key, settings_key
 from audit.commands.display import Display, plain, print_table
 from audit.commands.options import ExecutorOptions, SourceOptions
 from audit.commands.resolve import run_options
@@ -24,7 +25,9 @@ from audit.records import (
 )
 from audit.run.cell import Cell, expand
 from audit.run.loading import RunOptions
+from audit.run.processes import Processes, fitting_processes
 from audit.run.run_loop import Executor, Watcher, claim, run
+from audit.run.upkeep.calibrations import calibrate_all
 from audit.run.upkeep.timing import store_seconds, timed
 from model_zoo.model_types import default_cache
 from reports.publish import write_figures, write_html
@@ -45,19 +48,20 @@ def run_benchmark(
     base = sources.base if isinstance(sources.base, Path) else None
     cells = expand(config, base)
     claim(folder, config, text, base)
-    records = run_cells(cells, folder, sources, executor, keep_images=config.keep_images)
+    options = replace(run_options(sources), keep_images=config.keep_images)
+    chosen = executor_of(executor, cells, options)
+    records = run_cells(cells, folder, options, chosen)
     with timed(folder, "calibration"):
-        calibrate_briefly(config, records, folder)
+        _calibrate_briefly(config, records, folder, chosen.count if isinstance(chosen, Processes) else 1)
     return records
 
 
 def run_cells(
-    cells: Sequence[Cell], folder: Path, sources: SourceOptions, executor: ExecutorOptions, *, keep_images: bool = False
+    cells: Sequence[Cell], folder: Path, options: RunOptions, executor: Executor | None = None
 ) -> list[AuditRecord]:
-    """Compute cells with a progress bar, and return their records; raises UsageError."""
+    """Compute cells with a progress bar, and return their records."""
     before = time.process_time()  # of imports, mostly
-    options = replace(run_options(sources), keep_images=keep_images)
-    chosen, computed = _executor_of(executor, cells, options), list[AuditRecord]()
+    computed = list[AuditRecord]()
     with Display(len(cells)) as display:
 
         def done(record: AuditRecord, known: bool) -> None:
@@ -65,14 +69,14 @@ def run_cells(
             computed.extend([] if known else [record])
 
         watcher = Watcher(lambda cell, stage: display.stage(cell.name or cell.ref, stage), done)
-        records = run(cells, folder, options, watcher, chosen)
+        records = run(cells, folder, options, watcher, executor)
     store_seconds(folder, "start-up", before)
     if not computed:
         click.echo(f"Note: nothing was to do: {folder} holds all {len(records)} cells already", err=True)
     return records
 
 
-def _executor_of(chosen: ExecutorOptions, cells: Sequence[Cell], options: RunOptions) -> Executor | None:
+def executor_of(chosen: ExecutorOptions, cells: Sequence[Cell], options: RunOptions) -> Executor | None:
     """Return the executor for some cells, None to compute them in this process; raises UsageError."""
     if chosen.executor == "ray":
         if chosen.jobs:
@@ -81,45 +85,41 @@ def _executor_of(chosen: ExecutorOptions, cells: Sequence[Cell], options: RunOpt
         from audit.run.ray_cluster import RayCluster
 
         return RayCluster(chosen.address, chosen.workers, chosen.gpus_per_cell)
-    from audit.run.processes import Processes, fitting_processes
-
     models = len({(cell.ref, cell.dataset) for cell in cells})
     count = min(chosen.jobs or fitting_processes(cells, options), models)
     return Processes(count) if count > 1 else None
 
 
-def calibrate_into(estimator: Estimator, folder: Path, extent: Extent) -> list[CalibrationRow]:
-    """Calibrate an estimator with a progress bar, store the rows in a folder, and return them.
+def calibrate_into(
+    estimators: Sequence[Estimator], folder: Path, extent: Extent, processes: int
+) -> list[CalibrationRow]:
+    """Calibrate estimators with a progress bar, store the rows in a folder, and return them.
 
     The same settings give the same rows on the same channels, so these are kept for all later runs.
     """
-    key, kept = calibration_key(estimator, extent), default_cache()
-    try:
-        if not is_calibrated(kept, key):
-            write_calibration(kept, key, _calibrated(estimator, extent))
-        rows = read_calibration(kept, key)
-    except EnvironmentFault:  # the cache folder is not writable
-        rows = _calibrated(estimator, extent)
-    write_calibration(folder, settings_key(estimator), rows)
-    return rows
+    cache, keys = default_cache(), [calibration_key(each, extent) for each in estimators]
+    found = {key: read_calibration(cache, key) for key in keys if is_calibrated(cache, key)}
+    missing = [(each, key) for each, key in zip(estimators, keys, strict=True) if key not in found]
+    if missing:
+        total = sum(len(applicable_channels(each, extent)) for each, _ in missing)
+        with Display(total) as display:
+            computed = calibrate_all([each for each, _ in missing], extent, processes, display.channel)
+            for number, rows in computed:
+                found[missing[number][1]] = rows
+                with suppress(EnvironmentFault):  # the cache folder is not writable
+                    write_calibration(cache, missing[number][1], rows)
+    for each, key in zip(estimators, keys, strict=True):
+        write_calibration(folder, settings_key(each), found[key])
+    return [row for key in keys for row in found[key]]
 
 
-def _calibrated(estimator: Estimator, extent: Extent) -> list[CalibrationRow]:
-    with Display(len(applicable_channels(estimator, extent))) as display:
-        return calibrate(
-            estimator,
-            extent=extent,
-            progress=lambda name, done: display.channel(f"{estimator.name}: {name}", done),
-        )
-
-
-def calibrate_briefly(config: BenchmarkConfig, records: Sequence[AuditRecord], folder: Path) -> None:
+def _calibrate_briefly(config: BenchmarkConfig, records: Sequence[AuditRecord], folder: Path, processes: int) -> None:
     """Store a brief calibration of every estimator with a valid record, unless the folder has one of any extent."""
     used = {record.estimator for record in records if record.valid}
-    for settings in config.settings():
-        key = settings_key(settings.estimator)
-        if settings.estimator.name in used and not is_calibrated(folder, key):
-            calibrate_into(settings.estimator, folder, "brief")
+    estimators = [settings.estimator for settings in config.settings() if settings.estimator.name in used]
+    new = [each for each in estimators if not is_calibrated(folder, settings_key(each))]
+    if new:
+        calibrate_into(new, folder, "brief", processes)
 
 
 def publish(records: Sequence[AuditRecord], folder: Path, *, as_json: bool) -> None:

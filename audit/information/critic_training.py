@@ -141,7 +141,9 @@ def critic_step(
 
 def critic_optimiser(critic: nn.Module, training: CriticTraining) -> torch.optim.Optimizer:
     """Return the AdamW optimiser of a critic."""
-    return torch.optim.AdamW(critic.parameters(), training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.AdamW(
+        critic.parameters(), training.learning_rate, weight_decay=training.weight_decay, fused=True
+    )
 
 
 @torch.no_grad()

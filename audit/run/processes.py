@@ -221,14 +221,14 @@ def _started(setup: WorkerSetup) -> _Process:
     spawn = multiprocessing.get_context("spawn")
     own, other = spawn.Pipe()
     process = spawn.Process(target=start, args=(other, setup), daemon=True)
-    with _sharing_environment():
+    with sharing_environment():
         process.start()
     other.close()  # only the process holds it now: the pipe ends with the process
     return _Process(process, own)
 
 
 @contextmanager
-def _sharing_environment() -> Iterator[None]:
+def sharing_environment() -> Iterator[None]:
     """Set the environment that processes read at their start, except what the user has set."""
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)

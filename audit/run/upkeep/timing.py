@@ -1,6 +1,7 @@
 """Where the time of a run went: costs of stages in its records, and of the work around them in `timing.json`."""
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,12 +30,20 @@ class StageTotal(NamedTuple):
 
 @contextmanager
 def timed(folder: Path, stage: str) -> Iterator[None]:
-    """Store the CPU seconds of work around the records of a run, such as its figures, in the run folder."""
-    started = time.process_time()
+    """Store the CPU seconds of work around the records of a run, such as its figures, in the run folder.
+
+    Those of processes that the work starts and ends count, too.
+    """
+    started = _cpu_seconds()
     try:
         yield
     finally:
-        store_seconds(folder, stage, time.process_time() - started)
+        store_seconds(folder, stage, _cpu_seconds() - started)
+
+
+def _cpu_seconds() -> float:
+    of_processes = os.times()
+    return time.process_time() + of_processes.children_user + of_processes.children_system
 
 
 def store_seconds(folder: Path, stage: str, seconds: float) -> None:

@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 
 import audit.run.processes
-from audit.commands.execution import run_cells
+from audit.commands.execution import executor_of
 from audit.commands.options import ExecutorOptions, SourceOptions, executor_options
 from audit.config.yaml_source import read_config
 from audit.errors import EnvironmentFault, UsageError
@@ -178,27 +178,20 @@ def test_the_number_of_processes_must_be_positive(count):
     assert f"{count} is not in the range x>=1" in said.output
 
 
-def test_jobs_cannot_be_combined_with_ray(cells, tmp_path):
+def test_jobs_cannot_be_combined_with_ray(cells):
     with pytest.raises(UsageError, match="--jobs 2 is for --executor local; with ray it is --workers 2"):
-        run_cells(cells, tmp_path, HERE, ExecutorOptions("ray", jobs=2))
+        executor_of(ExecutorOptions("ray", jobs=2), cells, RunOptions())
 
 
-def test_the_default_number_of_processes(cells, tmp_path, monkeypatch):
-    asked: list[int] = []
-
-    def counting(*words: Any) -> list[AuditRecord]:
-        asked.append(words[-1].count if words[-1] else 1)
-        return []
-
-    monkeypatch.setattr("audit.commands.execution.run", counting)
+def test_the_default_number_of_processes(cells, monkeypatch):
     monkeypatch.setattr(audit.run.processes, "cores", lambda: 2)
     long = [replace(cell, images=None) for cell in cells]
     assert 0 < model_bytes(cells[0].ref, "digits", RunOptions()) < 1e9
     assert model_bytes(cells[2].ref, "digits", RunOptions()) == 0  # does not exist
 
     def ask(todo: list[Cell], jobs: int | None = None, device: str = "cpu") -> int:
-        run_cells(todo, tmp_path, replace(HERE, device=device), ExecutorOptions(jobs=jobs))
-        return asked.pop()
+        found = executor_of(ExecutorOptions(jobs=jobs), todo, RunOptions(device=device))
+        return found.count if isinstance(found, Processes) else 1
 
     assert ask(cells) == 1  # 300 images in total
     assert ask(long) == 2

@@ -45,7 +45,7 @@ def words(references, folder, *more):
 
 
 def test_the_command_trains_audits_draws_and_resumes(references, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(execution, "calibrate_briefly", lambda *_: None)  # slow, and tested elsewhere
+    monkeypatch.setattr(execution, "_calibrate_briefly", lambda *_: None)  # slow, and tested elsewhere
     folder = tmp_path / "run 1?"  # characters that a reference must quote
     assert main(words(references, folder)) == 0
     assert str(folder / "figures" / "figure1.png") in capsys.readouterr().out
