@@ -41,7 +41,7 @@ TELLING_CHANNELS = frozenset(
         "constant, eps 0",
         "3 noiseless bits, eps 0",
         # gradients through pixels
-        "projection of 16x16 images, sigma 0.25, shift 0.5",
+        "projection of 8x8 images, sigma 0.25, shift 0.5",
         # noise that the estimator fits
         "10-d Gaussian, fitted noise, 500 samples",
         "8 bits on 10 features, fitted noise, shift 0.25",
