@@ -1,5 +1,7 @@
 """Everything people look at, rebuilt from the records of a run folder."""
 
+import hashlib
+from importlib.metadata import version
 from pathlib import Path
 
 from audit.records import read_records
@@ -13,6 +15,8 @@ from reports.tables.leftovers import leftover_sentences
 from reports.tables.ranking import leaderboard, write_leaderboard
 from reports.tables.table import to_frame
 
+_STAMP = "reports.sha256"
+
 
 def write_reports(folder: Path) -> list[Path]:
     """Write the leaderboard, the figures and the HTML report of a run folder and return their paths.
@@ -21,6 +25,28 @@ def write_reports(folder: Path) -> list[Path]:
     written, IntegrityError where a record cannot be read.
     """
     return [*write_leaderboard(folder), *write_figures(folder), write_html(folder)]
+
+
+def current_reports(folder: Path) -> str | None:
+    """Return None if the reports of a run folder are of its present records, else what `keep_current` is to store.
+
+    They depend on the records, the calibrations, the benchmark and the version of the package alone.
+    """
+    folder = Path(folder)
+    found = hashlib.sha256(version("rvaudit").encode())
+    for path in sorted(
+        [*folder.glob("cells/*"), *folder.glob("calibration/*"), *folder.glob("*.yaml"), *folder.glob("plan.json")]
+    ):
+        found.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
+    stamp = folder / _STAMP
+    complete = all((folder / name).exists() for name in ("report.html", "leaderboard.csv", "figures"))
+    current = complete and stamp.exists() and stamp.read_text(encoding="ascii") == found.hexdigest()
+    return None if current else found.hexdigest()
+
+
+def keep_current(folder: Path, digest: str) -> None:
+    """Store that the reports of a run folder are those of records with this digest."""
+    write_atomically(Path(folder) / _STAMP, digest)
 
 
 def write_figures(folder: Path) -> list[Path]:

@@ -25,12 +25,10 @@ from audit.records import (
 )
 from audit.run.cell import Cell, expand
 from audit.run.loading import RunOptions
-from audit.run.processes import Processes, fitting_processes
 from audit.run.run_loop import Executor, Watcher, claim, run
-from audit.run.upkeep.calibrations import calibrate_all
 from audit.run.upkeep.timing import store_seconds, timed
 from model_zoo.model_types import default_cache
-from reports.publish import write_figures, write_html
+from reports.publish import current_reports, keep_current, write_figures, write_html
 from reports.tables.closing import closing_table
 from reports.tables.leftovers import leftover_sentences
 from reports.tables.ranking import write_leaderboard
@@ -45,14 +43,16 @@ def run_benchmark(
 
     `text` is the YAML that the folder keeps. Raises UsageError where the folder holds a run of another benchmark.
     """
+    from audit.run.processes import cores, divides
+
     base = sources.base if isinstance(sources.base, Path) else None
     cells = expand(config, base)
     claim(folder, config, text, base)
     options = replace(run_options(sources), keep_images=config.keep_images)
-    chosen = executor_of(executor, cells, options)
-    records = run_cells(cells, folder, options, chosen)
+    records = run_cells(cells, folder, options, executor_of(executor, options))
+    processes = executor.jobs or (cores() if divides(cells, options) else 1)
     with timed(folder, "calibration"):
-        _calibrate_briefly(config, records, folder, chosen.count if isinstance(chosen, Processes) else 1)
+        _calibrate_briefly(config, records, folder, processes)
     return records
 
 
@@ -76,8 +76,8 @@ def run_cells(
     return records
 
 
-def executor_of(chosen: ExecutorOptions, cells: Sequence[Cell], options: RunOptions) -> Executor | None:
-    """Return the executor for some cells, None to compute them in this process; raises UsageError."""
+def executor_of(chosen: ExecutorOptions, options: RunOptions) -> Executor:
+    """Return the executor of a run; raises UsageError."""
     if chosen.executor == "ray":
         if chosen.jobs:
             message = f"--jobs {chosen.jobs} is for --executor local; with ray it is --workers {chosen.jobs}"
@@ -85,9 +85,9 @@ def executor_of(chosen: ExecutorOptions, cells: Sequence[Cell], options: RunOpti
         from audit.run.ray_cluster import RayCluster
 
         return RayCluster(chosen.address, chosen.workers, chosen.gpus_per_cell)
-    models = len({(cell.ref, cell.dataset) for cell in cells})
-    count = min(chosen.jobs or fitting_processes(cells, options), models)
-    return Processes(count) if count > 1 else None
+    from audit.run.processes import FittingProcesses
+
+    return FittingProcesses(options, chosen.jobs)
 
 
 def calibrate_into(
@@ -97,6 +97,8 @@ def calibrate_into(
 
     The same settings give the same rows on the same channels, so these are kept for all later runs.
     """
+    from audit.run.upkeep.calibrations import calibrate_all
+
     cache, keys = default_cache(), [calibration_key(each, extent) for each in estimators]
     found = {key: read_calibration(cache, key) for key in keys if is_calibrated(cache, key)}
     missing = [(each, key) for each, key in zip(estimators, keys, strict=True) if key not in found]
@@ -123,13 +125,16 @@ def _calibrate_briefly(config: BenchmarkConfig, records: Sequence[AuditRecord], 
 
 
 def publish(records: Sequence[AuditRecord], folder: Path, *, as_json: bool) -> None:
-    """Write the reports of a run folder, and print failures and then the records or a summary of them."""
+    """Write the reports of a run folder that are not current, print failures, and the records or a summary of them."""
     failures = {f"{plain(record.model)}: {plain(record.reason)}": None for record in records if not record.valid}
     for failure in failures:  # once, however many cells of the model failed
         click.echo(f"Error: {failure}", err=True)
-    for name, write in (("leaderboard", write_leaderboard), ("figures", write_figures), ("page", write_html)):
-        with timed(folder, name):
-            write(folder)
+    stale = current_reports(folder)
+    if stale:
+        for name, write in (("leaderboard", write_leaderboard), ("figures", write_figures), ("page", write_html)):
+            with timed(folder, name):
+                write(folder)
+        keep_current(folder, stale)
     for sentence in leftover_sentences([folder]):
         click.echo(f"Note: {sentence}", err=True)
     if as_json:

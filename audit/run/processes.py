@@ -23,7 +23,7 @@ from audit.records import RecordStore
 from audit.run.cell import Cell
 from audit.run.failures import worker_failure
 from audit.run.loading import RunOptions, device_of, model_bytes
-from audit.run.run_loop import Finished, Workload
+from audit.run.run_loop import Finished, InProcess, Workload
 from audit.run.worker import Done, Job, Locked, Message, Ready, StageStarted, WorkerSetup, start
 
 _ENVIRONMENT = {
@@ -60,18 +60,36 @@ class Processes:
             queue.close()
 
 
-def fitting_processes(cells: Sequence[Cell], options: RunOptions) -> int:
-    """Return the default number of processes: one a core, as far as half of the free memory holds their models.
+@dataclass(frozen=True)
+class FittingProcesses:
+    """`jobs` processes, or as many as the unfinished cells of a run and this machine suggest; at most one a model."""
 
-    One for a GPU, for a single model, and for a short run.
-    """
+    options: RunOptions
+    jobs: int | None = None
+
+    def execute(self, work: Workload) -> Generator[Finished, None, None]:
+        """Compute the unfinished cells; see `Executor`."""
+        if not work.groups:
+            return
+        cells = [work.cells[number] for group in work.groups for number in work.unfinished(group)]
+        models = len({(cell.ref, cell.dataset) for cell in cells})
+        count = min(self.jobs or fitting_processes(cells, self.options), models)
+        yield from (Processes(count) if count > 1 else InProcess()).execute(work)
+
+
+def divides(cells: Sequence[Cell], options: RunOptions) -> bool:
+    """Return whether several processes are worth their start: on a CPU with cores, for several models, no short run."""
     images = sum(cell.images or _SHORT_RUN for cell in cells)
-    if images < _SHORT_RUN or device_of(options.device).type != "cpu":
-        return 1
     models = {(cell.ref, cell.dataset) for cell in cells}
-    if len(models) < 2 or cores() < 2:
+    return images >= _SHORT_RUN and device_of(options.device).type == "cpu" and len(models) > 1 and cores() > 1
+
+
+def fitting_processes(cells: Sequence[Cell], options: RunOptions) -> int:
+    """Return the default number of processes: one a core, as far as half of the free memory holds their models."""
+    if not divides(cells, options):
         return 1
-    largest = max(model_bytes(ref, dataset, options) for ref, dataset in sorted(models))
+    models = sorted({(cell.ref, cell.dataset) for cell in cells})
+    largest = max(model_bytes(ref, dataset, options) for ref, dataset in models)
     return max(1, min(cores(), int(free_bytes() / 2 / (_PROCESS_BYTES + largest))))
 
 

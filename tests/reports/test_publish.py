@@ -7,7 +7,7 @@ import pytest
 
 from audit.errors import EnvironmentFault, IntegrityError
 from audit.records import AuditRecord, write_calibration
-from reports.publish import write_reports
+from reports.publish import current_reports, keep_current, write_reports
 
 HEAVY = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "seaborn", "scipy", "rich", "jinja2")
 
@@ -87,3 +87,29 @@ def test_imports_stay_light(module, forbidden):
     code = f"import sys, {module}; print([name for name in {forbidden!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_reports_are_current_until_what_they_show_changes(zoo, write_run, calibrated, monkeypatch):
+    folder = write_run(zoo)
+
+    def write() -> None:
+        stale = current_reports(folder)
+        assert stale
+        write_reports(folder)
+        keep_current(folder, stale)
+        assert current_reports(folder) is None
+
+    write()
+    (folder / "timing.json").write_text("{}")  # not shown
+    assert current_reports(folder) is None
+    (folder / "report.html").unlink()
+    write()
+    write_calibration(folder, "key", calibrated())
+    write()
+    record = next((folder / "cells").glob("*.json"))
+    record.write_text(record.read_text() + "\n")
+    write()
+    record.unlink()
+    write()
+    monkeypatch.setattr("reports.publish.version", lambda _: "another")
+    write()

@@ -13,7 +13,6 @@ from audit.calibration.calibrate import Extent, applicable_channels, calibrate, 
 from audit.errors import EnvironmentFault
 from audit.information.estimator import Estimator
 from audit.records import CalibrationRow
-from audit.run.processes import sharing_environment
 
 Progress = Callable[[str, int], None]
 """Receives what is being calibrated, and the number of channels done."""
@@ -59,6 +58,8 @@ def _in_processes(
     found = [dict[int, CalibrationRow]() for _ in estimators]
     # the last channels have the largest images and take longest: they come first
     tasks = [_Task(one, channel) for one, count in enumerate(counts) for channel in range(count)][::-1]
+    from audit.run.processes import sharing_environment
+
     with sharing_environment(), _pool(processes) as pool:
         futures = {pool.submit(_row, estimators[task.estimator], extent, task.channel): task for task in tasks}
         try:
@@ -72,8 +73,9 @@ def _in_processes(
         except BrokenProcessPool as fault:
             message = "a process of the calibration ended without a result, perhaps for lack of memory: use --jobs 1"
             raise EnvironmentFault(message) from fault
-        finally:
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _pool(processes: int) -> ProcessPoolExecutor:

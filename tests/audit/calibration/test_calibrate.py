@@ -10,6 +10,7 @@ from audit.calibration.calibrate import (
     TELLING_CHANNELS,
     applicable_channels,
     calibrate,
+    calibrate_channel,
     calibration_key,
     settings_key,
 )
@@ -212,8 +213,8 @@ def test_channels_without_stratification_are_averaged_over_samples():
         each for each in applicable_channels(Sandwich()) if each.normal_nats == 1.0 and each.name == "5-d Gaussian"
     ]
     plan = PLANS["sandwich"]
-    row = calibration._row(Sandwich(), channel, plan)
-    alone = [calibration._estimate(Sandwich(), channel, plan, seed).normal for seed in range(4)]
+    row = calibrate_channel(Sandwich(), channel, "default")
+    alone = [calibration._estimate(Sandwich(), channel, plan.samples, seed).normal for seed in range(4)]
     assert row.normal_nats == pytest.approx(sum(each.nats for each in alone) / 4)
     assert len({each.nats for each in alone}) == 4
     assert 0.4 < row.normal_nats_se / alone[0].stderr < 0.6

@@ -118,7 +118,7 @@ def test_calibrating_one_estimator(
     assert {row["channel"] for row in rows} == {"sign of a Gaussian mixture", "2 noiseless bits"}
     assert all(row["passed"] and row["estimator"] == "label-level" for row in rows)
     assert len(list((tmp_path / "run" / "calibration").iterdir())) == 1
-    monkeypatch.setattr("audit.commands.execution.calibrate", None)  # kept rows are not computed again
+    monkeypatch.setattr("audit.run.upkeep.calibrations.calibrate", None)  # kept rows are not computed again
     assert main(["calibrate", "--estimator", "label-level", "--brief", "--json", "--out", "other"]) == 0
     assert json.loads(capsys.readouterr().out) == rows
     assert main(["calibrate", "--brief", "--full"]) == 2

@@ -28,8 +28,8 @@ from audit.run.cell import Cell, expand
 from audit.run.cell_runner import CellRunner
 from audit.run.loading import RunOptions, model_bytes
 from audit.run.locks import lock
-from audit.run.processes import Processes, cores, free_bytes
-from audit.run.run_loop import Watcher, run
+from audit.run.processes import FittingProcesses, Processes, cores, fitting_processes, free_bytes
+from audit.run.run_loop import InProcess, Watcher, run
 from audit.run.worker import Ready, serve
 from model_zoo.load import SourceSettings
 
@@ -178,9 +178,9 @@ def test_the_number_of_processes_must_be_positive(count):
     assert f"{count} is not in the range x>=1" in said.output
 
 
-def test_jobs_cannot_be_combined_with_ray(cells):
+def test_jobs_cannot_be_combined_with_ray():
     with pytest.raises(UsageError, match="--jobs 2 is for --executor local; with ray it is --workers 2"):
-        executor_of(ExecutorOptions("ray", jobs=2), cells, RunOptions())
+        executor_of(ExecutorOptions("ray", jobs=2), RunOptions())
 
 
 def test_the_default_number_of_processes(cells, monkeypatch):
@@ -189,18 +189,47 @@ def test_the_default_number_of_processes(cells, monkeypatch):
     assert 0 < model_bytes(cells[0].ref, "digits", RunOptions()) < 1e9
     assert model_bytes(cells[2].ref, "digits", RunOptions()) == 0  # does not exist
 
-    def ask(todo: list[Cell], jobs: int | None = None, device: str = "cpu") -> int:
-        found = executor_of(ExecutorOptions(jobs=jobs), todo, RunOptions(device=device))
-        return found.count if isinstance(found, Processes) else 1
+    def ask(todo: list[Cell], device: str = "cpu") -> int:
+        return fitting_processes(todo, RunOptions(device=device))
 
     assert ask(cells) == 1  # 300 images in total
     assert ask(long) == 2
     assert ask(long[:2]) == 1  # one model
-    assert ask(long, 8) == 3  # three models
-    assert ask(cells, 2) == 2
-    assert ask(long, device="meta") == 1  # not a CPU
+    assert ask(long, "meta") == 1  # not a CPU
     monkeypatch.setattr(audit.run.processes, "free_bytes", lambda: 2e9)
     assert ask(long) == 1
+
+
+def test_executors_by_the_number_of_jobs():
+    for jobs in (None, 1, 3):
+        assert executor_of(ExecutorOptions(jobs=jobs), RunOptions()) == FittingProcesses(RunOptions(), jobs)
+
+
+@pytest.mark.parametrize(("jobs", "models", "used"), [(8, 3, 3), (2, 3, 2), (2, 1, 1), (1, 3, 1), (None, 3, 2)])
+def test_there_are_at_most_as_many_processes_as_models(jobs, models, used, cells, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit.run.processes, "fitting_processes", lambda *_: 2)
+    asked: list[int] = []
+
+    def counting(self: Any, _work: Any) -> Any:
+        asked.append(getattr(self, "count", 1))
+        yield from ()
+
+    monkeypatch.setattr(Processes, "execute", counting)
+    monkeypatch.setattr(InProcess, "execute", counting)
+    with suppress(KeyError, UnboundLocalError):  # no record was computed
+        run(cells[: 2 * models], tmp_path, RunOptions(), executor=FittingProcesses(RunOptions(), jobs))
+    assert asked == [used]
+
+
+def test_a_finished_run_builds_no_model_to_divide_its_memory(cells, tmp_path, monkeypatch):
+    records = run(cells[:2], tmp_path, RunOptions())
+    assert all(record.valid for record in records)
+
+    def stop(*_: Any) -> int:
+        raise AssertionError
+
+    monkeypatch.setattr(audit.run.processes, "fitting_processes", stop)
+    assert run(cells[:2], tmp_path, RunOptions(), executor=FittingProcesses(RunOptions())) == records
 
 
 def test_cores_and_free_memory():

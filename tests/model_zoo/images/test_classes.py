@@ -1,6 +1,8 @@
 """Classes of a data set mapped to the outputs of a network."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,3 +180,13 @@ def test_images_that_need_no_map_stay_as_they_were() -> None:
         found = with_outputs(digits, Outputs("net", 10), restrict=restrict)
         assert (found.sha256, found.described()) == (digits.sha256, {})
         assert replace(found, class_map=None).labels is digits.labels
+
+
+def test_names_of_few_classes_are_known_without_timm():
+    assert len(imagenet_names(1000)) == 1000  # loads timm without its warnings
+    code = "import sys, model_zoo.libraries as m; print(m.imagenet_names(999), 'timm' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["[]", "False"]
+    from timm.data.imagenet_info import _NUM_CLASSES_TO_SUBSET
+
+    assert min(_NUM_CLASSES_TO_SUBSET) == 1000
