@@ -1,8 +1,10 @@
+import ctypes
 import json
 import os
 import subprocess
 import sys
 import types
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -167,3 +169,28 @@ def test_threads_wait_without_spinning_unless_the_user_wants_it(monkeypatch, giv
         monkeypatch.delenv("OMP_WAIT_POLICY")
     assert cli.main(["--version"]) == 0
     assert os.environ["OMP_WAIT_POLICY"] == used
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+@pytest.mark.parametrize("chosen", ["", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"])
+def test_freed_memory_is_kept_unless_the_user_has_set_its_thresholds(platform, chosen, monkeypatch):
+    calls = []
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *words: calls.append(words)))
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    if chosen:
+        monkeypatch.setenv(chosen, "1000")
+    assert main(["--version"]) == 0
+    assert calls == ([(-3, 2**25), (-1, 2**29)] if platform == "linux" and not chosen else [])
+
+
+@pytest.mark.parametrize("library", [OSError("none"), AttributeError("musl")])
+def test_another_c_library_is_no_failure(library, monkeypatch, capsys):
+    def load(_):
+        raise library
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    assert main(["--version"]) == 0
