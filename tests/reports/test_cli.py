@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import types
-from types import SimpleNamespace
 
 import click
 import pytest
@@ -176,12 +175,12 @@ def test_threads_wait_without_spinning_unless_the_user_wants_it(monkeypatch, giv
 def test_freed_memory_is_kept_unless_the_user_has_set_its_thresholds(platform, chosen, monkeypatch):
     calls = []
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *words: calls.append(words)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=lambda *words: calls.append(words)))
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
         monkeypatch.delenv(name, raising=False)
     if chosen:
         monkeypatch.setenv(chosen, "1000")
-    assert main(["--version"]) == 0
+    assert cli.main(["--version"]) == 0
     assert calls == ([(-3, 2**25), (-1, 2**29)] if platform == "linux" and not chosen else [])
 
 
@@ -193,4 +192,4 @@ def test_another_c_library_is_no_failure(library, monkeypatch, capsys):
     monkeypatch.setattr(ctypes, "CDLL", load)
     monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    assert main(["--version"]) == 0
+    assert cli.main(["--version"]) == 0
