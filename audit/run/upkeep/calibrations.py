@@ -56,6 +56,7 @@ def _in_processes(
 ) -> Iterator[tuple[int, list[CalibrationRow]]]:
     counts = [len(applicable_channels(each, extent)) for each in estimators]
     found = [dict[int, CalibrationRow]() for _ in estimators]
+    yield from ((number, []) for number, count in enumerate(counts) if count == 0)
     # the last channels have the largest images and take longest: they come first
     tasks = [_Task(one, channel) for one, count in enumerate(counts) for channel in range(count)][::-1]
     from audit.run.processes import sharing_environment

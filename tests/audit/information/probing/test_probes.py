@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from audit.errors import UsageError
-from audit.information.probing.probes import fit_hidden, fit_linear
+from audit.information.probing.probes import Probe, fit_hidden, fit_linear
 from audit.information.probing.settings import ProbeTraining
+from audit.random_keys import Purpose, keyed_generator
 
 QUICK = ProbeTraining(steps=60)
 
@@ -88,3 +89,23 @@ def test_probes_are_frozen_but_differentiable():
 def test_rejects_illegal_settings(setting, message):
     with pytest.raises(UsageError, match=message):
         ProbeTraining(**setting)
+
+
+@pytest.mark.parametrize(("count", "width", "classes", "hidden"), [(60, 5, 3, 8), (7, 40, 2, 64), (90, 1, 12, 3)])
+def test_the_hidden_probe_is_what_automatic_gradients_and_torchs_adamw_fit(count, width, classes, hidden):
+    generator = torch.Generator().manual_seed(count)
+    labels = torch.arange(count) % classes
+    features = torch.randn(count, width, generator=generator) * 7 + labels[:, None]
+    training = ProbeTraining(hidden=hidden, steps=30)
+    probe = Probe(features, classes, hidden, keyed_generator(0, Purpose.PROBE_WEIGHTS))
+    optimiser = torch.optim.AdamW(probe.parameters(), 1e-2, weight_decay=0.1)
+    for step in range(training.steps):
+        optimiser.param_groups[0]["lr"] = 1e-2 * (1 - step / training.steps)
+        optimiser.zero_grad()
+        F.cross_entropy(probe(features), labels).backward()
+        optimiser.step()
+    fitted = fit_hidden(features, labels, classes, training)
+    for mine, torchs in zip(fitted.parameters(), probe.parameters(), strict=True):
+        assert torch.allclose(mine, torchs, atol=2e-3)
+        assert not mine.requires_grad
+    assert torch.allclose(fitted(features), probe(features), atol=2e-2)

@@ -1,11 +1,12 @@
 """Calibrations of several estimators: the same rows in one process and in several, even where one dies."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from audit.calibration.calibrate import applicable_channels
+from audit.calibration.plans import PLANS
 from audit.errors import EnvironmentFault
 from audit.information.label_entropy import LabelEntropy
 from audit.information.sandwich import Sandwich
@@ -41,3 +42,9 @@ def test_rows_do_not_depend_on_the_number_of_processes():
 def test_a_process_that_dies_is_a_fault_of_the_environment():
     with pytest.raises(EnvironmentFault, match=r"a process of the calibration ended without a result, .* use --jobs 1"):
         list(calibrate_all([Deadly()], "brief", 2, lambda *_: None))
+
+
+def test_an_estimator_without_channels_has_no_rows(monkeypatch):
+    monkeypatch.setitem(PLANS, "sandwich", replace(PLANS["sandwich"], applies=lambda _: False))
+    for processes in (1, 2):
+        assert list(calibrate_all([Sandwich()], "brief", processes, lambda *_: None)) == [(0, [])]
