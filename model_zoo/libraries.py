@@ -26,7 +26,6 @@ _SAME_ARCHITECTURE = {"Standard_R50": "Salman2020Do_R50"}
 _SAME_ARCHITECTURE_THREAT = "Linf"
 # The names of timm's checkpoint filters, one in a module.
 _TIMM_FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained")
-_FEWEST_IMAGENET_CLASSES = 1000  # of the subsets that timm names
 
 
 @contextmanager
@@ -237,8 +236,6 @@ def robustbench_image_ids() -> list[str]:
 
 def imagenet_names(outputs: int) -> list[tuple[str, str]]:
     """Return wnid and description of every class of the ImageNet subset that has this many classes; [] for none."""
-    if outputs < _FEWEST_IMAGENET_CLASSES:
-        return []  # without loading timm, which takes two seconds
     with _without_warnings():
         data = import_module("timm.data")
         subset = data.infer_imagenet_subset({"num_classes": outputs})

@@ -141,9 +141,9 @@ def critic_step(
 
 def critic_optimiser(critic: nn.Module, training: CriticTraining) -> torch.optim.Optimizer:
     """Return the AdamW optimiser of a critic."""
-    return torch.optim.AdamW(
-        critic.parameters(), training.learning_rate, weight_decay=training.weight_decay, fused=True
-    )
+    rate, decay = training.learning_rate, training.weight_decay
+    fused = next(critic.parameters()).device.type in ("cpu", "cuda")  # other devices may lack the kernel
+    return torch.optim.AdamW(critic.parameters(), rate, weight_decay=decay, fused=fused)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from model_zoo.untrusted import check_file, printable
 _MAX_MAP_BYTES = 10_000_000
 _SHOWN = 3
 _WNID = "wnid"
+_FEWEST_OF_IMAGENET = 1000  # classes of the subsets that timm names
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def _by_name(classes: Sequence[str], outputs: Outputs) -> ClassMap | None:
 
 def _imagenet(outputs: Outputs) -> list[tuple[str, str]]:
     """Return wnid and description of outputs that are ImageNet's by their number, [] for others."""
+    if outputs.count < _FEWEST_OF_IMAGENET:
+        return []  # timm takes two seconds to load
     from model_zoo.libraries import imagenet_names
 
     return imagenet_names(outputs.count)

@@ -182,11 +182,14 @@ def test_images_that_need_no_map_stay_as_they_were() -> None:
         assert replace(found, class_map=None).labels is digits.labels
 
 
-def test_names_of_few_classes_are_known_without_timm():
+def test_few_classes_are_mapped_without_timm():
     assert len(imagenet_names(1000)) == 1000  # loads timm without its warnings
-    code = "import sys, model_zoo.libraries as m; print(m.imagenet_names(999), 'timm' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["[]", "False"]
     from timm.data.imagenet_info import _NUM_CLASSES_TO_SUBSET
 
     assert min(_NUM_CLASSES_TO_SUBSET) == 1000
+    code = (
+        "import sys; from model_zoo.images.classes import Outputs, map_classes; "
+        "print(map_classes(['a', 'b'], Outputs('net', 2), 'x').by, 'timm' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["order", "False"]
