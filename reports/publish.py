@@ -27,25 +27,28 @@ def write_reports(folder: Path) -> list[Path]:
     return [*write_leaderboard(folder), *write_figures(folder), write_html(folder)]
 
 
-def current_reports(folder: Path) -> str | None:
-    """Return None if the reports of a run folder are of its present records, else what `keep_current` is to store.
+def digest_of_inputs(folder: Path) -> str:
+    """Return a digest of what the reports of a run folder show.
 
     They depend on the records, the calibrations, the benchmark and the version of the package alone.
     """
     folder = Path(folder)
     found = hashlib.sha256(version("rvaudit").encode())
-    for path in sorted(
-        [*folder.glob("cells/*"), *folder.glob("calibration/*"), *folder.glob("*.yaml"), *folder.glob("plan.json")]
-    ):
+    shown = (*folder.glob("cells/*"), *folder.glob("calibration/*"), *folder.glob("*.yaml"), *folder.glob("plan.json"))
+    for path in sorted(shown):
         found.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
-    stamp = folder / _STAMP
-    complete = all((folder / name).exists() for name in ("report.html", "leaderboard.csv", "figures"))
-    current = complete and stamp.exists() and stamp.read_text(encoding="ascii") == found.hexdigest()
-    return None if current else found.hexdigest()
+    return found.hexdigest()
 
 
-def keep_current(folder: Path, digest: str) -> None:
-    """Store that the reports of a run folder are those of records with this digest."""
+def are_current(folder: Path, digest: str) -> bool:
+    """Return whether a run folder holds its reports, and they were written from inputs with this digest."""
+    stamp = Path(folder) / _STAMP
+    complete = all((Path(folder) / name).exists() for name in ("report.html", "leaderboard.csv", "figures"))
+    return complete and stamp.exists() and stamp.read_text(encoding="ascii") == digest
+
+
+def mark_current(folder: Path, digest: str) -> None:
+    """Store that the reports of a run folder were written from inputs with this digest."""
     write_atomically(Path(folder) / _STAMP, digest)
 
 

@@ -28,7 +28,7 @@ from audit.run.loading import RunOptions
 from audit.run.run_loop import Executor, Watcher, claim, run
 from audit.run.upkeep.timing import store_seconds, timed
 from model_zoo.model_types import default_cache
-from reports.publish import current_reports, keep_current, write_figures, write_html
+from reports.publish import are_current, digest_of_inputs, mark_current, write_figures, write_html
 from reports.tables.closing import closing_table
 from reports.tables.leftovers import leftover_sentences
 from reports.tables.ranking import write_leaderboard
@@ -101,15 +101,14 @@ def calibrate_into(
 
     cache, keys = default_cache(), [calibration_key(each, extent) for each in estimators]
     found = {key: read_calibration(cache, key) for key in keys if is_calibrated(cache, key)}
-    missing = [(each, key) for each, key in zip(estimators, keys, strict=True) if key not in found]
+    missing = {key: each for key, each in zip(keys, estimators, strict=True) if key not in found}
     if missing:
-        total = sum(len(applicable_channels(each, extent)) for each, _ in missing)
-        with Display(total) as display:
-            computed = calibrate_all([each for each, _ in missing], extent, processes, display.channel)
-            for number, rows in computed:
-                found[missing[number][1]] = rows
+        names, left = list(missing), list(missing.values())
+        with Display(sum(len(applicable_channels(each, extent)) for each in left)) as display:
+            for number, rows in calibrate_all(left, extent, processes, display.channel):
+                found[names[number]] = rows
                 with suppress(EnvironmentFault):  # the cache folder is not writable
-                    write_calibration(cache, missing[number][1], rows)
+                    write_calibration(cache, names[number], rows)
     for each, key in zip(estimators, keys, strict=True):
         write_calibration(folder, settings_key(each), found[key])
     return [row for key in keys for row in found[key]]
@@ -120,8 +119,7 @@ def _calibrate_briefly(config: BenchmarkConfig, records: Sequence[AuditRecord], 
     used = {record.estimator for record in records if record.valid}
     estimators = [settings.estimator for settings in config.settings() if settings.estimator.name in used]
     new = [each for each in estimators if not is_calibrated(folder, settings_key(each))]
-    if new:
-        calibrate_into(new, folder, "brief", processes)
+    calibrate_into(new, folder, "brief", processes)
 
 
 def publish(records: Sequence[AuditRecord], folder: Path, *, as_json: bool) -> None:
@@ -129,12 +127,12 @@ def publish(records: Sequence[AuditRecord], folder: Path, *, as_json: bool) -> N
     failures = {f"{plain(record.model)}: {plain(record.reason)}": None for record in records if not record.valid}
     for failure in failures:  # once, however many cells of the model failed
         click.echo(f"Error: {failure}", err=True)
-    stale = current_reports(folder)
-    if stale:
+    digest = digest_of_inputs(folder)
+    if not are_current(folder, digest):
         for name, write in (("leaderboard", write_leaderboard), ("figures", write_figures), ("page", write_html)):
             with timed(folder, name):
                 write(folder)
-        keep_current(folder, stale)
+        mark_current(folder, digest)
     for sentence in leftover_sentences([folder]):
         click.echo(f"Note: {sentence}", err=True)
     if as_json:

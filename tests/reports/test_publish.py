@@ -7,7 +7,7 @@ import pytest
 
 from audit.errors import EnvironmentFault, IntegrityError
 from audit.records import AuditRecord, write_calibration
-from reports.publish import current_reports, keep_current, write_reports
+from reports.publish import are_current, digest_of_inputs, mark_current, write_reports
 
 HEAVY = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "seaborn", "scipy", "rich", "jinja2")
 
@@ -93,15 +93,15 @@ def test_reports_are_current_until_what_they_show_changes(zoo, write_run, calibr
     folder = write_run(zoo)
 
     def write() -> None:
-        stale = current_reports(folder)
-        assert stale
+        digest = digest_of_inputs(folder)
+        assert not are_current(folder, digest)
         write_reports(folder)
-        keep_current(folder, stale)
-        assert current_reports(folder) is None
+        mark_current(folder, digest)
+        assert are_current(folder, digest_of_inputs(folder))
 
     write()
     (folder / "timing.json").write_text("{}")  # not shown
-    assert current_reports(folder) is None
+    assert are_current(folder, digest_of_inputs(folder))
     (folder / "report.html").unlink()
     write()
     write_calibration(folder, "key", calibrated())

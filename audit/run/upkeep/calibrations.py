@@ -2,20 +2,17 @@
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import torch
 
-from audit.calibration.calibrate import Extent, applicable_channels, calibrate, calibrate_channel
+from audit.calibration.calibrate import ChannelProgress, Extent, applicable_channels, calibrate, calibrate_channel
 from audit.errors import EnvironmentFault
 from audit.information.estimator import Estimator
 from audit.records import CalibrationRow
-
-Progress = Callable[[str, int], None]
-"""Receives what is being calibrated, and the number of channels done."""
 
 
 class _Task(NamedTuple):
@@ -26,7 +23,7 @@ class _Task(NamedTuple):
 
 
 def calibrate_all(
-    estimators: Sequence[Estimator], extent: Extent, processes: int, progress: Progress
+    estimators: Sequence[Estimator], extent: Extent, processes: int, progress: ChannelProgress
 ) -> Iterator[tuple[int, list[CalibrationRow]]]:
     """Yield the number of every estimator with its rows, as soon as they are complete.
 
@@ -39,7 +36,7 @@ def calibrate_all(
 
 
 def _one_by_one(
-    estimators: Sequence[Estimator], extent: Extent, progress: Progress
+    estimators: Sequence[Estimator], extent: Extent, progress: ChannelProgress
 ) -> Iterator[tuple[int, list[CalibrationRow]]]:
     before = 0
     for number, each in enumerate(estimators):
@@ -47,20 +44,20 @@ def _one_by_one(
         before += len(rows)
 
 
-def _counting_on(name: str, before: int, progress: Progress) -> Progress:
+def _counting_on(name: str, before: int, progress: ChannelProgress) -> ChannelProgress:
     return lambda channel, done: progress(f"{name}: {channel}", before + done)
 
 
 def _in_processes(
-    estimators: Sequence[Estimator], extent: Extent, processes: int, progress: Progress
+    estimators: Sequence[Estimator], extent: Extent, processes: int, progress: ChannelProgress
 ) -> Iterator[tuple[int, list[CalibrationRow]]]:
+    from audit.run.processes import sharing_environment
+
     counts = [len(applicable_channels(each, extent)) for each in estimators]
     found = [dict[int, CalibrationRow]() for _ in estimators]
     yield from ((number, []) for number, count in enumerate(counts) if count == 0)
     # the last channels have the largest images and take longest: they come first
     tasks = [_Task(one, channel) for one, count in enumerate(counts) for channel in range(count)][::-1]
-    from audit.run.processes import sharing_environment
-
     with sharing_environment(), _pool(processes) as pool:
         futures = {pool.submit(_row, estimators[task.estimator], extent, task.channel): task for task in tasks}
         try:
