@@ -7,10 +7,12 @@ ResNet-20, logits, l-inf. Both methods use the same images, split, default dot-p
 batch size and network (its folded copy, whose logits agree within 1e-4). A pass is one image forward and backward;
 a forward pass alone counts as half.
 
-`search` is the fixed schedule of `audit.information.critic_descent`. At every evaluation its images are frozen, a
-new critic is fitted to them, and the smallest candidate on validation images is taken, as if the run had
-stopped there. The passes are those of such a run: the choice of the target, collapse, rounds and encodings, without
-earlier evaluations. `best-response` follows the paper's authors: before every critic step, a new batch is moved
+`search` is that of `audit.information.critic_search`, until a cycle brings no more than a standard error. At every
+evaluation its images are frozen, a new critic is fitted to them, and the smallest candidate on validation images is
+taken, as if the run had stopped there. The passes are those of such a run: the choice of the target, collapse, mixing,
+rounds and encodings, without earlier evaluations.
+
+`best-response` follows the paper's authors: before every critic step, a new batch is moved
 from its clean images by seven PGD steps of 2.5 eps / 7 down the value of the critic, and the iterate of smallest
 value is kept; an evaluation attacks the held-out images in the same way and takes the value of the current critic.
 Its passes are those of training alone. In both methods the gradient passes through both arguments of the critic.
@@ -42,7 +44,8 @@ from audit.adversary.fused import fused_copy
 from audit.adversary.passes import input_gradient
 from audit.adversary.threat import Linf, ThreatModel
 from audit.information.bounds import BOUNDS, infonce_terms
-from audit.information.critic_descent import Adversary, estimate_vulnerability
+from audit.information.critic_search.descent import estimate_vulnerability
+from audit.information.critic_search.merging import Adversary
 from audit.information.critic_training import critic_optimiser, fit_critic
 from audit.information.critics import build_critic
 from audit.information.encoding import Splits, encode, encode_splits, split_images
@@ -124,7 +127,8 @@ class RecordingThreat(Linf):
 def search(case: Case, settings: WorstCaseSearch, every: int) -> Iterator[Evaluation]:
     """Yield the evaluations of the worst-case search, which first runs to its end."""
     merging, total = settings.collapse_steps, sum(len(part) for part in case.images)
-    recording = RecordingThreat(case.threat.eps, every=every, always=(merging, merging + settings.rounds))
+    start = merging + settings.mixing_steps
+    recording = RecordingThreat(case.threat.eps, every=every, always=(merging, start + settings.rounds))
     estimate_vulnerability(case.encoder, case.images, case.training, Adversary(recording, settings), case.seed)
     clean = fitted(case, case.images)
     yield Evaluation(0, recording.trial + 0.5 * total, clean.nats)
@@ -133,8 +137,8 @@ def search(case: Case, settings: WorstCaseSearch, every: int) -> Iterator[Evalua
         found = fitted(case, recording.after(step, case.images)) if step != merging else merged
         candidates = [clean, merged, found] if step > merging else [clean, found]
         worst = min(candidates, key=lambda candidate: candidate.validated)
-        blocks = ceil(max(0, step - merging) / settings.every)  # each begins with an encoding of the moved images
-        encodings = 0.5 * (len(candidates) + blocks)
+        blocks = ceil(max(0, step - start) / settings.every)  # each begins with an encoding of the moved images
+        encodings = 0.5 * (len(candidates) + (step > merging) + (step > start) + blocks)
         yield Evaluation(step, recording.trial + total * (step + encodings), worst.nats)
 
 
@@ -228,7 +232,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=128, help="of critic and attack alike; the authors' is 128")
     parser.add_argument("--rounds", type=int, default=WorstCaseSearch.rounds)
     parser.add_argument("--critic-steps", type=int, default=330, help="of best-response PGD")
-    parser.add_argument("--every", type=int, default=2, help="rounds between evaluations; 5 times as many critic steps")
+    parser.add_argument("--every", type=int, default=5, help="rounds between evaluations; 5 times as many critic steps")
     return parser.parse_args()
 
 
@@ -248,7 +252,7 @@ def main() -> None:
         state = args.out.with_suffix(f".{method}-{eps:g}-{seed}.part")
         case = Case(encoder, split_images(data.images, seed), training, Linf(eps / 255), seed)
         evaluated = (
-            search(case, WorstCaseSearch(rounds=args.rounds, tolerance=0.0), args.every)
+            search(case, WorstCaseSearch(rounds=args.rounds, gain=0.0, tolerance=0.0), args.every)
             if method == "search"
             else best_response(case, args.critic_steps, 5 * args.every, state)
         )

@@ -4,7 +4,7 @@ Run from the repository root (see benchmarks/README.md):
     OMP_NUM_THREADS=1 python benchmarks/epoch.py --data cifar10-test.parquet --checkpoints checkpoints --out epoch.csv
 
 Three parts of the two searches on logits are timed: a collapse step and a round of
-`audit.information.critic_descent` (one pass per image, then critic steps on the features found), and a mean-shift
+`audit.information.critic_search` (one pass per image, then critic steps on the features found), and a mean-shift
 step of `audit.information.sandwich`. Each moves all images once. Ours and the floor alternate in one process on one
 thread, so that load on the machine affects both equally: batch by batch within one search, between any two
 gradients. Existing rows are not measured again. Seconds are CPU time, medians over the repetitions, the first of
@@ -36,7 +36,8 @@ from torch import nn
 
 from audit.adversary.threat import Linf
 from audit.information.bounds import BOUNDS
-from audit.information.critic_descent import Adversary, estimate_vulnerability
+from audit.information.critic_search.descent import estimate_vulnerability
+from audit.information.critic_search.merging import Adversary
 from audit.information.critic_training import critic_optimiser
 from audit.information.critics import build_critic
 from audit.information.encoding import Splits, encode, split_images
@@ -147,7 +148,9 @@ class TimedEncoder:
 def worst_case_search(network: nn.Module, images: Images, args: argparse.Namespace) -> dict[str, list[Timing]]:
     """Return timings of collapse steps and rounds of one search, without the first and last of each."""
     training, parts = CriticTraining(steps=1), split_images(images, 0)
-    search = WorstCaseSearch(collapse_steps=args.turns + 2, rounds=args.turns + 2)
+    turns = args.turns + 2
+    # one cycle is a quarter of all rounds: one critic, whose rounds follow each other
+    search = WorstCaseSearch(collapse_steps=turns, mixing_steps=1, rounds=4 * turns, every=turns, gain=100.0)
     encoder = Representation(network, "logits").encode
     features = encode(encoder, images, training.batch_size).features
     floor = Floor(network, images, features, min(training.batch_size, len(parts.train)))
@@ -155,7 +158,7 @@ def worst_case_search(network: nn.Module, images: Images, args: argparse.Namespa
     warm_start = WarmStart(origin=Origin("merged into", 0))  # an arbitrary target, which skips the trial of several
     estimate_vulnerability(timed, parts, training, Adversary(Linf(args.eps / 255), search), 0, warm_start)
     collapse = timed.turns(1, args.turns)
-    rounds = timed.turns(search.collapse_steps + 1, args.turns)
+    rounds = timed.turns(search.collapse_steps + search.mixing_steps + 1, args.turns)
     return {"collapse-step": [turn._replace(critic=0.0) for turn in collapse], "search-round": rounds}
 
 

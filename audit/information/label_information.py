@@ -70,7 +70,7 @@ class LabelInformation(LabelInformationSettings, Estimator):
     """
 
     quantity: ClassVar[str] = "I(Y; g(X))"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     reads_later_layers: ClassVar[bool] = True
     floor_kind: ClassVar[FloorKind] = "labels"
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 
 from audit.adversary.threat import ThreatModel
-from audit.information.critic_descent import Adversary, estimate_vulnerability
+from audit.information.critic_search.descent import estimate_vulnerability
+from audit.information.critic_search.merging import Adversary
 from audit.information.critic_training import estimate_fixed
 from audit.information.encoding import EncodedSplits, encode_clean, split_images, split_indices
 from audit.information.estimator import (
@@ -33,9 +34,9 @@ class Mine(MineSettings, Estimator):
     (N, D). Half of the images train the critic, a fifth chooses its step, the rest (at least ten) is held out. The
     value is the mean over critics with different divisions of the images.
 
-    The worst case moves all images inside their eps-balls, first towards one class and then down the value of one
-    critic after the other; new critics are fitted on the result. Every candidate is an upper bound on the minimum, up
-    to the critics' error.
+    The worst case moves all images inside their eps-balls: to one class, then to where a kernel between features tells
+    least of which images are alike, and then down the values of critics, until twice as many steps bring little; new
+    critics are fitted on the result. Every candidate is an upper bound on the minimum, up to the critics' error.
 
     Raises UsageError for fewer than 50 images or a setting that is not legal; InvalidModelError if a feature or a
     gradient is not finite.
@@ -44,7 +45,7 @@ class Mine(MineSettings, Estimator):
     """
 
     quantity: ClassVar[str] = "I(X; g(X))"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def normal(self, inputs: EstimatorInputs, seed: int) -> MIEstimate:
         """Return the held-out value on the clean images."""

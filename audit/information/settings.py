@@ -232,11 +232,15 @@ class WorstCaseSearch(Settings):
 
     `collapse_steps` projected steps move all images to one class, the one that a short trial on training images merges
     best: information is not convex in the images, and a local search from the clean ones permutes classes where it
-    could merge them. Then each of `rounds` moves images one step down the critic's value while merged images keep
-    their class, and trains the critic for `critic_steps` steps on features just computed, without passes through the
-    network. Steps start at `relative_step` x eps, four times that while merging, and shrink linearly to a tenth. Every
-    `every` rounds a fresh critic takes over, fitted on another half of the images: images moved against one critic
-    alone hide from it what others read. The search ends early if no more than `tolerance` nats are left.
+    could merge them. `mixing_steps` steps then move merged images, which keep their class, to where a kernel between
+    features tells least of which images are alike. Then each round moves images one step down the mean value of the
+    last `memory` critics, and trains the newest for `critic_steps` steps on features just computed, without passes
+    through the network. Every `every` rounds a fresh critic takes over, fitted on another half of the images: images
+    moved against one critic alone hide from it what others read. Steps start at `relative_step` x eps, four times that
+    while merging and mixing, and shrink linearly to a tenth.
+
+    Rounds are played in cycles, each of which doubles their number, up to `rounds`. The search ends when a cycle
+    brought no more than `gain` nats or one standard error, or when no more than `tolerance` nats are left.
 
     Both cases are the mean of `repeats` critics that the search has not seen, each with its own division of the images.
     """
@@ -244,11 +248,14 @@ class WorstCaseSearch(Settings):
     subject: ClassVar[str] = "search"
 
     collapse_steps: Count = 20
-    rounds: Count = 60
+    mixing_steps: Count = 30
+    rounds: Count = 120
     relative_step: StepSize = 0.1
     critic_steps: Count = 5
-    every: Count = 5
+    every: Count = 3
+    memory: Count = 3
     repeats: Count = 3
+    gain: NotNegative = 0.05
     tolerance: NotNegative = 0.02
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from audit.adversary.threat import THREATS, threat_model
-from audit.information.critic_descent import Adversary, estimate_vulnerability
+from audit.information.critic_search.descent import estimate_vulnerability
+from audit.information.critic_search.merging import Adversary
 from audit.information.critic_training import estimate_mi, fit_critic
 from audit.information.encoding import EncodedSplits, Splits, split_images
 from audit.information.settings import CriticTraining, WorstCaseSearch

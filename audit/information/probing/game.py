@@ -7,13 +7,15 @@ them carry at most the mean information of these rounds: such mixtures end oscil
 Source: Brown 1951, "Iterative Solution of Games by Fictitious Play".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from audit.adversary.passes import deviations
+from audit.information.dependence import KernelDependence
 from audit.information.estimator import CARRIED, CLEAN, Origin
+from audit.information.probing.densities import SHARPNESS, DensityDescent
 from audit.information.probing.opponents import (
     KINDS,
     Field,
@@ -29,19 +31,21 @@ from audit.information.probing.settings import LabelInformationSettings
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Images
 
-PUSHED, MERGED, PLAYED = Origin("pushed"), Origin("merged"), Origin("game")
+PUSHED, MIXED, MERGED, PLAYED = map(Origin, ("pushed", "mixed", "merged", "game"))
 _CHOOSING = ("own", "neighbours", "linear", "hidden", "forest")  # by their cost; without boosting, like the forest
 _FEWEST_ROUNDS = 4  # before the search may end because it stalls
 _JOINING = 2  # opponents that a round adds
 _SLOWING = 0.15  # the first step of round r is 1 / (1 + 0.15 r) of the first round's
 _SHORTEST = 0.03  # least share of a step that an image takes in every second round
+_MUCH_LESS = 0.25  # share of what pushed images tell below which the game is played from mixed ones
+_START_STEPS = 30  # that mix the classes, from as long a step as the first round's
 _MIXED_ROUNDS = (2, 4, 8)  # last rounds that images are mixed from
 
 
 class Found(NamedTuple):
     """The best position, the passes spent, and the least value in nats after so many passes an image, by round.
 
-    `slope` is what the second half of the search brought, in nats; the search has `converged` if that is small.
+    `slope` is what the second half of the passes brought, in nats; the search has `converged` if that is small.
     """
 
     best: Position
@@ -69,31 +73,41 @@ class ProbeGame:
         return self.reader.passes + self.moves
 
     def search(self, clean: Encoded, starts: Mapping[Origin, Images], only: Origin | None = None) -> Found:
-        """Return the best position found from clean images, `starts`, and two starts of its own.
+        """Return the best position found from clean images, `starts`, and starts of its own.
 
-        These are images pushed past a linear probe, and images moved to one point; a start carried over from another
-        search replaces both. `only` is the origin of another seed's worst case: if the game found it, the two are left
-        out, else the game and the other one.
+        These are images pushed past a linear probe, images moved to where densities of the classes are alike, and
+        images moved to one point; a start carried over from another search replaces all three. `only` is the origin of
+        another seed's worst case: other kinds of searches are left out.
         """
         best = self.reader.read(self.field.clean, clean, CLEAN)
+        curve = [self._point(best)]
         for origin, images in starts.items():
             best = _better(best, self.reader.at(images, origin))
-        own_starts, any_search = CARRIED not in starts, only in (None, CARRIED)
-        if own_starts and (any_search or only == PUSHED) and not self._nothing_left(best.nats):
-            best = _better(best, self._pushed(clean))
-        merged = best
-        if own_starts and (any_search or only == MERGED) and not self._nothing_left(best.nats):
-            merged = self._merged(clean)
-        curve = [self._point(best)]
-        if (any_search or only == PLAYED) and not self._nothing_left(min(best.nats, merged.nats)):
-            # not from the merged images, which neighbours of one class surround: the game stalls there
+        kinds = {only} if only == MERGED else {PUSHED, MIXED, MERGED} if only in (None, CARRIED) else {PUSHED, MIXED}
+        own = self._own_starts(clean, set() if CARRIED in starts else kinds, best)
+        best = _better(best, own.get(PUSHED, best))
+        if MIXED in own and own[MIXED].nats < _MUCH_LESS * best.nats:
+            # else the mixed images are islands that the game would not leave, as features of one dimension show
+            best = own.pop(MIXED)
+        curve.append(self._point(best))
+        # not from the merged images, which neighbours of one class surround: the game stalls there
+        if PUSHED in kinds and not self._nothing_left(min([best.nats, *(each.nats for each in own.values())])):
             best = self._play(best, curve)
         slope = self._slope(curve)
-        if merged.nats < best.nats:
-            best = merged
+        aside = min(own.values(), key=lambda each: each.nats, default=best)
+        if aside.nats < best.nats:
+            best = aside
             curve.append(self._point(best))
         converged = slope <= max(self.settings.tolerance, best.reading.stderr) or self._nothing_left(best.nats)
         return Found(best, self.passes, tuple(curve), slope, converged)
+
+    def _own_starts(self, clean: Encoded, kinds: Collection[Origin], best: Position) -> dict[Origin, Position]:
+        """Return the game's own starts of these kinds by their origin, as far as there is something left to find."""
+        found = dict[Origin, Position]()
+        for origin, start in ((PUSHED, self._pushed), (MIXED, self._mixed), (MERGED, self._merged)):
+            if origin in kinds and not self._nothing_left(min([best.nats, *(each.nats for each in found.values())])):
+                found[origin] = start(clean)
+        return found
 
     def _play(self, best: Position, curve: list[tuple[int, float]]) -> Position:
         position, rounds, opponents = best, [best], list[Opponent]()
@@ -127,12 +141,17 @@ class ProbeGame:
         return self.reader.at(images, PLAYED)
 
     def _descended(
-        self, descent: FieldDescent, start: Images, number: int, share: torch.Tensor | None = None
+        self,
+        descent: FieldDescent,
+        start: Images,
+        number: int,
+        share: torch.Tensor | None = None,
+        steps: int | None = None,
     ) -> Images:
-        settings = self.settings
-        first = self.field.threat.eps * settings.relative_step / (1 + _SLOWING * number)
-        self.moves += settings.steps * len(start)
-        sizes = [first * (1 - 0.9 * step / max(1, settings.steps - 1)) for step in range(settings.steps)]
+        steps = steps or self.settings.steps
+        first = self.field.threat.eps * self.settings.relative_step / (1 + _SLOWING * number)
+        self.moves += steps * len(start)
+        sizes = [first * (1 - 0.9 * step / max(1, steps - 1)) for step in range(steps)]
         return descent.run(start, sizes, share)
 
     def _mixture(self, rounds: Sequence[Position], best: Position, number: int, enough: float) -> Position:
@@ -149,6 +168,13 @@ class ProbeGame:
         descent = ProbeDescent(self.field, [self._opponent("linear", clean)], hinge=False)
         return self.reader.at(self._descended(descent, self.field.clean, 0), PUSHED)
 
+    def _mixed(self, clean: Encoded) -> Position:
+        """Return images moved to where densities of the classes, which move with them, are alike."""
+        components = self.panel.readers.panel.components
+        dependence = KernelDependence(clean.features.clone(), SHARPNESS, components)
+        descent = DensityDescent(self.field, dependence)
+        return self.reader.at(self._descended(descent, self.field.clean, 0, steps=_START_STEPS), MIXED)
+
     def _merged(self, clean: Encoded) -> Position:
         """Return images whose features were moved towards the mean of the clean ones."""
         features = clean.features
@@ -164,13 +190,14 @@ class ProbeGame:
     def _ended(self, curve: Sequence[tuple[int, float]], stderr: float) -> bool:
         if self._nothing_left(curve[-1][1]):
             return True
-        stalled = len(curve) > _FEWEST_ROUNDS and curve[-4][1] - curve[-1][1] <= self.settings.gain
+        stalled = len(curve) > _FEWEST_ROUNDS + 1 and curve[-4][1] - curve[-1][1] <= self.settings.gain
         return stalled and self._slope(curve) <= max(self.settings.tolerance, stderr)
 
     def _slope(self, curve: Sequence[tuple[int, float]]) -> float:
-        """Return what the second half of the rounds brought in nats, or all that is left if that is less."""
-        left = curve[-1][1]
-        return min(left, curve[(len(curve) - 1) // 2][1] - left)
+        """Return what the second half of the passes brought in nats, or all that is left if that is less."""
+        passes, left = curve[-1]
+        before = [nats for earlier, nats in curve if earlier <= passes / 2]
+        return min(left, before[-1] - left) if before else 0.0
 
 
 def _better(one: Position, other: Position) -> Position:

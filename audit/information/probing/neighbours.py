@@ -10,7 +10,7 @@ from audit.adversary.passes import deviations
 from audit.information.probing.settings import PanelSettings
 from audit.types import Features, Labels
 
-_RIDGE = 0.05  # standardised deviation below which a principal direction counts for less
+RIDGE = 0.05  # standardised deviation below which a principal direction counts for less
 _PRIOR_VOTES = 0.5  # weight of the class shares, in votes of a neighbour at distance zero
 _CHUNK = 1024  # features whose distances are in memory at once
 
@@ -27,7 +27,7 @@ class NeighbourProbe:
         self.mean, self.deviation = standard_units(features)
         values = (features - self.mean) / self.deviation
         directions, sizes = principal_directions(values, panel.components)
-        self.rotation = directions / (sizes + _RIDGE)
+        self.rotation = directions / (sizes + RIDGE)
         self.known, self.votes = values @ self.rotation, F.one_hot(labels, classes).to(features)
         self.prior, self.neighbours = self.votes.mean(0), min(panel.neighbours, len(features) - 1)
 

@@ -45,7 +45,7 @@ class Field(NamedTuple):
     batch_size: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class FieldDescent(ABC):
     """Projected descent of images on a value that their encodings have."""
 
@@ -54,6 +54,9 @@ class FieldDescent(ABC):
     @abstractmethod
     def value(self, encoded: Encoded, index: Tensor) -> Tensor:
         """Return the value (N,) of images with these indices (N,)."""
+
+    def prepare(self) -> None:  # noqa: B027 - most descents need no preparation
+        """Prepare a step of all images."""
 
     def run(self, start: Images, sizes: Sequence[float], share: Tensor | None = None) -> Images:
         """Return images (N, C, H, W) after projected steps of these sizes, of which each image takes a share (N,)."""
@@ -64,6 +67,7 @@ class FieldDescent(ABC):
         index = torch.arange(len(start), device=start.device)
         batches = Batches(self.field.batch_size)
         for size in sizes:
+            self.prepare()
             batches.run(partial(self._step, size), images, buffer, index, *bounds)
             if share is not None:
                 # a ball is convex: part of the way from one legal image to another is legal, up to rounding
@@ -83,7 +87,7 @@ class FieldDescent(ABC):
         return index
 
 
-@dataclass(frozen=True)
+@dataclass
 class MergeDescent(FieldDescent):
     """Descent of images on the squared distance of their features from the mean (D,) of the clean ones.
 
@@ -100,7 +104,7 @@ class MergeDescent(FieldDescent):
         return distances.square().sum(1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProbeDescent(FieldDescent):
     """Descent of images on the mean of max(0, ln p(y | z) - ln p(y)) over opponents.
 

@@ -50,10 +50,10 @@ class PanelSettings(Settings):
 class LabelInformationSettings(EstimatorSettings):
     """Settings of the information that features hold about labels: the panel that reads it, and the search.
 
-    The search is a repeated game. A round fits two probes on the present images, and then takes `steps` steps, from
-    `relative_step` x eps down to a tenth of that, against the last `memory` probes. It ends when nothing is left, or
-    when three rounds brought at most `gain` nats and the second half of all rounds at most `tolerance` nats or one
-    standard error, at the latest after `rounds` rounds.
+    The search is a repeated game, from where densities of the classes are alike if that tells little. A round fits two
+    probes on the present images, and then takes `steps` steps, from `relative_step` x eps down to a tenth of that,
+    against the last `memory` probes. It ends when nothing is left, or when three rounds brought at most `gain` nats and
+    the second half of all passes at most `tolerance` nats or one standard error, at the latest after `rounds` rounds.
     """
 
     subject: ClassVar[str] = "label-information"

@@ -12,7 +12,7 @@ from audit.adversary.label_attack import two_losses
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import Linf
 from audit.config.settings import AuditSettings
-from audit.information import critic_descent as vulnerability
+from audit.information.critic_search import descent as vulnerability, merging
 from audit.information.mine import Mine
 from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.records import RecordStore

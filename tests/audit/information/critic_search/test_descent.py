@@ -10,10 +10,14 @@ from torch import nn
 
 from audit.adversary.threat import L1, L2, Linf
 from audit.errors import InvalidModelError, UsageError
-from audit.information import critic_descent, critic_training
+from audit.information import critic_training
 from audit.information.bounds import BOUNDS
-from audit.information.critic_descent import Adversary, _shuffled_batches, estimate_vulnerability
+from audit.information.critic_search import descent, opponents
+from audit.information.critic_search.descent import estimate_vulnerability
+from audit.information.critic_search.merging import Adversary
+from audit.information.critic_search.opponents import shuffled_batches
 from audit.information.encoding import split_images
+from audit.information.estimator import MIEstimate, WarmStart
 from audit.information.settings import CriticTraining, WorstCaseSearch
 from audit.representation.layers import Representation
 from audit.types import Encoded
@@ -172,7 +176,7 @@ def test_every_iterate_is_legal(threat, bound):
 def test_batches_are_complete_and_hold_at_least_two_images():
     for count in range(2, 60):
         for size in (2, 3, 4, 7, 64):
-            batches = _shuffled_batches(torch.zeros(count, 1), size, seeded())
+            batches = shuffled_batches(torch.zeros(count, 1), size, seeded())
             assert sorted(torch.cat(batches).tolist()) == list(range(count))
             assert all(2 <= len(batch) <= size + size // 2 for batch in batches)
 
@@ -219,6 +223,9 @@ def test_rejects_a_gradient_that_is_not_finite():
         ({"rounds": 0}, "search rounds 0 must be at least 1"),
         ({"critic_steps": 0}, "search critic_steps 0 must be at least 1"),
         ({"collapse_steps": -1}, "search collapse_steps -1 must be at least 1"),
+        ({"mixing_steps": 0}, "search mixing_steps 0 must be at least 1"),
+        ({"memory": 0}, "search memory 0 must be at least 1"),
+        ({"gain": -0.1}, "search gain -0.1 must be at least 0"),
         ({"relative_step": 0.0}, r"search relative_step 0.0 is outside \(0, 2\]"),
         ({"relative_step": 2.1}, r"search relative_step 2.1 is outside"),
         ({"relative_step": float("nan")}, "search relative_step nan is outside"),
@@ -236,19 +243,53 @@ def test_search_stops_when_no_more_than_the_tolerance_is_left():
         return Encoded(4 * batch.flatten(1), batch.flatten(1)[:, :0])
 
     def passes(**settings):
-        search = WorstCaseSearch(collapse_steps=2, rounds=8, every=2, critic_steps=1, **settings)
+        search = WorstCaseSearch(collapse_steps=2, mixing_steps=3, rounds=8, every=2, critic_steps=1, **settings)
         adversary, training = Adversary(Linf(0.05), search), replace(LIGHT, steps=30)
         return estimate_vulnerability(encoder, split_images(images, 0), training, adversary, 0).passes / 80
 
-    # merging steps and rounds; forward passes count as half: clean, merged, start of the rounds, each new critic
+    # merging steps and rounds; forward passes count as half: clean and merged images, the start of mixing and of the
+    # game, each new critic, the result of each cycle
     encoded = 0.5 * 0.5  # the training half, for the mean of the features
     assert passes(tolerance=100.0) == 2 + 0.5 * 2 + encoded  # the value is already below the tolerance
-    blocks = 8 / 2
-    assert passes(tolerance=0.0) == 2 + 8 + 0.5 * (2 + blocks + 1) + encoded
+    cycles = 2  # of two rounds and one critic each: the second one tells that doubling brings little
+    assert passes(tolerance=0.0, gain=100.0) == 2 + 3 + 2 * cycles + 0.5 * (4 + cycles + cycles) + encoded
+
+
+@pytest.mark.parametrize(
+    ("values", "rounds", "flagged"),
+    [
+        ((2.0, 1.0, 0.99), 4, False),  # the second cycle brought little
+        ((2.0, 1.0, 0.5, 0.48), 8, False),
+        ((2.0, 1.0, 0.5, 0.1), 8, True),
+        ((2.0, 1.0, 0.5, 0.01), 8, False),  # nothing is left
+        ((2.0, 1.0, 1.5), 4, False),
+    ],
+)
+def test_search_ends_when_twice_the_rounds_bring_little(monkeypatch, values, rounds, flagged):
+    left, played = iter(values), []
+    play = opponents.CriticGame.play
+
+    def estimated(search, images):
+        return MIEstimate(value := next(left), 0.01, len(images.test), 3.0, value)
+
+    def counted(game, start, number):
+        played.append(number)
+        return play(game, start, number)
+
+    monkeypatch.setattr(descent._WorstCase, "estimate", estimated)
+    monkeypatch.setattr(opponents.CriticGame, "play", counted)
+    normal = MIEstimate(3.0, 0.01, 18, 3.0, 3.0)
+    search = WorstCaseSearch(collapse_steps=1, mixing_steps=1, rounds=8, every=1, critic_steps=1)
+    images, training = split_images(mixture(60), 0), replace(LIGHT, steps=10)
+    adversary = Adversary(Linf(0.02), search)
+    found = estimate_vulnerability(sign_network(100.0), images, training, adversary, 0, WarmStart(normal))
+    assert sum(played) == rounds
+    assert found.worst.validated == min(values)
+    assert any(each.startswith("search_not_converged") for each in found.worst.flags) == flagged
 
 
 def test_critics_of_the_search_take_turns_and_give_no_reported_value(monkeypatch):
-    numbers, left = [], iter((9.0, 9.0, 9.0, 9.0, 3.0, 0.1, 1.0, 1.0))
+    numbers, left = [], iter((9.0, 9.0, 9.0, 9.0, 3.0, 2.0, 2.0, 0.1, 1.0, 1.0))
     fit = critic_training.fit_division
 
     def planted(images, encoded, training, seed, number):
@@ -256,12 +297,12 @@ def test_critics_of_the_search_take_turns_and_give_no_reported_value(monkeypatch
         numbers.append(number)
         return critic, replace(estimate, validated=next(left))
 
-    monkeypatch.setattr(critic_descent, "fit_division", planted)
+    monkeypatch.setattr(opponents, "fit_division", planted)
     monkeypatch.setattr(critic_training, "fit_division", planted)
     search = WorstCaseSearch(collapse_steps=1, rounds=6, every=2, critic_steps=1, repeats=2, tolerance=0.2)
     images, training = split_images(mixture(60), 0), replace(LIGHT, steps=10)
     found = estimate_vulnerability(sign_network(100.0), images, training, Adversary(Linf(0.02), search), 0)
-    # clean and merged images, two critics of the search, the second of which finds nothing left, and the result
-    assert numbers == [0, 1, 0, 1, 2, 3, 0, 1]
+    # clean and merged images, and the results of two cycles, each after one critic; the second finds nothing left
+    assert numbers == [0, 1, 0, 1, 2, 0, 1, 3, 0, 1]
     assert found.worst.validated == 1.0
     assert found.worst.images == len(images.test)

@@ -1,0 +1,1 @@
+"""Worst-case search of `mine`: images are merged, their features mixed, and moved down the value of critics."""
