@@ -28,8 +28,8 @@ from audit.run.worker import Done, Job, Locked, Message, Ready, StageStarted, Wo
 
 _ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
-    "MALLOC_MMAP_THRESHOLD_": str(2**28),  # glibc: tensors under 256 MiB come from memory that is kept,
-    "MALLOC_TRIM_THRESHOLD_": str(2**29),  # up to 512 MiB of it
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),  # glibc: tensors under 32 MiB, the limit of older versions, come from memory
+    "MALLOC_TRIM_THRESHOLD_": str(2**29),  # that is kept, up to 512 MiB of it
 }
 _END_SECONDS = 5.0  # before a process that was asked to end is killed
 _SHORT_RUN = 3000  # images of all cells: a shorter run is over before another process has started

@@ -12,7 +12,7 @@ from audit.adversary.label_attack import two_losses
 from audit.adversary.pgd import PGD
 from audit.adversary.threat import Linf
 from audit.config.settings import AuditSettings
-from audit.information.critic_search import descent as vulnerability, merging
+from audit.information.critic_search import merging
 from audit.information.mine import Mine
 from audit.information.settings import CriticShape, CriticTraining, WorstCaseSearch
 from audit.records import RecordStore
@@ -74,8 +74,8 @@ def _audit(folder: Path, ref: str, layer: str, sources: SourceSettings, classes:
 def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the trial of target classes, because the networks are large."""
     for name in ("_TRIAL_CLASSES", "_TRIAL_IMAGES"):
-        monkeypatch.setattr(vulnerability, name, 2)
-    monkeypatch.setattr(vulnerability, "_TRIAL_ROUNDS", ((1, 1),))
+        monkeypatch.setattr(merging, name, 2)
+    monkeypatch.setattr(merging, "_TRIAL_ROUNDS", ((1, 1),))
 
 
 def _random_state(build: Callable[[], nn.Module]) -> dict[str, torch.Tensor]:
