@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from audit.adversary.memory.counting import count_passes
 from audit.adversary.passes import input_gradient
 from audit.information.bounds import BOUNDS
 from audit.information.critic_search.merging import LONGER, Adversary, CountingEncoder
@@ -160,6 +161,7 @@ class CriticGame:
         bounds = (each[index] for each in part.bounds)
         self.adversary.threat.step_into(stepped, leaf.detach(), (input_gradient(value, leaf), size), *bounds)
         part.images[index] = stepped
+        count_passes(len(index))
         return encoded.features.detach()
 
 
