@@ -7,38 +7,26 @@ them carry at most the mean information of these rounds: such mixtures end oscil
 Source: Brown 1951, "Iterative Solution of Games by Fictitious Play".
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from audit.adversary.passes import deviations
-from audit.information.dependence import KernelDependence
 from audit.information.estimator import CARRIED, CLEAN, Origin
-from audit.information.probing.densities import SHARPNESS, DensityDescent
-from audit.information.probing.opponents import (
-    KINDS,
-    Field,
-    FieldDescent,
-    MergeDescent,
-    Opponent,
-    ProbeDescent,
-    fit_opponent,
-)
+from audit.information.probing.opponents import KINDS, Field, Opponent, ProbeDescent, fit_opponent
 from audit.information.probing.panel import Panel
 from audit.information.probing.positions import Mixture, Position, PositionReader
 from audit.information.probing.settings import LabelInformationSettings
+from audit.information.probing.starts import MERGED, MIXED, PUSHED, OwnStarts, nothing_left, step_sizes
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Images
 
-PUSHED, MIXED, MERGED, PLAYED = map(Origin, ("pushed", "mixed", "merged", "game"))
+PLAYED = Origin("game")
 _CHOOSING = ("own", "neighbours", "linear", "hidden", "forest")  # by their cost; without boosting, like the forest
 _FEWEST_ROUNDS = 4  # before the search may end because it stalls
 _JOINING = 2  # opponents that a round adds
-_SLOWING = 0.15  # the first step of round r is 1 / (1 + 0.15 r) of the first round's
 _SHORTEST = 0.03  # least share of a step that an image takes in every second round
 _MUCH_LESS = 0.25  # share of what pushed images tell below which the game is played from mixed ones
-_START_STEPS = 30  # that mix the classes, from as long a step as the first round's
 _MIXED_ROUNDS = (2, 4, 8)  # last rounds that images are mixed from
 
 
@@ -62,15 +50,14 @@ class ProbeGame:
     """
 
     def __init__(self, settings: LabelInformationSettings, field: Field, panel: Panel, seed: int) -> None:
-        self.settings, self.field, self.panel, self.seed = settings, field, panel, seed
+        self.settings, self.field, self.seed = settings, field, seed
         choosing = panel._replace(members=_CHOOSING, quick=True)
         self.reader = PositionReader(field.encoder, field.labels, choosing, seed, settings.batch_size)
-        self.moves = 0
 
     @property
     def passes(self) -> float:
         """Forward+backward passes of single images so far."""
-        return self.reader.passes + self.moves
+        return self.reader.passes
 
     def search(self, clean: Encoded, starts: Mapping[Origin, Images], only: Origin | None = None) -> Found:
         """Return the best position found from clean images, `starts`, and starts of its own.
@@ -84,30 +71,22 @@ class ProbeGame:
         for origin, images in starts.items():
             best = _better(best, self.reader.at(images, origin))
         kinds = {only} if only == MERGED else {PUSHED, MIXED, MERGED} if only in (None, CARRIED) else {PUSHED, MIXED}
-        own = self._own_starts(clean, set() if CARRIED in starts else kinds, best)
+        own = OwnStarts(self.settings, self.field, self.reader).find(clean, set() if CARRIED in starts else kinds, best)
         best = _better(best, own.get(PUSHED, best))
         if MIXED in own and own[MIXED].nats < _MUCH_LESS * best.nats:
             # else the mixed images are islands that the game would not leave, as features of one dimension show
             best = own.pop(MIXED)
         curve.append(self._point(best))
         # not from the merged images, which neighbours of one class surround: the game stalls there
-        if PUSHED in kinds and not self._nothing_left(min([best.nats, *(each.nats for each in own.values())])):
+        if PUSHED in kinds and not nothing_left(self.settings, best.nats, *(each.nats for each in own.values())):
             best = self._play(best, curve)
         slope = self._slope(curve)
         aside = min(own.values(), key=lambda each: each.nats, default=best)
         if aside.nats < best.nats:
             best = aside
             curve.append(self._point(best))
-        converged = slope <= max(self.settings.tolerance, best.reading.stderr) or self._nothing_left(best.nats)
+        converged = slope <= max(self.settings.tolerance, best.reading.stderr) or nothing_left(self.settings, best.nats)
         return Found(best, self.passes, tuple(curve), slope, converged)
-
-    def _own_starts(self, clean: Encoded, kinds: Collection[Origin], best: Position) -> dict[Origin, Position]:
-        """Return the game's own starts of these kinds by their origin, as far as there is something left to find."""
-        found = dict[Origin, Position]()
-        for origin, start in ((PUSHED, self._pushed), (MIXED, self._mixed), (MERGED, self._merged)):
-            if origin in kinds and not self._nothing_left(min([best.nats, *(each.nats for each in found.values())])):
-                found[origin] = start(clean)
-        return found
 
     def _play(self, best: Position, curve: list[tuple[int, float]]) -> Position:
         position, rounds, opponents = best, [best], list[Opponent]()
@@ -126,10 +105,8 @@ class ProbeGame:
         """Return the opponents that read most of the position, fitted on it."""
         parts = position.reading.parts
         kinds = sorted((kind for kind in KINDS if kind in parts), key=parts.__getitem__, reverse=True)
-        return [self._opponent(kind, position.encoded) for kind in kinds[:_JOINING]]
-
-    def _opponent(self, kind: str, encoded: Encoded) -> Opponent:
-        return fit_opponent(kind, encoded, self.field.labels, self.panel.readers)
+        readers, labels = self.reader.panel.readers, self.field.labels
+        return [fit_opponent(kind, position.encoded, labels, readers) for kind in kinds[:_JOINING]]
 
     def _round(self, start: Images, opponents: Sequence[Opponent], number: int) -> Position:
         share = None
@@ -137,22 +114,9 @@ class ProbeGame:
             # images that take steps of different lengths leave a boundary in no order that tells their class
             generator = keyed_generator(self.seed, Purpose.PROBE_STRIDES, number)
             share = _SHORTEST ** torch.rand(len(start), generator=generator)
-        images = self._descended(ProbeDescent(self.field, opponents), start, number, share)
+        sizes = step_sizes(self.settings, self.field.threat.eps, number)
+        images = self.reader.moved(ProbeDescent(self.field, opponents), start, sizes, share)
         return self.reader.at(images, PLAYED)
-
-    def _descended(
-        self,
-        descent: FieldDescent,
-        start: Images,
-        number: int,
-        share: torch.Tensor | None = None,
-        steps: int | None = None,
-    ) -> Images:
-        steps = steps or self.settings.steps
-        first = self.field.threat.eps * self.settings.relative_step / (1 + _SLOWING * number)
-        self.moves += steps * len(start)
-        sizes = [first * (1 - 0.9 * step / max(1, steps - 1)) for step in range(steps)]
-        return descent.run(start, sizes, share)
 
     def _mixture(self, rounds: Sequence[Position], best: Position, number: int, enough: float) -> Position:
         """Return the mixture of rounds of which neighbours read least, read until it holds `enough` nats."""
@@ -163,32 +127,11 @@ class ProbeGame:
         best_mixture = min(mixtures, key=lambda mixture: self.reader.quickly(mixture.encoded()))
         return self.reader.read(best_mixture.images(), best_mixture.encoded(), PLAYED, enough)
 
-    def _pushed(self, clean: Encoded) -> Position:
-        """Return images pushed past the boundaries of a linear probe."""
-        descent = ProbeDescent(self.field, [self._opponent("linear", clean)], hinge=False)
-        return self.reader.at(self._descended(descent, self.field.clean, 0), PUSHED)
-
-    def _mixed(self, clean: Encoded) -> Position:
-        """Return images moved to where densities of the classes, which move with them, are alike."""
-        components = self.panel.readers.panel.components
-        dependence = KernelDependence(clean.features.clone(), SHARPNESS, components)
-        descent = DensityDescent(self.field, dependence)
-        return self.reader.at(self._descended(descent, self.field.clean, 0, steps=_START_STEPS), MIXED)
-
-    def _merged(self, clean: Encoded) -> Position:
-        """Return images whose features were moved towards the mean of the clean ones."""
-        features = clean.features
-        descent = MergeDescent(self.field, features.mean(0), deviations(features, correction=0))
-        return self.reader.at(self._descended(descent, self.field.clean, 0), MERGED)
-
     def _point(self, best: Position) -> tuple[int, float]:
         return round(self.passes / len(best.images)), best.nats
 
-    def _nothing_left(self, nats: float) -> bool:
-        return nats <= self.settings.gain / 2
-
     def _ended(self, curve: Sequence[tuple[int, float]], stderr: float) -> bool:
-        if self._nothing_left(curve[-1][1]):
+        if nothing_left(self.settings, curve[-1][1]):
             return True
         stalled = len(curve) > _FEWEST_ROUNDS + 1 and curve[-4][1] - curve[-1][1] <= self.settings.gain
         return stalled and self._slope(curve) <= max(self.settings.tolerance, stderr)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from audit.information.encoding import encode
 from audit.information.estimator import Origin
+from audit.information.probing.opponents import FieldDescent
 from audit.information.probing.panel import Panel, Reading
 from audit.types import Encoded, Encoder, Images, Labels, empty_pixels, image_slices
 
@@ -30,11 +31,18 @@ class Position(NamedTuple):
 
 
 class PositionReader:
-    """Encodes and reads images of one sample; counts the passes."""
+    """Moves, encodes and reads images of one sample; counts the passes."""
 
     def __init__(self, encoder: Encoder, labels: Labels, panel: Panel, seed: int, batch_size: int) -> None:
         self.encoder, self.labels, self.panel, self.seed = encoder, labels, panel, seed
         self.batch_size, self.passes = batch_size, 0.0
+
+    def moved(
+        self, descent: FieldDescent, start: Images, sizes: Sequence[float], share: Tensor | None = None
+    ) -> Images:
+        """Return images after steps of these sizes, each of one pass an image."""
+        self.passes += len(sizes) * len(start)
+        return descent.run(start, sizes, share)
 
     def at(self, images: Images, origin: Origin) -> Position:
         """Return the position of images, encoded at half a pass each."""

@@ -9,9 +9,9 @@ from audit.adversary.threat import Linf
 from audit.calibration.label_channels import label_channels
 from audit.information.estimator import CARRIED, CLEAN, EstimatorInputs, WarmStart
 from audit.information.label_information import LabelInformation
-from audit.information.probing.game import MIXED, PUSHED
 from audit.information.probing.positions import Mixture, Position
 from audit.information.probing.settings import PanelSettings, ProbeTraining
+from audit.information.probing.starts import MIXED, PUSHED
 from audit.types import Encoded
 
 QUICK = LabelInformation(ProbeTraining(folds=3, steps=60), PanelSettings(trees=30), rounds=9)
