@@ -22,7 +22,7 @@ BRIEF_CHANNELS = (
     "labels by the mean of 16 pixels",
     "8 bits on 100 features, fitted noise",
 )
-_OF_CRITICS = ("two points", "Gaussian", "projection of 8x8 images", "2 noiseless bits")
+_OF_CRITICS = ("Gaussian", "projection of 8x8 images")
 _NOISE_WITHOUT_CHANNEL_NOISE = 0.1  # atoms at distance 1 stay distinct to nine digits
 
 
