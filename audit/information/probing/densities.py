@@ -11,7 +11,7 @@ from audit.types import Encoded
 SHARPNESS = 2.0  # of the kernel
 
 
-@dataclass
+@dataclass(frozen=True)
 class DensityDescent(FieldDescent):
     """Descent of images on max(0, ln p(y | z) - ln p(y)), where p rests on a density of each class among the others."""
 

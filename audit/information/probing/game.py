@@ -17,7 +17,7 @@ from audit.information.probing.opponents import KINDS, Field, Opponent, ProbeDes
 from audit.information.probing.panel import Panel
 from audit.information.probing.positions import Mixture, Position, PositionReader
 from audit.information.probing.settings import LabelInformationSettings
-from audit.information.probing.starts import MERGED, MIXED, PUSHED, OwnStarts, nothing_left, step_sizes
+from audit.information.probing.starts import MERGED, MIXED, PUSHED, OwnStarts, nothing_left, round_sizes
 from audit.random_keys import Purpose, keyed_generator
 from audit.types import Encoded, Images
 
@@ -54,11 +54,6 @@ class ProbeGame:
         choosing = panel._replace(members=_CHOOSING, quick=True)
         self.reader = PositionReader(field.encoder, field.labels, choosing, seed, settings.batch_size)
 
-    @property
-    def passes(self) -> float:
-        """Forward+backward passes of single images so far."""
-        return self.reader.passes
-
     def search(self, clean: Encoded, starts: Mapping[Origin, Images], only: Origin | None = None) -> Found:
         """Return the best position found from clean images, `starts`, and starts of its own.
 
@@ -70,7 +65,9 @@ class ProbeGame:
         curve = [self._point(best)]
         for origin, images in starts.items():
             best = _better(best, self.reader.at(images, origin))
-        kinds = {only} if only == MERGED else {PUSHED, MIXED, MERGED} if only in (None, CARRIED) else {PUSHED, MIXED}
+        kinds = {PUSHED, MIXED, MERGED}
+        if only not in (None, CARRIED):
+            kinds = {MERGED} if only == MERGED else {PUSHED, MIXED}
         own = OwnStarts(self.settings, self.field, self.reader).find(clean, set() if CARRIED in starts else kinds, best)
         best = _better(best, own.get(PUSHED, best))
         if MIXED in own and own[MIXED].nats < _MUCH_LESS * best.nats:
@@ -86,7 +83,7 @@ class ProbeGame:
             best = aside
             curve.append(self._point(best))
         converged = slope <= max(self.settings.tolerance, best.reading.stderr) or nothing_left(self.settings, best.nats)
-        return Found(best, self.passes, tuple(curve), slope, converged)
+        return Found(best, self.reader.passes, tuple(curve), slope, converged)
 
     def _play(self, best: Position, curve: list[tuple[int, float]]) -> Position:
         position, rounds, opponents = best, [best], list[Opponent]()
@@ -114,7 +111,7 @@ class ProbeGame:
             # images that take steps of different lengths leave a boundary in no order that tells their class
             generator = keyed_generator(self.seed, Purpose.PROBE_STRIDES, number)
             share = _SHORTEST ** torch.rand(len(start), generator=generator)
-        sizes = step_sizes(self.settings, self.field.threat.eps, number)
+        sizes = round_sizes(self.settings, self.field.threat.eps, number)
         images = self.reader.moved(ProbeDescent(self.field, opponents), start, sizes, share)
         return self.reader.at(images, PLAYED)
 
@@ -128,7 +125,7 @@ class ProbeGame:
         return self.reader.read(best_mixture.images(), best_mixture.encoded(), PLAYED, enough)
 
     def _point(self, best: Position) -> tuple[int, float]:
-        return round(self.passes / len(best.images)), best.nats
+        return round(self.reader.passes / len(best.images)), best.nats
 
     def _ended(self, curve: Sequence[tuple[int, float]], stderr: float) -> bool:
         if nothing_left(self.settings, curve[-1][1]):

@@ -45,7 +45,7 @@ class Field(NamedTuple):
     batch_size: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class FieldDescent(ABC):
     """Projected descent of images on a value that their encodings have."""
 
@@ -87,7 +87,7 @@ class FieldDescent(ABC):
         return index
 
 
-@dataclass
+@dataclass(frozen=True)
 class MergeDescent(FieldDescent):
     """Descent of images on the squared distance of their features from the mean (D,) of the clean ones.
 
@@ -104,7 +104,7 @@ class MergeDescent(FieldDescent):
         return distances.square().sum(1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ProbeDescent(FieldDescent):
     """Descent of images on the mean of max(0, ln p(y | z) - ln p(y)) over opponents.
 

@@ -17,10 +17,8 @@ _MIXING_STEPS = 30
 _SLOWING = 0.15  # the first step of round r is 1 / (1 + 0.15 r) of the first round's
 
 
-def step_sizes(
-    settings: LabelInformationSettings, eps: float, number: int = 0, steps: int | None = None
-) -> list[float]:
-    """Return the step sizes of the round of this number, or for another number of `steps` than its own."""
+def round_sizes(settings: LabelInformationSettings, eps: float, number: int = 0, steps: int = 0) -> list[float]:
+    """Return the step sizes of the round of this number in pixel units: `steps` of them, by default as in a round."""
     first, steps = eps * settings.relative_step / (1 + _SLOWING * number), steps or settings.steps
     return [first * (1 - 0.9 * step / max(1, steps - 1)) for step in range(steps)]
 
@@ -62,5 +60,5 @@ class OwnStarts(NamedTuple):
         return self._at(MergeDescent(self.field, features.mean(0), deviations(features, correction=0)), MERGED)
 
     def _at(self, descent: FieldDescent, origin: Origin, steps: int = 0) -> Position:
-        sizes = step_sizes(self.settings, self.field.threat.eps, steps=steps)
+        sizes = round_sizes(self.settings, self.field.threat.eps, steps=steps)
         return self.reader.at(self.reader.moved(descent, self.field.clean, sizes), origin)
